@@ -1,0 +1,92 @@
+"""Files written whole or not at all, and their hashes.
+
+A reader of a path sees the old content or the new one, never a part: everything is written beside its place, flushed
+to disk and renamed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dynadepth.errors import DynadepthError
+
+__all__ = ["read_json", "sha256_file", "sha256_text", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old content or the new one.
+
+    Args:
+        path: Where the file goes; its folder is made if it is missing.
+        data: The whole content.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a shared folder of routers must stay readable to its other users.
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text as `write_bytes_atomic` does."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON, sorted and indented, as `write_bytes_atomic` does.
+
+    Raises:
+        ValueError: The content holds a number that is not finite.
+    """
+    write_text_atomic(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], error: type[DynadepthError]) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        error: Raised if the content is not a JSON object.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DynadepthError: Of type `error`: the file is not a JSON object.
+    """
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise error(f"{file} is not JSON ({cause}); it is damaged: write it again") from cause
+    if not isinstance(content, dict):
+        raise error(f"{file} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def sha256_text(text: str) -> str:
+    """Return the SHA-256 of UTF-8 text in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Adapters of dynadepth to other libraries."""

@@ -1,0 +1,158 @@
+"""Plans: how many times each decoder layer runs for one prompt.
+
+Owns the actions, the checks that every plan passes before it touches a model, and the arithmetic of depth. Knows
+nothing of models or policies.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.errors import PlanError
+
+__all__ = [
+    "EXECUTE",
+    "NUM_ACTIONS",
+    "REPEAT",
+    "SKIP",
+    "Action",
+    "Plans",
+    "check_plans",
+    "identity_plan",
+    "parse_plan",
+    "plan_depth",
+    "plan_text",
+]
+
+Plans = npt.NDArray[np.uint8]
+
+
+class Action(IntEnum):
+    """How many times a layer runs for a prompt."""
+
+    SKIP = 0
+    EXECUTE = 1
+    REPEAT = 2
+
+
+SKIP, EXECUTE, REPEAT = Action.SKIP, Action.EXECUTE, Action.REPEAT
+NUM_ACTIONS = len(Action)
+
+
+def identity_plan(num_layers: int) -> Plans:
+    """Return the plan of the base model itself: every layer runs once.
+
+    Args:
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        All EXECUTE. Shape (num_layers,), uint8.
+
+    Example:
+        >>> identity_plan(3)
+        array([1, 1, 1], dtype=uint8)
+    """
+    return np.full(num_layers, int(EXECUTE), dtype=np.uint8)
+
+
+def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> Plans:
+    """Check plans and return them as a fresh array.
+
+    Args:
+        plans: One plan or several, as anything numpy can read. Shape (num_layers,) or (rows, num_layers), whole numbers.
+        num_layers: Decoder layers of the model.
+        num_rows: Number of rows wanted, if it matters.
+
+    Returns:
+        The plans, copied. Shape (rows, num_layers), uint8.
+
+    Raises:
+        PlanError: Wrong shape, an action other than 0, 1 and 2, or a plan in which no layer runs.
+
+    Example:
+        >>> check_plans([[1, 0, 2]], num_layers=3)
+        array([[1, 0, 2]], dtype=uint8)
+    """
+    try:
+        array = np.asarray(plans)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise PlanError(f"plans cannot be read as one array: {error}") from error
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise PlanError(
+            f"plans are an array of {array.dtype} with shape {array.shape}; expected whole numbers "
+            f"of shape ({num_layers},) or (rows, {num_layers}): 0 skips, 1 executes, 2 repeats a layer"
+        )
+    rows = np.atleast_2d(array)
+    if rows.shape[1] != num_layers:
+        raise PlanError(
+            f"a plan names {rows.shape[1]} layers, but the model has {num_layers} decoder layers; "
+            "give one action for each layer"
+        )
+    if num_rows is not None and rows.shape[0] != num_rows:
+        raise PlanError(f"{rows.shape[0]} plans were given for {num_rows} rows; give one plan for each row")
+    if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= NUM_ACTIONS):
+        row, layer = np.argwhere((rows < 0) | (rows >= NUM_ACTIONS))[0]
+        raise PlanError(
+            f"plan {row} has action {rows[row, layer]} at layer {layer}; "
+            "expected 0 (skip), 1 (execute) or 2 (repeat)"
+        )
+    empty = np.flatnonzero(rows.sum(axis=1) == 0)
+    if empty.size:
+        raise PlanError(f"plan {empty[0]} skips all {num_layers} layers; at least one layer must run")
+    return rows.astype(np.uint8)
+
+
+def plan_depth(plans: Any) -> npt.NDArray[np.float64]:
+    """Return executed visits as a fraction of the number of layers.
+
+    Args:
+        plans: Shape (..., num_layers), uint8.
+
+    Returns:
+        Depth of each plan; 1.0 is the base model. Shape (...), float64.
+
+    Example:
+        >>> float(plan_depth(np.array([1, 0, 2, 0], dtype=np.uint8)))
+        0.75
+    """
+    array = np.asarray(plans)
+    depth: npt.NDArray[np.float64] = array.sum(axis=-1, dtype=np.float64) / array.shape[-1]
+    return depth
+
+
+def plan_text(plan: Any) -> str:
+    """Write a plan as one digit for each layer.
+
+    Example:
+        >>> plan_text(np.array([1, 0, 2], dtype=np.uint8))
+        '102'
+    """
+    return "".join(str(int(action)) for action in np.asarray(plan).tolist())
+
+
+def parse_plan(text: str, num_layers: int) -> Plans:
+    """Read a plan written as one digit for each layer.
+
+    Args:
+        text: Digits 0, 1 and 2, one for each layer.
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        The plan. Shape (num_layers,), uint8.
+
+    Raises:
+        PlanError: Another character, another number of layers, or no layer that runs.
+
+    Example:
+        >>> parse_plan("102", 3)
+        array([1, 0, 2], dtype=uint8)
+    """
+    stray = next((character for character in text if character not in "012"), None)
+    if stray is not None or not text:
+        raise PlanError(
+            f"plan {text!r} cannot be read; expected {num_layers} digits, one for each layer: "
+            "0 skips, 1 executes, 2 repeats"
+        )
+    return check_plans([int(character) for character in text], num_layers)[0]
