@@ -1,0 +1,304 @@
+"""What a comparison of policies may claim: paired intervals, static mixtures, Pareto fronts.
+
+Works on arrays of outcomes, one number for each prompt. Knows nothing of models, tasks or files.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.errors import BudgetError
+
+__all__ = [
+    "RESAMPLES",
+    "Interval",
+    "Mixture",
+    "best_under_depth",
+    "concave_hull",
+    "mean_interval",
+    "mix_to_depth",
+    "paired_difference",
+    "pareto_front",
+]
+
+RESAMPLES = 2000
+_LEVEL = 0.95
+# Memory of one block of resamples: 4 M indices are 32 MB.
+_BLOCK = 1 << 22
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over prompts with its 95 % percentile bootstrap interval.
+
+    Args:
+        mean: The mean itself, not the mean of the resamples.
+        low: 2.5 % quantile of the resampled means.
+        high: 97.5 % quantile.
+        n: Prompts.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0.0 or self.high < 0.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields for JSON."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Two static plans drawn at random for each prompt, with fixed odds.
+
+    Args:
+        low: Index of the shallower plan.
+        high: Index of the deeper plan; equal to `low` if one plan has the depth by itself.
+        weight: Probability of `high`, from 0 to 1.
+        depth: Mean depth of the mixture, as a fraction of the number of layers.
+    """
+
+    low: int
+    high: int
+    weight: float
+    depth: float
+
+    def expected(self, outcomes: Any) -> Floats:
+        """Return what each prompt gets from the mixture on average.
+
+        The expectation is taken in place of a draw, so that a paired difference carries no noise of
+        the draw.
+
+        Args:
+            outcomes: One row for each plan that `low` and `high` count. Shape (plans, prompts).
+
+        Returns:
+            Expected outcome of each prompt. Shape (prompts,), float64.
+        """
+        rows = np.asarray(outcomes, dtype=np.float64)
+        mixed: Floats = (1.0 - self.weight) * rows[self.low] + self.weight * rows[self.high]
+        return mixed
+
+
+def _as_prompts(values: Any, name: str) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected one number for each prompt, at least one"
+        )
+    if not np.isfinite(array).all():
+        where = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"{name} is {array[where]} at prompt {where}; expected finite numbers")
+    return array
+
+
+def mean_interval(values: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return a mean over prompts with its 95 % percentile bootstrap interval.
+
+    Args:
+        values: One number for each prompt; booleans count as 0 and 1. Shape (prompts,).
+        seed: Of the resampling. Equal seeds resample the same prompts, so intervals of one run
+            belong together.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        The mean and its interval.
+
+    Raises:
+        ValueError: No prompts, or numbers that are not finite.
+
+    Example:
+        >>> mean_interval([0.5, 0.5]).low
+        0.5
+    """
+    array = _as_prompts(values, "values")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    rows = max(1, _BLOCK // array.size)
+    for start in range(0, resamples, rows):
+        stop = min(start + rows, resamples)
+        drawn = rng.integers(0, array.size, (stop - start, array.size))
+        means[start:stop] = array[drawn].mean(axis=1)
+    tail = (1.0 - _LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return Interval(mean=float(array.mean()), low=float(low), high=float(high), n=array.size)
+
+
+def paired_difference(
+    values: Any, reference: Any, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Return the mean difference on the same prompts with its 95 % percentile bootstrap interval.
+
+    Args:
+        values: Outcomes of a policy. Shape (prompts,).
+        reference: Outcomes of what it is compared with, prompt by prompt. Shape (prompts,).
+        seed: Of the resampling.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        Mean of `values - reference` over the prompts; both are resampled together.
+
+    Raises:
+        ValueError: Different numbers of prompts, none, or numbers that are not finite.
+
+    Example:
+        >>> paired_difference([1.0, 3.0], [0.0, 2.0]).mean
+        1.0
+    """
+    first, second = _as_prompts(values, "values"), _as_prompts(reference, "reference")
+    if first.shape != second.shape:
+        raise ValueError(
+            f"values has {first.size} prompts and reference {second.size}; "
+            "a paired difference needs the same prompts in the same order"
+        )
+    return mean_interval(first - second, seed=seed, resamples=resamples)
+
+
+def pareto_front(depths: Any, qualities: Any) -> npt.NDArray[np.int64]:
+    """Return the points that no other point beats in depth and quality at once.
+
+    Args:
+        depths: Lower is better. Shape (points,).
+        qualities: Higher is better. Shape (points,).
+
+    Returns:
+        Indices, depth rising; of equal points the lowest index only. Shape (front,), int64.
+
+    Example:
+        >>> pareto_front([1.0, 0.9, 0.8], [2.0, 1.0, 1.5]).tolist()
+        [2, 0]
+    """
+    depth, quality = np.asarray(depths, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
+    order = np.lexsort((np.arange(depth.size), -quality, depth))
+    front: list[int] = []
+    best = -np.inf
+    for index in order.tolist():
+        if quality[index] > best:
+            front.append(index)
+            best = quality[index]
+    return np.asarray(front, dtype=np.int64)
+
+
+def concave_hull(depths: Any, qualities: Any) -> npt.NDArray[np.int64]:
+    """Return the static plans that the best mixtures are made of.
+
+    Args:
+        depths: Of each plan. Shape (plans,).
+        qualities: Mean quality of each plan on the training prompts. Shape (plans,).
+
+    Returns:
+        Vertices of the upper concave hull from the shallowest plan to the deepest, depth rising.
+        Shape (vertices,), int64.
+    """
+    depth, quality = np.asarray(depths, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
+    hull: list[int] = []
+    for index in np.lexsort((np.arange(depth.size), -quality, depth)).tolist():
+        if hull and depth[index] == depth[hull[-1]]:
+            continue  # the first of a depth has its highest quality
+        while len(hull) > 1:
+            left, middle = hull[-2], hull[-1]
+            rise = (quality[middle] - quality[left]) * (depth[index] - depth[left])
+            chord = (quality[index] - quality[left]) * (depth[middle] - depth[left])
+            if rise > chord:
+                break
+            hull.pop()
+        hull.append(index)
+    return np.asarray(hull, dtype=np.int64)
+
+
+def mix_to_depth(depths: Any, qualities: Any, depth: float) -> Mixture:
+    """Return the best mixture of static plans that has a given mean depth.
+
+    Args:
+        depths: Of each plan, as a fraction of the number of layers. Shape (plans,).
+        qualities: Mean quality of each plan, measured on prompts that take no part in the
+            comparison. Shape (plans,).
+        depth: Mean depth wanted.
+
+    Returns:
+        The two neighbours on the upper concave hull and their odds.
+
+    Raises:
+        BudgetError: The depth lies outside the depths of the plans.
+
+    Source:
+        The baseline of every comparison here: a policy that sees the prompt has to beat what the
+        same mean depth buys without seeing it.
+
+    Example:
+        >>> mix_to_depth([1.0, 0.8], [0.0, -1.0], 0.9).weight
+        0.5
+    """
+    hull = concave_hull(depths, qualities)
+    knots = np.asarray(depths, dtype=np.float64)[hull]
+    # A mean over prompts is not exact to the last bit.
+    slack = 1e-9
+    if not (hull.size and knots[0] - slack <= depth <= knots[-1] + slack):
+        reach = f"from {knots[0]:.4f} to {knots[-1]:.4f}" if hull.size else "of no depth at all"
+        raise BudgetError(f"no mixture has mean depth {depth}; the static plans are {reach}")
+    wanted = float(np.clip(depth, knots[0], knots[-1]))
+    right = int(np.searchsorted(knots, wanted))
+    high = int(hull[right])
+    if knots[right] == wanted:
+        return Mixture(low=high, high=high, weight=1.0, depth=wanted)
+    low = int(hull[right - 1])
+    weight = float((wanted - knots[right - 1]) / (knots[right] - knots[right - 1]))
+    return Mixture(low=low, high=high, weight=weight, depth=wanted)
+
+
+def best_under_depth(qualities: Any, depths: Any, depth: float) -> npt.NDArray[np.int64]:
+    """Choose one plan for each prompt, outcomes known, so that the mean depth keeps a limit.
+
+    This is what an oracle does; it is no policy. Each prompt takes the plan of highest `quality -
+    price * depth`, and the lowest price is taken at which the mean depth fits.
+
+    Args:
+        qualities: Outcome of each plan on each prompt. Shape (plans, prompts).
+        depths: Depth of each plan on each prompt. Shape (plans, prompts).
+        depth: Highest mean depth.
+
+    Returns:
+        Index of the plan of each prompt. Shape (prompts,), int64.
+
+    Raises:
+        BudgetError: Even the shallowest plan of every prompt is deeper.
+    """
+    quality, cost = np.asarray(qualities, dtype=np.float64), np.asarray(depths, dtype=np.float64)
+    columns = np.arange(quality.shape[1])
+
+    def choose(price: float) -> npt.NDArray[np.int64]:
+        value = quality - price * cost
+        # Equal values go to the shallower plan, then to the lower index.
+        tied = np.where(value == value.max(axis=0), cost, np.inf)
+        return np.asarray(tied.argmin(axis=0), dtype=np.int64)
+
+    shallowest = float(cost.min(axis=0).mean())
+    if depth < shallowest - 1e-12:
+        raise BudgetError(
+            f"no choice has mean depth {depth}; the shallowest plans have {shallowest:.4f}"
+        )
+    fits = depth + 1e-12
+    low, high = 0.0, 1.0
+    if cost[choose(low), columns].mean() <= fits:
+        return choose(low)
+    while cost[choose(high), columns].mean() > fits:
+        high *= 2.0
+        if high > 1e12:
+            return np.asarray(cost.argmin(axis=0), dtype=np.int64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if cost[choose(middle), columns].mean() <= fits:
+            high = middle
+        else:
+            low = middle
+    return choose(high)
