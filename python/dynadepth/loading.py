@@ -1,0 +1,107 @@
+"""Load a base model and its tokenizer for a command line, with errors that say what was tried.
+
+The library itself takes any model that is already in memory; only the command lines load one by its name. This module
+knows transformers' `Auto` classes and nothing of plans, routers or wrapping.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dynadepth.errors import AssetError, UnsupportedModelError
+
+__all__ = ["load_model", "load_tokenizer"]
+
+_SHOWN_WEIGHTS = 3
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto"
+) -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        name_or_path: A folder with `config.json` and weights, or a Hugging Face Hub id.
+        device: Where the model goes, as torch names it.
+        dtype: "auto" keeps the checkpoint's own; else a torch dtype's name, such as "float32".
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        AssetError: There is no such model, a file of it is damaged, or it lacks weights.
+        UnsupportedModelError: It is not a causal language model that transformers knows.
+    """
+    name = os.fspath(name_or_path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise AssetError(_cannot_load("model", name, error)) from error
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{name!r} is not a causal language model that transformers can build "
+            f"({_first_line(error)}); give a decoder-only text model"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:_SHOWN_WEIGHTS]) + (
+            ", ..." if len(missing) > _SHOWN_WEIGHTS else ""
+        )
+        raise AssetError(
+            f"the weights of {name!r} lack {len(missing)} tensors of the model ({shown}), which would "
+            "run at random values; fetch the checkpoint again"
+        )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the left, as generation needs.
+
+    Args:
+        name_or_path: A folder with the tokenizer's files, or a Hugging Face Hub id.
+
+    Returns:
+        The tokenizer. Its padding token is the end-of-text token if it has none of its own.
+
+    Raises:
+        AssetError: There is no such tokenizer, or a file of it is damaged.
+    """
+    name = os.fspath(name_or_path)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise AssetError(_cannot_load("tokenizer", name, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    """Say what was tried: the folder if there is one, else the Hub."""
+    if Path(name).is_dir():
+        tried = f"the folder {Path(name).absolute()}"
+    else:
+        tried = (
+            f"the folder {Path(name).absolute()}, which does not exist, then the Hub id {name!r}"
+        )
+    return (
+        f"cannot load the {what} {name!r}: tried {tried} ({type(error).__name__}: {_first_line(error)}); "
+        "give a folder with config.json and weights, or a Hub id that can be reached"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "no message"
