@@ -1,0 +1,265 @@
+"""The executor: runs visits of a decoder layer for some rows of a batch.
+
+Each decoder layer's class is swapped for a generated subclass of the same name, whose forward hands the call to the
+scope of the forward pass that is under way. A scope (of a plan, of a sweep) decides; `LayerCall.visit` runs. So the
+family's own forward makes masks and positions, and the layer's own forward does the work: nothing of a family is copied.
+Knows nothing of plans, policies or files.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dynadepth.errors import UnsupportedModelError, WrapError
+from dynadepth.families import LayerSignature, LayerStack, layer_signature
+
+__all__ = [
+    "LayerCall",
+    "Scope",
+    "enter_scope",
+    "install_executor",
+    "is_installed",
+    "leave_scope",
+    "remove_executor",
+]
+
+# Arguments of a decoder layer whose first dimension is the batch (or 1), in all supported families. Any other tensor is
+# refused when rows are gathered: a guess by shape would gather packed lengths or positions of T == B tokens.
+_ROW_ARGUMENTS = frozenset({"attention_mask", "position_embeddings", "position_ids"})
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One call of a decoder layer by its model, not yet run.
+
+    Attributes:
+        layer_idx: Which decoder layer.
+        hidden_states: The states that enter it. Shape (rows, tokens, hidden).
+        arguments: Everything else it was called with, by parameter name.
+        signature: How its class is called.
+    """
+
+    layer_idx: int
+    hidden_states: torch.Tensor
+    arguments: dict[str, Any]
+    signature: LayerSignature
+    _forward: Callable[..., Any]
+
+    @property
+    def cache(self) -> Any:
+        """The cache that the model passed, or None."""
+        return self.arguments.get(self.signature.cache_name)
+
+    @property
+    def attention_mask(self) -> Any:
+        """The mask that the model made for this layer, or None."""
+        return self.arguments.get(self.signature.mask_name)
+
+    def visit(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        cache: Any,
+        index: torch.Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> torch.Tensor:
+        """Run the layer's own forward once.
+
+        Args:
+            hidden_states: States to run. Shape (rows run, tokens, hidden).
+            cache: What the layer sees as its cache in this visit, or None.
+            index: For each row run, the row of the model's batch whose mask and positions it has. Shape (rows run,),
+                int64, on the states' device. None: the whole batch in order.
+            num_rows: Rows of the model's batch; needed with `index`.
+
+        Returns:
+            The layer's output. Shape as `hidden_states`.
+
+        Raises:
+            UnsupportedModelError: An argument cannot be gathered by row, or the output is not one tensor of the
+                input's shape.
+        """
+        arguments = self.arguments
+        if index is not None:
+            arguments = {
+                name: _gather_argument(name, value, index, num_rows or 0)
+                for name, value in arguments.items()
+            }
+        else:
+            arguments = dict(arguments)
+        arguments[self.signature.cache_name] = cache
+        output = self._forward(hidden_states, **arguments)
+        if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
+            found = (
+                tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            )
+            raise UnsupportedModelError(
+                f"decoder layer {self.layer_idx} returned {found}; expected one tensor of shape "
+                f"{tuple(hidden_states.shape)} (batch, tokens, hidden)"
+            )
+        return output
+
+
+class Scope(Protocol):
+    """Decides what a layer does while one forward pass of its model is under way."""
+
+    owner: object
+    outer: "Scope | None"
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Run a layer call and return the states that enter the next layer."""
+        ...
+
+
+# Each thread and task has its own scopes, so two threads may run one model.
+_SCOPE: ContextVar[Scope | None] = ContextVar("dynadepth_scope", default=None)
+
+
+def enter_scope(scope: Scope) -> None:
+    """Make `scope` the one that the layers of its owner obey, in this thread."""
+    outer = _SCOPE.get()
+    # A forward that a KeyboardInterrupt left early could not leave its scope.
+    while outer is not None and outer.owner is scope.owner:
+        outer = outer.outer
+    scope.outer = outer
+    _SCOPE.set(scope)
+
+
+def leave_scope(owner: object) -> Scope | None:
+    """Undo the last `enter_scope` of this owner and return its scope, or None if there is none."""
+    scope = _SCOPE.get()
+    if scope is None or scope.owner is not owner:
+        return None
+    _SCOPE.set(scope.outer)
+    return scope
+
+
+@dataclass(slots=True)
+class _Seat:
+    """What an installed layer carries: its number and whose scopes it obeys."""
+
+    layer_idx: int
+    owner: object
+
+
+_SEAT = "_dynadepth_seat"
+
+
+def _routed_forward(
+    layer: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    seat: _Seat = layer.__dict__[_SEAT]
+    scope = _SCOPE.get()
+    while scope is not None and scope.owner is not seat.owner:
+        scope = scope.outer
+    if scope is None:
+        raise WrapError(
+            f"decoder layer {seat.layer_idx} was called outside a forward of its model; "
+            "call the model itself, or unwrap_model(model) first"
+        )
+    signature = _signature_of(base)
+    arguments = dict(zip(signature.names, args))
+    arguments.update(kwargs)
+    hidden_states = arguments.pop(signature.names[0])
+    return scope.run(
+        LayerCall(
+            seat.layer_idx, hidden_states, arguments, signature, MethodType(base.forward, layer)
+        )
+    )
+
+
+@cache
+def _signature_of(base: type[nn.Module]) -> LayerSignature:
+    return layer_signature(base.forward)
+
+
+@cache
+def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _routed_forward(self, base, args, kwargs)
+
+    # `capture_outputs`, `_no_split_modules` and PEFT look at names and signatures.
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
+    attributes = {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dynadepth_base": base,
+    }
+    return type(base.__name__, (base,), attributes)
+
+
+def is_installed(stack: LayerStack) -> bool:
+    """Say whether an executor is on any of these layers."""
+    return any(_SEAT in layer.__dict__ for layer in stack.layers)
+
+
+def install_executor(stack: LayerStack, owner: object) -> None:
+    """Put the executor on every decoder layer; changes nothing if it raises.
+
+    Args:
+        stack: The layers.
+        owner: Whose scopes the layers obey.
+
+    Raises:
+        WrapError: An executor is there already, or another library has replaced a layer's forward.
+        UnsupportedModelError: A layer's forward has no known cache or mask argument.
+    """
+    for layer_idx, layer in enumerate(stack.layers):
+        if _SEAT in layer.__dict__ or hasattr(type(layer), "_dynadepth_base"):
+            raise WrapError(
+                f"decoder layer {layer_idx} is wrapped already; call unwrap_model(model) first"
+            )
+        if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
+            raise WrapError(
+                f"the forward of decoder layer {layer_idx} ({type(layer).__name__}) was replaced by another library; "
+                "remove that change before wrapping, or its effect would be lost in silence"
+            )
+        _signature_of(type(layer))
+    for layer_idx, layer in enumerate(stack.layers):
+        layer.__dict__[_SEAT] = _Seat(layer_idx, owner)
+        _set_class(layer, _routed_class(type(layer)))
+
+
+def remove_executor(stack: LayerStack) -> None:
+    """Give every decoder layer its own class back; layers without an executor stay as they are."""
+    for layer in stack.layers:
+        base = getattr(type(layer), "_dynadepth_base", None)
+        if base is not None:
+            _set_class(layer, base)
+        layer.__dict__.pop(_SEAT, None)
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    layer.__class__ = cls
+    # accelerate calls the forward that it found when it put its hook on.
+    if hasattr(layer, "_hf_hook") and "_old_forward" in layer.__dict__:
+        layer.__dict__["_old_forward"] = MethodType(cls.forward, layer)
+
+
+def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        if name not in _ROW_ARGUMENTS:
+            raise UnsupportedModelError(
+                f"a decoder layer was called with the tensor {name!r} of shape {tuple(value.shape)}; with plans that "
+                f"differ between rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row"
+            )
+        if value.shape[0] == 1:
+            return value
+        if value.shape[0] != num_rows:
+            raise UnsupportedModelError(
+                f"{name} has {value.shape[0]} rows in a batch of {num_rows}; packed batches cannot be split by row"
+            )
+        return value.index_select(0, index)
+    if isinstance(value, tuple) and name in _ROW_ARGUMENTS:
+        return tuple(_gather_argument(name, item, index, num_rows) for item in value)
+    return value

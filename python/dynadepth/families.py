@@ -1,0 +1,129 @@
+"""Where a supported model keeps its decoder layers, and whether it can be run exactly.
+
+One allow-list, one line for a family to join it; capability checks refuse what the list cannot know. Knows nothing of
+plans, caches or policies.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dynadepth.errors import UnsupportedModelError
+
+__all__ = ["SUPPORTED_FAMILIES", "LayerStack", "layer_stack"]
+
+# model_type -> path of the module whose forward runs the layers, and the name of its list of layers.
+SUPPORTED_FAMILIES: dict[str, tuple[str, str]] = {
+    "gemma3_text": ("model", "layers"),
+    "llama": ("model", "layers"),
+    "mistral": ("model", "layers"),
+    "qwen2": ("model", "layers"),
+    "qwen3": ("model", "layers"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """The decoder layers of a model and the module that runs them.
+
+    Attributes:
+        stack: The module whose forward makes masks and positions and loops over the layers.
+        layers: The decoder layers, in order.
+        num_layers: How many there are.
+        hidden_size: Width of the residual stream.
+        model_type: The family, as the config names it.
+    """
+
+    stack: nn.Module
+    layers: nn.ModuleList
+    num_layers: int
+    hidden_size: int
+    model_type: str
+
+
+def layer_stack(model: nn.Module) -> LayerStack:
+    """Find the decoder layers of a supported causal language model.
+
+    Args:
+        model: A transformers causal language model, wrapped or not.
+
+    Returns:
+        Its decoder layers and the module that runs them.
+
+    Raises:
+        UnsupportedModelError: The family is not on the allow-list, or this model of it shares key and value states
+            between layers, has no output head, or does not look as its family should.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if config is None or model_type not in SUPPORTED_FAMILIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has model_type {model_type!r}; supported are "
+            f"{', '.join(sorted(SUPPORTED_FAMILIES))}. Other families may share caches between layers or keep "
+            "recurrent state, so they are refused until they pass the parity suite"
+        )
+    path, name = SUPPORTED_FAMILIES[model_type]
+    try:
+        stack = model.get_submodule(path)
+        layers = stack.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no {path}.{name}; expected the causal language model of family {model_type}, "
+            "as AutoModelForCausalLM.from_pretrained loads it"
+        ) from error
+    if not isinstance(layers, nn.ModuleList) or len(layers) != config.num_hidden_layers:
+        found = len(layers) if isinstance(layers, nn.ModuleList) else type(layers).__name__
+        raise UnsupportedModelError(
+            f"{path}.{name} holds {found} decoder layers, but the config says {config.num_hidden_layers}; "
+            "make num_hidden_layers and the layers agree before wrapping"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{config.num_kv_shared_layers} layers of this {model_type} read another layer's keys and values; "
+            "skipping the layer that makes them would break these, so the model is refused"
+        )
+    return LayerStack(stack, layers, len(layers), int(config.hidden_size), model_type)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSignature:
+    """How one decoder layer class is called.
+
+    Attributes:
+        names: Names of the parameters of its forward after self, in order.
+        cache_name: The parameter that takes the cache.
+        mask_name: The parameter that takes the attention mask.
+    """
+
+    names: tuple[str, ...]
+    cache_name: str
+    mask_name: str
+
+
+def layer_signature(forward: Callable[..., Any]) -> LayerSignature:
+    """Read how a decoder layer's own forward is called.
+
+    Args:
+        forward: The unbound forward of a decoder layer class.
+
+    Returns:
+        Its parameter names and which of them takes the cache and the mask.
+
+    Raises:
+        UnsupportedModelError: It takes no cache or no mask under a known name.
+    """
+    names = tuple(
+        name
+        for name, parameter in inspect.signature(forward).parameters.items()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )[1:]
+    cache_name = next((name for name in names if name in ("past_key_values", "layer_past")), None)
+    if cache_name is None or "attention_mask" not in names:
+        raise UnsupportedModelError(
+            f"{forward.__qualname__} takes {', '.join(names)}; expected an attention_mask and a cache called "
+            "past_key_values or layer_past"
+        )
+    return LayerSignature(names, cache_name, "attention_mask")

@@ -1,0 +1,81 @@
+"""RowPlans: which rows of a batch make which visit.
+
+The plans are kept on the host; the index of the rows of a visit goes to the device once and is kept, so with a fixed
+plan no layer waits for the device. Knows nothing of models, caches or policies.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dynadepth.plans import EXECUTE, Plans
+
+__all__ = ["RowPlans"]
+
+
+class RowPlans:
+    """The plans of the rows of one batch, in part perhaps still undecided.
+
+    Attributes:
+        plans: Shape (rows, num_layers), uint8. Layers from `num_decided` on are not decided yet.
+        num_decided: Leading layers whose actions are final.
+    """
+
+    def __init__(self, plans: Plans, *, num_decided: int | None = None) -> None:
+        self.plans = plans
+        self.num_decided = plans.shape[1] if num_decided is None else num_decided
+        self._rows: dict[tuple[int, int], list[int]] = {}
+        self._index: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return int(self.plans.shape[0])
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have the same plan."""
+        return bool((self.plans == self.plans[:1]).all())
+
+    def rows(self, layer_idx: int, visit: int) -> list[int]:
+        """Return the rows that make a visit, ascending.
+
+        Args:
+            layer_idx: Which decoder layer; its actions must be decided.
+            visit: 0 for the first execution, 1 for the repeat.
+
+        Returns:
+            Row numbers.
+        """
+        key = (layer_idx, visit)
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = np.flatnonzero(
+                self.plans[:, layer_idx] >= int(EXECUTE) + visit
+            ).tolist()
+        return rows
+
+    def index(self, layer_idx: int, visit: int, device: torch.device) -> torch.Tensor:
+        """Return `rows` as an index on a device. Shape (rows that make the visit,), int64."""
+        key = (layer_idx, visit, device)
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = torch.tensor(
+                self.rows(layer_idx, visit), dtype=torch.long
+            ).to(device)
+        return index
+
+    def decide(self, layer_idx: int, actions: Plans) -> None:
+        """Fix the actions of consecutive layers.
+
+        Args:
+            layer_idx: The first of them; it must be the first undecided layer.
+            actions: Shape (rows, layers decided), uint8.
+        """
+        self.plans[:, layer_idx : layer_idx + actions.shape[1]] = actions
+        self.num_decided = layer_idx + actions.shape[1]
+
+    def select(self, rows: Sequence[int]) -> "RowPlans":
+        """Return the plans of some rows, in that order."""
+        return RowPlans(self.plans[np.asarray(rows, dtype=np.int64)], num_decided=self.num_decided)

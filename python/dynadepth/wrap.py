@@ -1,0 +1,190 @@
+"""`wrap_model` and `unwrap_model`: put dynamic depth on a model and take it off without a trace."""
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from dynadepth.checkpoint import Routers, find_routers, load_routers
+from dynadepth.controller import Controller, controller_of, is_wrapped
+from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
+from dynadepth.families import LayerStack, layer_stack
+from dynadepth.plans import check_plans
+from dynadepth.policies import Policy, StaticPolicy
+
+__all__ = ["unwrap_model", "wrap_model"]
+
+
+def wrap_model(
+    model: Any,
+    *,
+    budget: float | None = None,
+    routers: Any = None,
+    plan: Any = None,
+    policy: Policy | None = None,
+    max_depth: float | None = None,
+    protect: Iterable[int] = (),
+    router_backend: Literal["torch", "onnx"] = "torch",
+) -> Any:
+    """Give a causal language model a dynamic depth; its weights, names and classes stay as they are.
+
+    Everything is checked before the model is touched. Inside, each prompt is planned once, from its own tokens; the plan
+    is kept on the cache. `unwrap_model` takes all of it off again.
+
+    Args:
+        model: A supported transformers causal language model.
+        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
+        routers: A routers folder, a hub id, or loaded `Routers`. None: `routers/` beside the base model.
+        plan: One plan for every prompt. Shape (num_layers,), uint8.
+        policy: Any other policy.
+        max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away.
+        protect: Layers that always run once. With `budget` only layers that the routers never skip.
+        router_backend: What runs the routers: torch, or onnxruntime on `routers.onnx`.
+
+    Returns:
+        The same model, changed in place; `model.dynadepth` is its controller.
+
+    Raises:
+        BudgetError: The budget is not a number or outside the calibrated range.
+        CheckpointError: The routers are damaged or belong to another base model.
+        ConfigError: Not exactly one of budget, plan and policy, or settings that do not go together.
+        FileNotFoundError: There are no routers beside the base model.
+        PlanError: The plan is not one of this model.
+        UnsupportedModelError: The model's family is not supported.
+        WrapError: The model is wrapped already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
+        >>> model = wrap_model(model, plan=[1, 0, 1])
+        >>> model = unwrap_model(model)
+    """
+    given = [
+        name
+        for name, value in (("budget", budget), ("plan", plan), ("policy", policy))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ConfigError(
+            f"wrap_model was given {' and '.join(given) or 'none of budget, plan and policy'}; "
+            "expected exactly one of budget, plan and policy"
+        )
+    if router_backend not in ("torch", "onnx"):
+        raise ConfigError(f"router_backend is {router_backend!r}; expected 'torch' or 'onnx'")
+    if budget is None and (routers is not None or router_backend != "torch"):
+        raise ConfigError(
+            f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
+        )
+    stack = layer_stack(model)
+    if is_wrapped(stack) or "dynadepth" in model.__dict__:
+        raise WrapError(
+            f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
+        )
+    if "generate" in model.__dict__:
+        raise WrapError(
+            "another library has replaced this model's generate; remove that before wrapping"
+        )
+    protected = _check_protect(protect, stack)
+    if max_depth is not None and not (
+        isinstance(max_depth, (int, float)) and 1 <= max_depth < math.inf
+    ):
+        raise ConfigError(
+            f"max_depth is {max_depth!r}; expected a number of at least 1 (1 allows no deeper prompt)"
+        )
+
+    if budget is not None:
+        loaded = _resolve_routers(model, routers)
+        chosen: Policy = loaded.policy(budget, backend=router_backend)
+        movable = sorted(set(protected) - set(loaded.protect))
+        if movable:
+            raise ConfigError(
+                f"layers {movable} are to be protected, but the budget was calibrated with routers that may skip them; "
+                "train routers with these layers protected"
+            )
+        protected = tuple(sorted(set(protected) | set(loaded.protect)))
+    else:
+        chosen = (
+            policy
+            if policy is not None
+            else StaticPolicy(check_plans(plan, stack.num_layers, num_rows=1)[0])
+        )
+    if chosen.num_layers != stack.num_layers:
+        raise PlanError(
+            f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
+            "use a policy made for this model"
+        )
+    controller = Controller(stack.num_layers, chosen, max_depth=max_depth, protect=protected)
+    if isinstance(chosen, StaticPolicy):
+        controller.check_limits(chosen.initial_plans(1))
+    controller.attach(model)
+    model.__dict__["dynadepth"] = controller
+    # A partial of a module-level function: deepcopy rebinds it to the copy, and PEFT reaches it.
+    model.__dict__["generate"] = partial(_generate, model)
+    return model
+
+
+def unwrap_model(model: Any) -> Any:
+    """Take everything that `wrap_model` put on off again.
+
+    Args:
+        model: A wrapped model.
+
+    Returns:
+        The same model, with its own classes, attributes and outputs.
+
+    Raises:
+        WrapError: The model is not wrapped.
+    """
+    controller_of(model).detach(model)
+    for name in ("dynadepth", "generate"):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's own generate, with the prompt's width known to the controller."""
+    controller: Controller = model.__dict__["dynadepth"]
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def setting(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    if setting("assistant_early_exit"):
+        raise UnsupportedModelError(
+            "assistant_early_exit lowers the number of layers under the plan; use assistant_model= or no assistant"
+        )
+    if setting("prefill_chunk_size") and controller.policy.decision_layers:
+        raise UnsupportedModelError(
+            f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy a part of the prompt only; "
+            "leave it out, or wrap with plan="
+        )
+    prompt = kwargs.get("inputs_embeds")
+    for candidate in (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None):
+        if prompt is None:
+            prompt = candidate
+    width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
+    with controller.generation(width):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _check_protect(protect: Iterable[int], stack: LayerStack) -> tuple[int, ...]:
+    layers = tuple(protect)
+    for layer in layers:
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int)
+            or not 0 <= layer < stack.num_layers
+        ):
+            raise ConfigError(
+                f"protect names layer {layer!r}; expected layer numbers from 0 to {stack.num_layers - 1}"
+            )
+    return layers
+
+
+def _resolve_routers(model: nn.Module, routers: Any) -> Routers:
+    if isinstance(routers, Routers):
+        return routers
+    return load_routers(find_routers(model) if routers is None else routers, model=model)
