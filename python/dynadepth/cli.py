@@ -15,10 +15,45 @@ from typer.core import TyperGroup
 from dynadepth import commands
 from dynadepth.errors import DynadepthError
 
-__all__ = ["app", "main"]
+__all__ = ["command_line", "main"]
 
-PLUGIN_GROUP = "dynadepth.commands"
+_PLUGINS = "dynadepth.commands"
 _VERBS_OF_SEARCH = ("demo", "eval", "inspect", "report", "search", "train", "tune")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: The arguments after the program's name; those of this process if None.
+
+    Returns:
+        0, 1 for an error that names its cause, 2 for a wrong command line.
+    """
+    try:
+        command_line()(args=None if argv is None else list(argv), prog_name="dynadepth")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except (DynadepthError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        return 1
+    return 0
+
+
+def command_line() -> typer.Typer:
+    """Return the command line with the verbs of the runtime and of every plugin."""
+    app = typer.Typer(
+        cls=_Verbs,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_options)
+    commands.register(app)
+    for entry in entry_points(group=_PLUGINS):
+        _add_plugin(app, entry)
+    return app
 
 
 class _Verbs(TyperGroup):
@@ -33,62 +68,19 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(
-    name="dynadepth",
-    cls=_Verbs,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-commands.register(app)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code.
-
-    Args:
-        argv: The arguments after the program's name; those of this process if None.
-
-    Returns:
-        0, 1 for an error that names its cause, 2 for a wrong command line.
-    """
-    for entry in entry_points(group=PLUGIN_GROUP):
-        _add_plugin(entry)
-    try:
-        app(args=None if argv is None else list(argv), prog_name="dynadepth")
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except (DynadepthError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        return 1
-    return 0
-
-
-def _add_plugin(entry: EntryPoint) -> None:
+def _add_plugin(app: typer.Typer, entry: EntryPoint) -> None:
     """Let a plugin add its verbs; one that does not load costs its own verbs only."""
-    if entry.name in _plugins:
-        return
     try:
         entry.load()(app)
-    except Exception as error:  # whatever it is, the other verbs still work
-        owner = (
-            f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
-        )
+    except Exception as error:  # whatever a plugin raises, the other verbs still work
+        owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "another distribution"
         typer.echo(
             f"warning: the commands {entry.value!r} of {owner} do not load "
             f"({type(error).__name__}: {error}); install that distribution again",
             err=True,
         )
-        return
-    _plugins.add(entry.name)
 
 
-# The application is one object for the whole process, so a plugin registers once however often `main` is called.
-_plugins: set[str] = set()
-
-
-@app.callback(invoke_without_command=True)
 def _options(
     *,
     version: Annotated[bool, typer.Option("--version", help="Show the version and leave")] = False,
