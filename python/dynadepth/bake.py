@@ -112,8 +112,8 @@ def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]
         difference = _logit_difference(baked, again.to(baked.device))
         if difference != 0.0:
             raise UnsupportedModelError(
-                f"the model baked with plan {plan_text(plan)} and its reloaded checkpoint differ by {difference:.3g} in "
-                f"their logits; {model.config.model_type} has a per-layer setting that bake does not know"
+                f"the model baked with plan {plan_text(plan)} and its reloaded checkpoint differ by {difference:.3g} "
+                f"in their logits; {model.config.model_type} has a per-layer setting that bake does not know"
             )
         temporary.chmod(0o755)
         if target.exists():

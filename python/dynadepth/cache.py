@@ -99,7 +99,7 @@ class VisitView(Cache):
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
-        layer_idx: int,
+        layer_idx: int,  # noqa: ARG002 - the view knows its slot
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,8 +118,8 @@ class DepthCache(DynamicCache):
     Made by `adopt_cache` from a cache that is still empty. `layers` counts tokens; `slots` holds the states.
 
     Attributes:
-        slots: Key and value states by (layer_idx, visit); only visits that some row makes have one. Each holds states of
-            shape (rows that make the visit, heads, tokens, head width).
+        slots: Key and value states by (layer_idx, visit); only visits that some row makes have one. Each holds
+            states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
     """
 
@@ -145,7 +145,7 @@ class DepthCache(DynamicCache):
             if tensor is not None
         )
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Refuse: only a wrapped model can write here.
 
         Raises:
@@ -254,8 +254,8 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         offloaded = " with offloading" if getattr(cache, "offloading", False) else ""
         raise UnsupportedModelError(
-            f"the cache is a {type(cache).__name__}{offloaded}; a wrapped model runs with a DynamicCache (the default of "
-            "generate) or with use_cache=False"
+            f"the cache is a {type(cache).__name__}{offloaded}; a wrapped model runs with a DynamicCache (the "
+            "default of generate) or with use_cache=False"
         )
     if cache.get_seq_length() > 0:
         raise UnsupportedModelError(

@@ -363,7 +363,7 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask))
 
 
-def _close_scope(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
     leave_scope(module.__dict__[_CONTROLLER])
 
 
@@ -373,8 +373,8 @@ def _mask_from_layer(mask: Any, rows: int, tokens: int, device: torch.device) ->
         return torch.ones(rows, tokens, dtype=torch.bool, device=device)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
         raise UnsupportedModelError(
-            f"the model was given no 2-D attention mask, and its layers a {type(mask).__name__}, from which the padding "
-            "cannot be read; pass attention_mask of shape (batch, tokens)"
+            f"the model was given no 2-D attention mask, and its layers a {type(mask).__name__}, from which the "
+            "padding cannot be read; pass attention_mask of shape (batch, tokens)"
         )
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :tokens]
     real = (

@@ -2,7 +2,7 @@
 
 Each decoder layer's class is swapped for a generated subclass of the same name, whose forward hands the call to the
 scope of the forward pass that is under way. A scope (of a plan, of a sweep) decides; `LayerCall.visit` runs. So the
-family's own forward makes masks and positions, and the layer's own forward does the work: nothing of a family is copied.
+family's own forward makes masks and positions, and the layer's own forward does the work: no family is copied.
 Knows nothing of plans, policies or files.
 """
 
@@ -164,7 +164,7 @@ def _routed_forward(
             "call the model itself, or unwrap_model(model) first"
         )
     signature = _signature_of(base)
-    arguments = dict(zip(signature.names, args))
+    arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
     hidden_states = arguments.pop(signature.names[0])
     return scope.run(

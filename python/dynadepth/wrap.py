@@ -30,8 +30,8 @@ def wrap_model(
 ) -> Any:
     """Give a causal language model a dynamic depth; its weights, names and classes stay as they are.
 
-    Everything is checked before the model is touched. Inside, each prompt is planned once, from its own tokens; the plan
-    is kept on the cache. `unwrap_model` takes all of it off again.
+    Everything is checked before the model is touched. Inside, each prompt is planned once, from its own tokens; the
+    plan is kept on the cache. `unwrap_model` takes all of it off again.
 
     Args:
         model: A supported transformers causal language model.
