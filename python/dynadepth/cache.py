@@ -55,10 +55,10 @@ class _SlidingTokenCounter(_TokenCounter):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int) -> None:
+    def __init__(self, sliding_window: int, *, record_past: bool) -> None:
         super().__init__()
         self.sliding_window = sliding_window
-        self.record_past = False
+        self.record_past = record_past
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -268,18 +268,19 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
             f"{', '.join(cls.__name__ for cls in _SLOT_CLASSES)}"
         )
     cache.__class__ = DepthCache
-    counters = []
+    counters: list[_TokenCounter] = []
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            counter: _TokenCounter = _SlidingTokenCounter(layer.sliding_window)
-            counter.record_past = layer.record_past  # type: ignore[attr-defined]
+            counters.append(
+                _SlidingTokenCounter(layer.sliding_window, record_past=layer.record_past)
+            )
         else:
-            counter = _TokenCounter()
-        counters.append(counter)
+            counters.append(_TokenCounter())
     # A cache made without a config starts with no layers and grows full-attention ones.
     counters.extend(_TokenCounter() for _ in range(num_layers - len(counters)))
     cache.layers = counters
     cache.layer_class_to_replicate = None
     cache.slots = {}
     cache.row_plans = None
-    return cache  # type: ignore[return-value]
+    adopted: DepthCache = cache
+    return adopted

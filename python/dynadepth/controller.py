@@ -160,23 +160,22 @@ class Controller:
 
     def start(self, num_rows: int, cache: DepthCache | None) -> RowPlans:
         """Return the plans of a batch as far as they are known before its first layer."""
-        if cache is not None and cache.row_plans is not None:
-            known: RowPlans | None = cache.row_plans
-        else:
-            frames = self._frames()
-            generation = next((frame for frame in frames if frame.in_generate), None)
-            known = generation.row_plans if generation is not None and cache is None else None
-            if known is None:
-                known = self._fresh_plans(num_rows, frames)
-                if generation is not None and cache is None:
-                    generation.row_plans = known
+        frames = self._frames()
+        # Without a cache, only `generate` knows that a longer input is the same prompt again.
+        generation = (
+            next((frame for frame in frames if frame.in_generate), None) if cache is None else None
+        )
+        keeper = cache if cache is not None else generation
+        known = keeper.row_plans if keeper is not None else None
+        if known is None:
+            known = self._fresh_plans(num_rows, frames)
         if known.num_rows != num_rows:
             raise PlanError(
                 f"the cache holds {known.num_rows} planned rows, but the batch has {num_rows}; "
                 "a cache goes on with the sequences it began with"
             )
-        if cache is not None:
-            cache.row_plans = known
+        if keeper is not None:
+            keeper.row_plans = known
         return known
 
     def _fresh_plans(self, num_rows: int, frames: list[_Frame]) -> RowPlans:
@@ -305,8 +304,9 @@ class PlanScope:
     """
 
     def __init__(self, owner: Controller, attention_mask: torch.Tensor | None) -> None:
-        self.owner = owner
+        self.owner: object = owner
         self.outer: Scope | None = None
+        self._controller = owner
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         self._cache: DepthCache | None = None
@@ -323,7 +323,9 @@ class PlanScope:
         if plans is None:
             plans = self._plans = self._begin(call)
         if layer_idx >= plans.num_decided:
-            self.owner.decide(plans, layer_idx, states, self.owner.prompt_mask(self, call))
+            self._controller.decide(
+                plans, layer_idx, states, self._controller.prompt_mask(self, call)
+            )
         cache, num_rows = self._cache, plans.num_rows
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -350,8 +352,8 @@ class PlanScope:
                 "expected (batch, tokens, hidden)"
             )
         if call.cache is not None:
-            self._cache = adopt_cache(call.cache, self.owner.num_layers)
-        return self.owner.start(states.shape[0], self._cache)
+            self._cache = adopt_cache(call.cache, self._controller.num_layers)
+        return self._controller.start(states.shape[0], self._cache)
 
 
 # Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the

@@ -175,12 +175,12 @@ def _routed_forward(
 
 
 @cache
-def _signature_of(base: type[nn.Module]) -> LayerSignature:
+def _signature_of(base: Any) -> LayerSignature:
     return layer_signature(base.forward)
 
 
 @cache
-def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
+def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,8 @@ def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "_dynadepth_base": base,
     }
-    return type(base.__name__, (base,), attributes)
+    routed: type[nn.Module] = type(base.__name__, (base,), attributes)
+    return routed
 
 
 def is_installed(stack: LayerStack) -> bool:

@@ -30,7 +30,8 @@ class _TeacherPolicy(Policy):
         self._plans, self._num_windows = plans, num_windows
 
     def initial_plans(self, num_rows: int) -> Plans:
-        return self._plans[:num_rows].copy()
+        plans: Plans = self._plans[:num_rows].copy()
+        return plans
 
     def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
         means = window_means(hidden_states, prompt_mask, self._num_windows)

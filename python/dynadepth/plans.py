@@ -91,7 +91,9 @@ def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> 
             "give one action for each layer"
         )
     if num_rows is not None and rows.shape[0] != num_rows:
-        raise PlanError(f"{rows.shape[0]} plans were given for {num_rows} rows; give one plan for each row")
+        raise PlanError(
+            f"{rows.shape[0]} plans were given for {num_rows} rows; give one plan for each row"
+        )
     if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= NUM_ACTIONS):
         row, layer = np.argwhere((rows < 0) | (rows >= NUM_ACTIONS))[0]
         raise PlanError(
@@ -100,8 +102,11 @@ def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> 
         )
     empty = np.flatnonzero(rows.sum(axis=1) == 0)
     if empty.size:
-        raise PlanError(f"plan {empty[0]} skips all {num_layers} layers; at least one layer must run")
-    return rows.astype(np.uint8)
+        raise PlanError(
+            f"plan {empty[0]} skips all {num_layers} layers; at least one layer must run"
+        )
+    checked: Plans = rows.astype(np.uint8)
+    return checked
 
 
 def plan_depth(plans: Any) -> npt.NDArray[np.float64]:
@@ -155,4 +160,5 @@ def parse_plan(text: str, num_layers: int) -> Plans:
             f"plan {text!r} cannot be read; expected {num_layers} digits, one for each layer: "
             "0 skips, 1 executes, 2 repeats"
         )
-    return check_plans([int(character) for character in text], num_layers)[0]
+    plan: Plans = check_plans([int(character) for character in text], num_layers)[0]
+    return plan

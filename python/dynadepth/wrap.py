@@ -88,12 +88,7 @@ def wrap_model(
             "another library has replaced this model's generate; remove that before wrapping"
         )
     protected = _check_protect(protect, stack)
-    if max_depth is not None and not (
-        isinstance(max_depth, (int, float)) and 1 <= max_depth < math.inf
-    ):
-        raise ConfigError(
-            f"max_depth is {max_depth!r}; expected a number of at least 1 (1 allows no deeper prompt)"
-        )
+    _check_max_depth(max_depth)
 
     if budget is not None:
         loaded = _resolve_routers(model, routers)
@@ -170,7 +165,16 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         return type(model).generate(model, *args, **kwargs)
 
 
-def _check_protect(protect: Iterable[int], stack: LayerStack) -> tuple[int, ...]:
+def _check_max_depth(max_depth: object) -> None:
+    if max_depth is None:
+        return
+    if not isinstance(max_depth, (int, float)) or not 1 <= max_depth < math.inf:
+        raise ConfigError(
+            f"max_depth is {max_depth!r}; expected a number of at least 1 (1 takes all repeats away)"
+        )
+
+
+def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]:
     layers = tuple(protect)
     for layer in layers:
         if (

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from dynadepth.bake import bake
+from dynadepth.baking import bake
 
 Mode = Literal["full", "steps", "chunks"]
 MODES: tuple[Mode, ...] = ("full", "steps", "chunks")

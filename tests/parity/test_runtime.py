@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.bake import bake
+from dynadepth.baking import bake
 from dynadepth.plans import identity_plan
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.bake import bake
+from dynadepth.baking import bake
 from dynadepth.plans import identity_plan
 from dynadepth_search.prompts import prompt_text
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example
 from tests.tiny import tiny_model
-from tests.tiny_folder import tiny_tokenizer
+from tests.tiny_text import word_tokenizer
 
 TOLERANCE = 1e-9
+BAKED = {}
+TABLES = {}
 NUM_LAYERS = 4
 CHOICES = [
     # Answers that share their beginning, one that begins another, one of one token, a long prompt.
@@ -21,14 +23,23 @@ CHOICES = [
     Example("Line\n", ("up", "upon it all"), 0),
     Example("x", ("one two three", "one two", "four", "five"), 3),
 ]
-COMPLETIONS = [Example("a b c d", completion="e f"), Example("Say", completion="x"), Example("p\n", completion="qrs")]
+COMPLETIONS = [
+    Example("a b c d", completion="e f"),
+    Example("Say", completion="x"),
+    Example("p\n", completion="qrs"),
+]
 PROMPTS = [Example("Once upon a time"), Example("x"), Example("def main(): return")]
 
 
 def reference_log_probs(model, plan, ids):
-    with torch.no_grad():
-        logits = bake(model, plan)(torch.tensor([ids])).logits[0]
-    return torch.log_softmax(logits.double(), dim=-1)
+    plan_key, key = (id(model), bytes(plan)), (id(model), bytes(plan), tuple(ids))
+    if plan_key not in BAKED:
+        BAKED[plan_key] = bake(model, plan)
+    if key not in TABLES:
+        with torch.no_grad():
+            logits = BAKED[plan_key](torch.tensor([ids])).logits[0]
+        TABLES[key] = torch.log_softmax(logits.double(), dim=-1)
+    return TABLES[key]
 
 
 def ids_of(tokenizer, text, answer):
@@ -58,10 +69,10 @@ def pairs(examples, *, seed=0, count=30):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_tokenizer()
+    return word_tokenizer(bos=True)
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
 def model(request):
     return tiny_model(request.param, num_layers=NUM_LAYERS)
 
@@ -100,7 +111,9 @@ def test_completions(model, tokenizer, limits):
     # What the model itself would say, so that greedy decoding is right for some plan.
     prompt = tokenizer("a b c d")["input_ids"]
     said = [int(reference_log_probs(model, identity_plan(NUM_LAYERS), prompt)[-1].argmax())]
-    said.append(int(reference_log_probs(model, identity_plan(NUM_LAYERS), prompt + said)[-1].argmax()))
+    said.append(
+        int(reference_log_probs(model, identity_plan(NUM_LAYERS), prompt + said)[-1].argmax())
+    )
     own = tokenizer.decode(said)
     examples = list(COMPLETIONS)
     if own.startswith(" "):
@@ -132,7 +145,9 @@ def test_prompts_alone(model, tokenizer, limits):
 def check_next_token(out, n, model, plan, prompt):
     base = reference_log_probs(model, identity_plan(NUM_LAYERS), prompt)[-1]
     given = reference_log_probs(model, plan, prompt)[-1]
-    assert out.preserve[n] == pytest.approx(-float((base.exp() * (base - given)).sum()), abs=TOLERANCE)
+    assert out.preserve[n] == pytest.approx(
+        -float((base.exp() * (base - given)).sum()), abs=TOLERANCE
+    )
     assert out.answer[n] == int(given.argmax())
     assert out.agrees[n] == (int(given.argmax()) == int(base.argmax()))
 

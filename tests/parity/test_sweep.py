@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadepth.bake import bake
+from dynadepth.baking import bake
 from dynadepth.errors import PlanError, WrapError
 from dynadepth.features import block_influence, prompt_features
 from dynadepth.sweep import Sweeper
