@@ -1,0 +1,120 @@
+"""The static front: nested plans for all prompts, and how one penalty walks along them.
+
+Owns the check of a front, the static part b of the policy's logits that reproduces it, and its exact budgets. Knows
+nothing of routers or of how a front is found.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynadepth.budget import Calibration
+from dynadepth.errors import ConfigError, PlanError
+from dynadepth.plans import EXECUTE, NUM_ACTIONS, REPEAT, SKIP, check_plans, plan_depth
+
+__all__ = ["front_bias", "front_calibration", "removed_layers"]
+
+# The front's thresholds span this many times the spread of the routers' logits: with s = 1 a prompt that is one spread
+# away from the mean moves a quarter of the front, with s = 1/4 a sixteenth.
+_FRONT_SPAN = 4.0
+
+
+def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
+    """Return the static part b of the policy's logits, which alone walks the static front as the penalty grows.
+
+    The k-th of K layers that the front removes is skipped once lambda reaches `4 scale k / K`; the layers that it
+    never removes follow together, one `scale` after its last. With lambda >= 0 and s = 0 REPEAT never wins: it stands
+    half the front's span below EXECUTE, so a prompt needs strong evidence for it. Only the order matters while s = 0;
+    the spacing says how many neighbours on the front a prompt may trade when s > 0.
+
+    Args:
+        front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
+            (K + 1, num_layers), uint8.
+        scale: Spread over prompts of the routers' centred logits; see `logit_scale`.
+
+    Returns:
+        b. Shape (num_layers, 3), float32; 0 for EXECUTE.
+
+    Raises:
+        PlanError: The plans are no such front.
+        ConfigError: A scale that is not positive and finite.
+    """
+    removed = removed_layers(front)
+    if not 0.0 < scale < float("inf"):
+        raise ConfigError(
+            f"the scale of the front's thresholds is {scale}; expected a positive finite number"
+        )
+    bias = torch.zeros(np.asarray(front).shape[1], NUM_ACTIONS, dtype=torch.float64)
+    bias[:, REPEAT] = -_FRONT_SPAN * scale / 2
+    bias[:, SKIP] = -scale * (_FRONT_SPAN + 1.0 if removed else 1.0)
+    for step, layer_idx in enumerate(removed, start=1):
+        bias[layer_idx, SKIP] = -_FRONT_SPAN * scale * step / len(removed)
+    return bias.to(torch.float32)
+
+
+def front_calibration(front: Any, bias: Tensor) -> Calibration:
+    """Return the exact table of a policy with shrinkage 0: one entry for each plan of the front.
+
+    Args:
+        front: As in `front_bias`.
+        bias: What `front_bias` returned for it.
+
+    Returns:
+        Penalties midway between the thresholds, and the plans' depths; accepts the budgets between the front's ends.
+
+    Raises:
+        PlanError: The plans are no front.
+    """
+    removed = removed_layers(front)
+    depths = plan_depth(front)
+    thresholds = [0.0, *(-float(bias[layer_idx, SKIP]) for layer_idx in removed)]
+    never = [
+        -float(value) for layer_idx, value in enumerate(bias[:, SKIP]) if layer_idx not in removed
+    ]
+    thresholds.append(min(never, default=thresholds[-1] + 1.0))
+    lambdas = [(low + high) / 2 for low, high in pairwise(thresholds)]
+    return Calibration(
+        lambdas=tuple(lambdas[::-1]),
+        depths=tuple(float(depth) for depth in depths[::-1]),
+        lowest=float(depths[-1]),
+        highest=float(depths[0]),
+    )
+
+
+def removed_layers(front: Any) -> list[int]:
+    """Return the layers that a front skips, in its order, having checked that it is a front.
+
+    Args:
+        front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
+            (plans, num_layers), whole numbers.
+
+    Returns:
+        One layer for each plan after the first.
+
+    Raises:
+        PlanError: The plans are no such front.
+    """
+    given = np.asarray(front)
+    if given.ndim != 2 or given.shape[0] == 0:
+        raise PlanError(
+            f"a static front is an array of shape {given.shape}; expected plans of shape (plans, num_layers), the "
+            "identity plan first"
+        )
+    rows = check_plans(given, given.shape[1])
+    removed: list[int] = []
+    if (rows[0] != int(EXECUTE)).any():
+        raise PlanError(
+            "a static front starts with a plan that edits layers; expected the identity plan first"
+        )
+    for step, (before, after) in enumerate(pairwise(rows), start=1):
+        changed = np.flatnonzero(before != after)
+        if len(changed) != 1 or after[changed[0]] != int(SKIP):
+            raise PlanError(
+                f"plan {step} of a static front changes layers {changed.tolist()}; expected exactly one layer more "
+                "skipped than in the plan before"
+            )
+        removed.append(int(changed[0]))
+    return removed

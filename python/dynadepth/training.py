@@ -1,0 +1,323 @@
+"""Training of routers on cached features: arrays in, weights out.
+
+Owns the loss and one batched loop that trains the routers of all layers together. Knows
+nothing of models, labels on disk or budgets; a base model is never run here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynadepth.config import RouterConfig, TrainConfig
+from dynadepth.errors import ConfigError
+from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
+from dynadepth.routers import Bottleneck, RouterHeads
+
+__all__ = ["centre_heads", "effective_number_weights", "focal_loss", "train_heads"]
+
+# A dimension that varies by less than this share of its size is rounding noise of half precision.
+_SMALLEST_SPREAD = 1e-3
+# Elements of the features that are copied at a time: 16 M are 64 MB.
+_BLOCK = 1 << 24
+_CONSTANT_STEPS = 200
+
+
+def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
+    """Return the weight of each class from how often it occurs.
+
+    Args:
+        counts: Labels of each class. Shape (classes,), whole numbers.
+        beta: 0 weighs all classes alike; towards 1 the weights become inverse frequencies.
+
+    Returns:
+        Weights that sum to the number of classes that occur; 0 for one that does not. Shape (classes,), float32.
+
+    Source:
+        Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", equation 4.
+
+    Example:
+        >>> effective_number_weights(torch.tensor([5, 5, 0]), 0.999)
+        tensor([1., 1., 0.])
+    """
+    number = counts.to(torch.float64)
+    present = number > 0
+    effective = (1.0 - beta**number) / (1.0 - beta)
+    weights = torch.where(present, 1.0 / effective.clamp(min=1e-12), 0.0)
+    return (weights * present.sum() / weights.sum()).to(torch.float32)
+
+
+def focal_loss(logits: Tensor, actions: Tensor, *, gamma: float, weights: Tensor) -> Tensor:
+    """Return the focal loss of each decision.
+
+    Args:
+        logits: Shape (..., 3), float32.
+        actions: The labels. Shape (...), int64.
+        gamma: How much easy decisions count less; 0 gives the weighted cross-entropy.
+        weights: Weight of each action. Shape (3,), float32.
+
+    Returns:
+        `-w_y (1 - p_y)^gamma log p_y`. Shape (...), float32.
+
+    Source:
+        Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5.
+    """
+    log_probs = functional.log_softmax(logits, dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    # expm1 keeps the gradient of an almost certain decision finite for gamma below 1.
+    miss = (-torch.expm1(log_probs)).clamp(min=1e-12)
+    return -weights[actions] * miss**gamma * log_probs
+
+
+@torch.enable_grad()
+def train_heads(
+    features: Tensor,
+    actions: Any,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> RouterHeads:
+    """Train the routers of all layers on cached features.
+
+    The layers share nothing but the order of the prompts: each is trained as if alone, all of them in one batched
+    product, on the device of the features. The same seed gives the same weights on one machine and build.
+
+    Args:
+        features: Views of the states entering each layer. Shape (prompts, num_layers, views, hidden), float32; views
+            beyond `config.num_views` (the last token's state, for a preset without it) are not read.
+        actions: The labelled action of each layer. Shape (prompts, num_layers), whole numbers 0 to 2.
+        config: Shape of the routers.
+        training: The recipe.
+        seed: Of the initial weights, the held-out prompts and the order.
+        progress: Called as `progress(epoch, epochs)` after each epoch.
+
+    Returns:
+        The routers, without gradients, on the features' device.
+
+    Raises:
+        ConfigError: Features of another shape or dtype, not finite, or fewer than two prompts.
+        PlanError: Actions of another shape or out of range.
+    """
+    labels = _checked_labels(features, actions, config).to(features.device)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(features))
+    count = round(training.held_out * len(features))
+    held_out, used = np.sort(order[:count]), np.sort(order[count:])
+
+    counts = torch.bincount(labels[used].flatten(), minlength=NUM_ACTIONS)
+    weights = effective_number_weights(counts, training.class_balance)
+    mean, scale = _spread(features, used, config, enabled=training.standardise)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    parameters = _initial_parameters(config, generator)
+    if training.held_out > 0:
+        # Learning starts at the best constant, so that any epoch which beats it has learnt from the features.
+        for name in [name for name in parameters if ".second_" in name]:
+            parameters[name] = torch.zeros_like(parameters[name])
+        parameters["windows.second_bias"] = _best_constant(
+            labels[used].cpu(), weights.cpu(), training.focal_gamma
+        )
+    for name, tensor in parameters.items():
+        parameters[name] = tensor.to(features.device).requires_grad_()
+    trained = _heads(config, parameters)
+
+    def losses(prompts: Any) -> Tensor:
+        """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
+        picked = (features[prompts][:, :, : config.num_views] - mean) * scale
+        loss = focal_loss(
+            trained.all_logits(picked), labels[prompts], gamma=training.focal_gamma, weights=weights
+        )
+        return loss.mean(dim=0)
+
+    tensors = list(parameters.values())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in tensors if p.dim() == 3], "weight_decay": training.weight_decay},
+            {"params": [p for p in tensors if p.dim() < 3], "weight_decay": 0.0},
+        ],
+        lr=training.learning_rate,
+    )
+    steps = training.epochs * math.ceil(len(used) / training.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate(step, steps, training)
+    )
+    best = _BestEpoch(tensors, config.num_layers)
+    for epoch in range(training.epochs):
+        if count:
+            best.offer(_mean_losses(losses, held_out, training.batch_size))
+        shuffled = rng.permutation(used)
+        for start in range(0, len(shuffled), training.batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            losses(np.sort(shuffled[start : start + training.batch_size])).sum().backward()
+            optimizer.step()
+            schedule.step()
+        if progress is not None:
+            progress(epoch + 1, training.epochs)
+    if count:
+        best.offer(_mean_losses(losses, held_out, training.batch_size))
+        best.restore()
+    result = _heads(config, _without_scaling(parameters, mean, scale, config))
+    return centre_heads(result, features) if training.centre else result
+
+
+@torch.no_grad()
+def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
+    """Subtract from the logits of every layer their mean over some prompts.
+
+    Args:
+        heads: The routers.
+        features: As `train_heads` takes them.
+
+    Returns:
+        Routers whose logits have mean zero over these prompts for every layer and action: the mean is folded into the
+        last bias, so they say only how a prompt differs from the others.
+    """
+    total = torch.zeros(
+        heads.config.num_layers, NUM_ACTIONS, dtype=torch.float64, device=features.device
+    )
+    for block in features.split(_prompts_of_a_block(features)):
+        total += heads.all_logits(block).to(torch.float64).sum(dim=0)
+    tensors = dict(heads.state_dict())
+    mean = (total / len(features)).to(torch.float32)
+    tensors["windows.second_bias"] = tensors["windows.second_bias"] - mean
+    return RouterHeads.from_state_dict(heads.config, tensors)
+
+
+class _BestEpoch:
+    """For each layer, the weights of the epoch with the lowest loss on held-out prompts."""
+
+    def __init__(self, tensors: list[Tensor], num_layers: int) -> None:
+        self._tensors = tensors
+        self._kept = [tensor.detach().clone() for tensor in tensors]
+        self._loss = torch.full((num_layers,), math.inf, device=tensors[0].device)
+
+    def offer(self, loss: Tensor) -> None:
+        better = loss < self._loss
+        self._loss = torch.where(better, loss, self._loss)
+        for kept, tensor in zip(self._kept, self._tensors, strict=True):
+            kept[better] = tensor.detach()[better]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for kept, tensor in zip(self._kept, self._tensors, strict=True):
+                tensor.copy_(kept)
+
+
+def _checked_labels(features: Tensor, actions: Any, config: RouterConfig) -> Tensor:
+    shape = (config.num_layers, config.num_views, config.hidden_size)
+    fits = features.dim() == 4 and features.dtype == torch.float32
+    fits = fits and (features.shape[1], features.shape[3]) == (shape[0], shape[2])
+    if not fits or features.shape[2] < shape[1]:
+        raise ConfigError(
+            f"features are {features.dtype} of shape {tuple(features.shape)}; expected torch.float32 of shape "
+            f"(prompts, {shape[0]}, {shape[1]} views or more, {shape[2]}) for these routers"
+        )
+    if len(features) < 2:
+        raise ConfigError(
+            f"{len(features)} prompts were given to train routers; expected 2 or more"
+        )
+    finite = torch.stack([torch.isfinite(row).all() for row in features])
+    if not bool(finite.all()):
+        raise ConfigError(
+            f"the features of prompt {int((~finite).nonzero()[0])} are not finite; the base model overflows on it: "
+            "compute features in a wider dtype, or leave the prompt out"
+        )
+    plans = check_plans(actions, config.num_layers, num_rows=len(features))
+    return torch.from_numpy(plans.astype(np.int64))
+
+
+def _rate(step: int, steps: int, training: TrainConfig) -> float:
+    """Return the share of the peak rate at a step: linear warm-up, then half a cosine."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def _prompts_of_a_block(features: Tensor) -> int:
+    return max(1, _BLOCK // max(1, features[0].numel()))
+
+
+@torch.no_grad()
+def _mean_losses(losses: Callable[[Plans], Tensor], prompts: Any, batch_size: int) -> Tensor:
+    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    return torch.stack([losses(part) * len(part) for part in parts]).sum(dim=0) / len(prompts)
+
+
+def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return weights and biases uniform within 1 / sqrt(inputs), as torch's own linear layers start."""
+    parameters = {}
+    for name, shape in RouterHeads.expected_shapes(config).items():
+        inputs = config.hidden_size if ".first_" in name else config.bottleneck
+        uniform = torch.rand(shape, generator=generator) * 2.0 - 1.0
+        parameters[name] = uniform / math.sqrt(inputs)
+    return parameters
+
+
+def _best_constant(labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    """Return the constant logits of lowest focal loss for each layer. Shape (num_layers, 3), float32."""
+    # Half a label of each action keeps the optimum finite for an action that a layer never has.
+    share = (functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) + 0.5) / (len(labels) + 1.5)
+    actions = torch.arange(NUM_ACTIONS).expand(labels.shape[1], NUM_ACTIONS)
+    logits = torch.log(share).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(_CONSTANT_STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        every = logits.unsqueeze(1).expand(-1, NUM_ACTIONS, -1)
+        (share * focal_loss(every, actions, gamma=gamma, weights=weights)).sum().backward()
+        optimizer.step()
+    return logits.detach()
+
+
+def _spread(
+    features: Tensor, prompts: Any, config: RouterConfig, *, enabled: bool
+) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse spread of every dimension, equal for all windows. Shapes (num_layers, views, hidden)."""
+    shape = (config.num_layers, config.num_views, config.hidden_size)
+    mean = torch.zeros(shape, device=features.device)
+    scale = torch.ones(shape, device=features.device)
+    if not enabled:
+        return mean, scale
+    groups = [slice(0, config.num_windows)]
+    if config.last_token:
+        groups.append(slice(config.num_windows, config.num_views))
+    for layer_idx in range(config.num_layers):
+        picked = features[:, layer_idx][prompts].to(torch.float64)
+        for group in groups:
+            values = picked[:, group].flatten(0, 1)
+            size = values.square().mean(dim=0).sqrt()
+            spread = values.std(dim=0, correction=0)
+            flat = spread <= _SMALLEST_SPREAD * size
+            mean[layer_idx, group] = values.mean(dim=0).to(torch.float32)
+            scale[layer_idx, group] = torch.where(flat, 0.0, 1.0 / spread).to(torch.float32)
+    return mean, scale
+
+
+def _without_scaling(
+    parameters: Mapping[str, Tensor], mean: Tensor, scale: Tensor, config: RouterConfig
+) -> dict[str, Tensor]:
+    """Return weights that do on raw features what the given ones do on scaled features."""
+    folded = {name: tensor.detach() for name, tensor in parameters.items()}
+    for part, view in (("windows", 0), ("last", config.num_windows)):
+        weight = folded.get(f"{part}.first_weight")
+        if weight is None:
+            continue
+        wide = weight.to(torch.float64) * scale[:, view].to(torch.float64).unsqueeze(2)
+        shift = torch.einsum("ld,ldh->lh", mean[:, view].to(torch.float64), wide)
+        folded[f"{part}.first_weight"] = wide.to(torch.float32)
+        folded[f"{part}.first_bias"] = (folded[f"{part}.first_bias"] - shift).to(torch.float32)
+    return folded
+
+
+def _heads(config: RouterConfig, parameters: Mapping[str, Tensor]) -> RouterHeads:
+    """Return routers over these very tensors, gradients included."""
+
+    def part(prefix: str) -> Bottleneck:
+        named = {name.split(".")[1]: t for name, t in parameters.items() if name.startswith(prefix)}
+        return Bottleneck(**named)
+
+    return RouterHeads(config, part("windows."), part("last.") if config.last_token else None)
