@@ -152,7 +152,7 @@ _SEAT = "_dynadepth_seat"
 
 
 def _routed_forward(
-    layer: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     seat: _Seat = layer.__dict__[_SEAT]
     scope = _SCOPE.get()
@@ -215,6 +215,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
         WrapError: An executor is there already, or another library has replaced a layer's forward.
         UnsupportedModelError: A layer's forward has no known cache or mask argument.
     """
+    classes: list[Any] = [type(layer) for layer in stack.layers]
     for layer_idx, layer in enumerate(stack.layers):
         if _SEAT in layer.__dict__ or hasattr(type(layer), "_dynadepth_base"):
             raise WrapError(
@@ -225,10 +226,10 @@ def install_executor(stack: LayerStack, owner: object) -> None:
                 f"the forward of decoder layer {layer_idx} ({type(layer).__name__}) was replaced by another library; "
                 "remove that change before wrapping, or its effect would be lost in silence"
             )
-        _signature_of(type(layer))
+        _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
         layer.__dict__[_SEAT] = _Seat(layer_idx, owner)
-        _set_class(layer, _routed_class(type(layer)))
+        _set_class(layer, _routed_class(classes[layer_idx]))
 
 
 def remove_executor(stack: LayerStack) -> None:
