@@ -16,6 +16,7 @@ __all__ = [
     "Interval",
     "Mixture",
     "best_under_depth",
+    "bracket_depth",
     "concave_hull",
     "mean_interval",
     "mix_to_depth",
@@ -239,19 +240,36 @@ def mix_to_depth(depths: Any, qualities: Any, depth: float) -> Mixture:
         >>> mix_to_depth([1.0, 0.8], [0.0, -1.0], 0.9).weight
         0.5
     """
-    hull = concave_hull(depths, qualities)
-    knots = np.asarray(depths, dtype=np.float64)[hull]
+    return bracket_depth(depths, depth, concave_hull(depths, qualities))
+
+
+def bracket_depth(depths: Any, depth: float, among: Any) -> Mixture:
+    """Return the mixture of the two plans that are nearest to a mean depth from below and from above.
+
+    Args:
+        depths: Of each plan. Shape (plans,).
+        depth: Mean depth wanted.
+        among: Indices of the plans to take, their depths rising. Shape (taken,).
+
+    Returns:
+        The two neighbours and their odds.
+
+    Raises:
+        BudgetError: The depth lies outside the depths of these plans.
+    """
+    taken = np.asarray(among, dtype=np.int64)
+    knots = np.asarray(depths, dtype=np.float64)[taken]
     # A mean over prompts is not exact to the last bit.
     slack = 1e-9
-    if not (hull.size and knots[0] - slack <= depth <= knots[-1] + slack):
-        reach = f"from {knots[0]:.4f} to {knots[-1]:.4f}" if hull.size else "of no depth at all"
+    if not (taken.size and knots[0] - slack <= depth <= knots[-1] + slack):
+        reach = f"from {knots[0]:.4f} to {knots[-1]:.4f}" if taken.size else "of no depth at all"
         raise BudgetError(f"no mixture has mean depth {depth}; the static plans are {reach}")
     wanted = float(np.clip(depth, knots[0], knots[-1]))
     right = int(np.searchsorted(knots, wanted))
-    high = int(hull[right])
+    high = int(taken[right])
     if knots[right] == wanted:
         return Mixture(low=high, high=high, weight=1.0, depth=wanted)
-    low = int(hull[right - 1])
+    low = int(taken[right - 1])
     weight = float((wanted - knots[right - 1]) / (knots[right] - knots[right - 1]))
     return Mixture(low=low, high=high, weight=weight, depth=wanted)
 

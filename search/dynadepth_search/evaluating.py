@@ -1,0 +1,310 @@
+"""Evaluation on held-out prompts: the routed model against everything that does not look at the prompt.
+
+Plans come from the real runtime, outcomes from the sweep, and a sample is scored both ways. Owns
+`evaluation.json`. Knows nothing of how routers are trained or reports are drawn.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from dynadepth import __version__
+from dynadepth.checkpoint import Routers
+from dynadepth.errors import BudgetError, ConfigError, TaskError
+from dynadepth.files import read_json, write_json_atomic
+from dynadepth.fingerprint import fingerprint, fingerprint_digest
+from dynadepth.plans import plan_text
+from dynadepth_search.baselines import mean_influence
+from dynadepth_search.contest import Compared, Contest, Entrant, Front
+from dynadepth_search.figures import action_shares, figures_of, findings
+from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
+from dynadepth_search.outcomes import score_plans
+from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.tasks import Task
+
+__all__ = ["EVALUATION_NAME", "EvaluationConfig", "evaluate", "read_evaluation"]
+
+EVALUATION_NAME = "evaluation.json"
+SCHEMA_VERSION = 1
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How an evaluation is done.
+
+    Args:
+        budgets: Mean depths asked of the routed model.
+        seed: Of random plans and of resampling.
+        random_draws: Draws of random plans for each budget, whose mean is reported.
+        batch_size: Prompts of one forward while they are planned.
+        timing_prompts: Prompts whose prefill is timed.
+        timing_rounds: Rounds of that.
+        check_prompts: Prompts scored by the wrapped model as well.
+    """
+
+    budgets: tuple[float, ...] = (0.9, 0.85, 0.8)
+    seed: int = 0
+    random_draws: int = 5
+    batch_size: int = 16
+    timing_prompts: int = 8
+    timing_rounds: int = 5
+    check_prompts: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ConfigError("no budgets to evaluate; give one or more mean depths")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError(f"budgets {list(self.budgets)} name one twice; give each once")
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    heldout: Task,
+    train: Task,
+    routers: Routers,
+    front: Front,
+    objective: str,
+    folder: str | os.PathLike[str],
+    presets: Mapping[str, Routers] | None = None,
+    config: EvaluationConfig | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate routers on prompts that took no part in search, training or calibration.
+
+    Every prompt that was scored is kept in `folder`, so that an interrupted evaluation goes on;
+    then `evaluation.json` is written there.
+
+    Args:
+        model: The unwrapped base model; it is left as it was.
+        tokenizer: Of the base model.
+        heldout: The prompts to evaluate on.
+        train: The prompts that the routers were trained on; ShortGPT's influence is measured on
+            them.
+        routers: What is evaluated.
+        front: Static plans found on the training prompts.
+        objective: Its reward is the headline: `preserve` or `reward`.
+        folder: Where the results go.
+        presets: Other routers to compare, by name.
+        config: How it is done.
+        progress: Called with what goes on, how much of it is done, and of how much.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        BudgetError: A budget is out of the routers' range.
+        ConfigError: The objective is unknown, or needs labels that the task does not have.
+        TaskError: A held-out prompt is also a training prompt.
+    """
+    settings = config or EvaluationConfig()
+    headline = check_objective(objective)
+    if headline == "reward" and heldout.kind == "prompt":
+        raise ConfigError(
+            f"task {heldout.name!r} has prompts alone, but objective 'reward' needs answers; "
+            "use objective 'preserve'"
+        )
+    _check_apart(train, heldout)
+    for budget in settings.budgets:
+        routers.calibration.penalty_for(budget)
+    started = time.perf_counter()
+    scorer = Scorer(model, tokenizer, heldout.scoring)
+    entrants, arguments, notes = _plan(
+        model, scorer, heldout, {"routed": routers, **(presets or {})}, settings, progress
+    )
+    progress("measuring block influence", 0, 1)
+    contest = Contest(
+        entrants=entrants,
+        front=front,
+        influence=mean_influence(model, _batches(scorer, train, settings.batch_size)),
+        num_prompts=len(heldout.examples),
+        random_draws=settings.random_draws,
+        seed=settings.seed,
+    )
+    progress("measuring block influence", 1, 1)
+    table = score_plans(
+        scorer,
+        heldout,
+        contest.sets,
+        Path(folder) / "outcomes.jsonl",
+        spec=fingerprint_digest(fingerprint(model)),
+        progress=lambda done, total: progress("scoring held-out prompts", done, total),
+    )
+    compared = list(contest.compared(table, headline))
+    times, base_milliseconds = _time(
+        model, scorer, heldout, compared, arguments, settings, progress
+    )
+    base = compared[0].run
+    policies = [
+        figures_of(item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name))
+        for item in compared
+    ]
+    checks = {
+        entrant.name: check_runtime(
+            model,
+            scorer,
+            heldout.examples[: settings.check_prompts],
+            entrant.plans[: settings.check_prompts],
+            **arguments[entrant.name],
+        ).to_dict()
+        for entrant in entrants
+        if entrant.kind == "routed"
+    }
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": str(model.config.name_or_path),
+        "task": {
+            "name": heldout.name,
+            "kind": heldout.kind,
+            "scoring": heldout.scoring,
+            "sha256": heldout.sha256,
+            "heldout_prompts": len(heldout.examples),
+            "train_prompts": len(train.examples),
+        },
+        "headline": headline,
+        "num_layers": scorer.num_layers,
+        "config": asdict(settings) | {"budgets": list(settings.budgets)},
+        "routers": {
+            "preset": routers.config.preset,
+            "shrinkage": routers.shrinkage,
+            "range": list(routers.calibration.range),
+        },
+        "policies": policies,
+        "findings": [*findings(policies, headline), *notes, *contest.notes],
+        "actions": {
+            entrant.name: action_shares(entrant.plans)
+            for entrant in entrants
+            if entrant.kind == "routed"
+        },
+        "front": contest.front_figures(table),
+        "runtime_check": checks,
+        "base_prefill_milliseconds": base_milliseconds,
+        "versions": _versions(),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json_atomic(Path(folder) / EVALUATION_NAME, content)
+    return content
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `evaluate` wrote.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ConfigError: The file is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    path = Path(folder) / EVALUATION_NAME
+    content = read_json(path, ConfigError)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path} has schema_version {content.get('schema_version')!r}; this dynadepth {__version__} "
+            f"reads {SCHEMA_VERSION}: evaluate again"
+        )
+    return content
+
+
+def _check_apart(train: Task, heldout: Task) -> None:
+    """Refuse a comparison on prompts that the routers were trained on."""
+    seen = {example.prompt.strip() for example in train.examples}
+    shared = [example.prompt for example in heldout.examples if example.prompt.strip() in seen]
+    if shared:
+        raise TaskError(
+            f"{len(shared)} of {len(heldout.examples)} held-out prompts are training prompts too, such as "
+            f"{shared[0][:60]!r}; give prompts that took no part in search or training"
+        )
+
+
+def _plan(
+    model: Any,
+    scorer: Scorer,
+    task: Task,
+    sources: Mapping[str, Routers],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[list[Entrant], dict[str, dict[str, Any]], list[str]]:
+    """Let the real runtime plan the prompts for every source and budget; the first source is under test."""
+    entrants: list[Entrant] = []
+    arguments: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    wanted = [(source, budget) for source in sources for budget in config.budgets]
+    first = next(iter(sources))
+    for step, (source, budget) in enumerate(wanted):
+        progress("planning held-out prompts", step, len(wanted))
+        name = f"{source} {budget:.2f}"
+        try:
+            with wrapped(model, budget=budget, routers=sources[source]):
+                plans = planned(model, scorer, task.examples, batch_size=config.batch_size)
+        except BudgetError as error:
+            # The routers under test were checked before; another preset may reach less.
+            notes.append(f"{name} was left out: {error}.")
+            continue
+        arguments[name] = {"budget": budget, "routers": sources[source]}
+        kind: Literal["routed", "preset"] = "routed" if source == first else "preset"
+        entrants.append(Entrant(name=name, kind=kind, budget=budget, plans=plans))
+    progress("planning held-out prompts", len(wanted), len(wanted))
+    return entrants, arguments, notes
+
+
+def _time(
+    model: Any,
+    scorer: Scorer,
+    task: Task,
+    compared: Sequence[Compared],
+    arguments: Mapping[str, Mapping[str, Any]],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Time the entrants and the plans of the static mixtures; a mixture takes the time of its parts."""
+    policies: dict[str, Mapping[str, Any]] = dict(arguments)
+    mixtures = [item.run for item in compared if item.run.kind == "static"]
+    for run in mixtures:
+        policies |= {plan_text(plan): {"plan": plan} for plan in run.plans}
+    progress("timing prefills", 0, 1)
+    examples = task.examples[: config.timing_prompts]
+    ratios, base_milliseconds = time_prefill(
+        model, scorer, examples, policies, rounds=config.timing_rounds
+    )
+    progress("timing prefills", 1, 1)
+    times = {name: ratios[name].to_dict() for name in arguments}
+    for run in mixtures:
+        parts = [ratios[plan_text(plan)].to_dict() for plan in run.plans]
+        weights = [1.0] if run.weights is None else run.weights.tolist()
+        mixed = {
+            key: sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
+            for key in ("median", "low", "high", "milliseconds")
+        }
+        times[run.name] = parts[0] | mixed
+    return times, base_milliseconds
+
+
+def _batches(
+    scorer: Scorer, task: Task, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(task.examples), batch_size):
+        yield scorer.encode_prompts(task.examples[start : start + batch_size])
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "dynadepth": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }

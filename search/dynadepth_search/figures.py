@@ -1,0 +1,242 @@
+"""From outcomes to figures and findings: means, paired intervals, and what they allow to say.
+
+Owns the words of a finding, which follow from its interval and from nothing else. Works on arrays;
+knows nothing of models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.evaluation import (
+    Interval,
+    Mixture,
+    best_under_depth,
+    mean_interval,
+    paired_difference,
+)
+from dynadepth.plans import Plans, identity_plan, plan_text
+
+__all__ = [
+    "METRIC_LABELS",
+    "PolicyRun",
+    "action_shares",
+    "figures_of",
+    "findings",
+    "mix_runs",
+    "oracle_run",
+]
+
+Kind = Literal["base", "routed", "preset", "static", "shortgpt", "random", "oracle"]
+Floats = npt.NDArray[np.float64]
+
+METRIC_LABELS = {
+    "reward": "graded reward (log-prob of the right answer)",
+    "preserve": "fidelity (-KL to the base)",
+    "agreement": "agreement with the base's own answer",
+    "accuracy": "accuracy",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyRun:
+    """What one policy did on the prompts.
+
+    Args:
+        name: Shown in tables.
+        kind: What sort of policy.
+        depth: Depth of each prompt. Shape (prompts,), float64.
+        metrics: Outcome of each prompt, by metric. Shape (prompts,) each, float64.
+        plans: The plans it chose, however many. Shape (any, num_layers), uint8.
+        weights: Share of each of the plans; None counts them equally. Shape (any,), float64.
+        budget: The budget that it stands for, if any.
+    """
+
+    name: str
+    kind: Kind
+    depth: Floats
+    metrics: Mapping[str, Floats]
+    plans: Plans
+    weights: Floats | None = None
+    budget: float | None = None
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean over prompts, each counting once."""
+        return float(self.depth.mean())
+
+
+def mix_runs(
+    name: str,
+    kind: Kind,
+    mixture: Mixture,
+    plans: Plans,
+    metrics: Mapping[str, Floats],
+    budget: float | None,
+) -> PolicyRun:
+    """Return what a mixture of two static plans does to each prompt on average.
+
+    Args:
+        name: Of the run.
+        kind: Of the run.
+        mixture: Counts the rows of `plans` and `metrics`.
+        plans: Static plans. Shape (plans, num_layers), uint8.
+        metrics: Outcomes of each plan on each prompt. Shape (plans, prompts) each.
+        budget: The budget that it stands for.
+
+    Returns:
+        The run; its depth is the mixture's for every prompt.
+    """
+    mixed = {metric: mixture.expected(values) for metric, values in metrics.items()}
+    num_prompts = len(next(iter(mixed.values())))
+    return PolicyRun(
+        name=name,
+        kind=kind,
+        depth=np.full(num_prompts, mixture.depth),
+        metrics=mixed,
+        plans=plans[[mixture.low, mixture.high]],
+        weights=np.array([1.0 - mixture.weight, mixture.weight]),
+        budget=budget,
+    )
+
+
+def oracle_run(
+    name: str,
+    headline: str,
+    depth: float,
+    stack: Plans,
+    depths: Floats,
+    metrics: Mapping[str, Floats],
+    budget: float | None,
+) -> PolicyRun:
+    """Return the best choice among plans whose outcomes are known, at most as deep as given on average.
+
+    Args:
+        name: Of the run.
+        headline: The metric that is maximised.
+        depth: Highest mean depth.
+        stack: Plans of each prompt. Shape (sets, prompts, num_layers), uint8.
+        depths: Shape (sets, prompts).
+        metrics: Shape (sets, prompts) each.
+        budget: The budget that it stands for.
+
+    Returns:
+        The run of an oracle, which is no policy.
+    """
+    chosen = best_under_depth(metrics[headline], depths, depth)
+    columns = np.arange(depths.shape[1])
+    return PolicyRun(
+        name=name,
+        kind="oracle",
+        depth=depths[chosen, columns],
+        metrics={metric: values[chosen, columns] for metric, values in metrics.items()},
+        plans=stack[chosen, columns],
+        budget=budget,
+    )
+
+
+def figures_of(
+    run: PolicyRun,
+    base: PolicyRun,
+    static: PolicyRun | None,
+    *,
+    seed: int,
+    time: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the figures of a policy, as they are written and shown.
+
+    Args:
+        run: The policy.
+        base: The base model on the same prompts.
+        static: The static mixture of the same mean depth; None where none reaches it, or where a
+            comparison would be one with itself.
+        seed: Of the resampling.
+        time: Wall time against the base, if it was measured.
+
+    Returns:
+        JSON data.
+    """
+    rows = run.plans.shape[0]
+    weights = np.full(rows, 1.0 / rows) if run.weights is None else run.weights
+    used = run.plans[weights > 0.0]
+    identity = (run.plans == identity_plan(run.plans.shape[1])).all(axis=1)
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "budget": run.budget,
+        "ranked": run.kind != "oracle",
+        "n": len(run.depth),
+        "depth": run.mean_depth,
+        "identity_rate": float(weights[identity].sum()),
+        "distinct_plans": len(np.unique(used, axis=0)),
+        "plans": sorted({plan_text(plan) for plan in used}) if len(used) <= 2 else None,
+        "weights": weights.tolist() if run.weights is not None else None,
+        "metrics": {
+            metric: mean_interval(values, seed=seed).to_dict()
+            for metric, values in run.metrics.items()
+        },
+        "against_base": _against(run, base, seed),
+        "against_static": None if static is None else _against(run, static, seed),
+        "time": None if time is None else dict(time),
+    }
+
+
+def _against(run: PolicyRun, reference: PolicyRun, seed: int) -> dict[str, Any]:
+    return {
+        metric: paired_difference(values, reference.metrics[metric], seed=seed).to_dict()
+        for metric, values in run.metrics.items()
+    }
+
+
+def action_shares(plans: Plans) -> list[list[float]]:
+    """Return how many of the plans skip, execute and repeat each layer, as shares.
+
+    Args:
+        plans: Shape (plans, num_layers), uint8.
+
+    Returns:
+        One list for each layer: shares of SKIP, EXECUTE and REPEAT.
+    """
+    shares = np.stack([(plans == action).mean(axis=0) for action in range(3)], axis=1)
+    return [[float(share) for share in layer] for layer in shares]
+
+
+def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
+    """Say what the routed model does against the static mixture of equal depth, from the intervals.
+
+    Args:
+        policies: What `figures_of` gave.
+        headline: The metric named first.
+
+    Returns:
+        One sentence for each routed policy and metric, and one for the identity rate.
+    """
+    sentences = []
+    for figures in policies:
+        if figures["kind"] not in ("routed", "preset"):
+            continue
+        who = f"{figures['name']} (mean depth {figures['depth']:.3f}, n = {figures['n']})"
+        if figures["against_static"] is None:
+            sentences.append(f"{who} has no static mixture of equal depth to be compared with.")
+        else:
+            metrics = figures["against_static"]
+            ordered = sorted(metrics, key=lambda name: (name != headline, name))
+            sentences += [f"{who} {_verdict(name, Interval(**metrics[name]))}" for name in ordered]
+        sentences.append(
+            f"{who} keeps the identity plan for {figures['identity_rate']:.0%} of the prompts and uses "
+            f"{figures['distinct_plans']} different plan{'s' if figures['distinct_plans'] > 1 else ''}."
+        )
+    return sentences
+
+
+def _verdict(metric: str, difference: Interval) -> str:
+    shown = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    label = METRIC_LABELS[metric]
+    if difference.low > 0.0:
+        return f"beats the static mixture of equal depth in {label}: {shown}."
+    if difference.high < 0.0:
+        return f"is worse than the static mixture of equal depth in {label}: {shown}."
+    return f"does not beat the static mixture of equal depth in {label}: {shown} holds zero."

@@ -1,0 +1,192 @@
+"""Who is compared with whom, on outcomes that follow from the plans."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynadepth.errors import BudgetError
+from dynadepth.plans import Plans, identity_plan, plan_depth
+from dynadepth_search.baselines import random_plans, removal_plans
+from dynadepth_search.contest import Compared, Contest, Entrant, Front
+from dynadepth_search.figures import action_shares, figures_of, findings
+from dynadepth_search.outcomes import Table
+
+LAYERS, PROMPTS = 6, 8
+# Removal goes 5, 0, 4, 1, 3; layer 2 stays.
+INFLUENCE = np.array([0.2, 0.4, 0.9, 0.5, 0.3, 0.1])
+
+
+def _nested(order: list[int]) -> Plans:
+    plans = [identity_plan(LAYERS)]
+    for layer in order:
+        plans.append(plans[-1].copy())
+        plans[-1][layer] = 0
+    return np.array(plans)
+
+
+FRONT = Front(_nested([3, 4, 1]), np.array([0.0, -0.1, -0.9, -1.0]))  # plan 2 is under the hull
+
+
+def _entrant(plans: Plans, kind: str = "routed", budget: float = 0.8) -> Entrant:
+    return Entrant(name=f"{kind} {budget:.2f}", kind=kind, budget=budget, plans=plans)  # type: ignore[arg-type]
+
+
+def _contest(*entrants: Entrant, draws: int = 5) -> Contest:
+    return Contest(
+        entrants=entrants,
+        front=FRONT,
+        influence=INFLUENCE,
+        num_prompts=PROMPTS,
+        random_draws=draws,
+        seed=0,
+    )
+
+
+def _table(contest: Contest) -> Table:
+    """Each executed layer is worth its number, times one and a half for odd prompts."""
+    worth = np.arange(1, LAYERS + 1) * np.where(np.arange(PROMPTS) % 2, 1.5, 1.0)[:, None]
+    stack = np.stack(list(contest.sets.values()))
+    quality = (stack * worth).sum(axis=-1) - worth.sum(axis=-1)
+    same = (stack == 1).all(axis=-1).astype(float)
+    rows = {name: row for row, name in enumerate(contest.sets)}
+    return Table(rows=rows, values={"preserve": quality, "agreement": same})
+
+
+def _by_name(contest: Contest) -> dict[str, Compared]:
+    return {item.run.name: item for item in contest.compared(_table(contest), "preserve")}
+
+
+def _plans(visits: list[int]) -> Plans:
+    """Plans that skip from the last layer on."""
+    return np.array([[1] * count + [0] * (LAYERS - count) for count in visits], dtype=np.uint8)
+
+
+def test_every_routed_policy_meets_baselines_of_its_own_depth() -> None:
+    routed = _entrant(_plans([6, 6, 5, 5, 4, 4, 4, 3]))
+    depth = routed.mean_depth
+    found = _by_name(_contest(routed))
+    assert list(found) == [
+        "base",
+        "routed 0.80",
+        "static mixture 0.80",
+        "ShortGPT 0.80",
+        "random 0.80",
+        "oracle 0.80",
+    ]
+    for name in ("routed 0.80", "static mixture 0.80", "ShortGPT 0.80", "random 0.80"):
+        assert found[name].run.mean_depth == pytest.approx(depth, abs=1e-9), name
+    assert found["oracle 0.80"].run.mean_depth <= depth + 1e-9
+    assert found["base"].run.mean_depth == 1.0
+    static = found["static mixture 0.80"].run
+    for name in ("routed 0.80", "ShortGPT 0.80", "random 0.80"):
+        compared = found[name].static
+        assert compared is not None
+        assert compared.metrics["preserve"] == pytest.approx(static.metrics["preserve"])
+    assert found["oracle 0.80"].static is None
+
+
+def test_the_mixture_is_made_of_the_hull_and_weighs_outcomes() -> None:
+    contest = _contest(_entrant(_plans([5, 4] * 4)))  # mean depth 0.75
+    table = _table(contest)
+    static = _by_name(contest)["static mixture 0.80"].run
+    first, third = table.of("front 1")["preserve"], table.of("front 3")["preserve"]
+    assert static.metrics["preserve"] == pytest.approx(0.75 * first + 0.25 * third)
+    assert "front 2" not in contest.sets
+    figures = figures_of(static, static, None, seed=0)
+    assert figures["plans"] == ["101001", "111011"]
+    assert figures["weights"] == pytest.approx([0.25, 0.75])
+
+
+def test_front_plans_deeper_than_any_policy_are_scored_for_the_line_of_the_plot() -> None:
+    contest = _contest(_entrant(_plans([6] * 7 + [5])))
+    assert [name for name in contest.sets if name.startswith("front")] == ["front 1", "front 0"]
+    line = contest.front_figures(_table(contest))
+    assert [point["depth"] for point in line] == pytest.approx([5 / 6, 1.0])
+    assert line[1]["metrics"] == {"preserve": 0.0, "agreement": 1.0}
+
+
+def test_a_depth_that_no_static_plan_reaches_is_noted_and_not_compared() -> None:
+    contest = _contest(_entrant(_plans([2] * PROMPTS)))
+    assert contest.notes == [
+        "routed 0.80 has mean depth 0.3333, which no mixture of static plans has."
+    ]
+    found = _by_name(contest)
+    assert found["routed 0.80"].static is None
+    assert "static mixture 0.80" not in found
+    assert "ShortGPT 0.80" in found
+    figures = [
+        figures_of(item.run, found["base"].run, item.static, seed=0) for item in found.values()
+    ]
+    assert findings(figures, "preserve")[0] == (
+        "routed 0.80 (mean depth 0.333, n = 8) has no static mixture of equal depth to be compared with."
+    )
+
+
+def test_a_policy_deeper_than_the_base_has_no_baselines_that_skip() -> None:
+    plans = _plans([6] * PROMPTS)
+    plans[:, 0] = 2
+    found = _by_name(_contest(_entrant(plans, budget=1.1)))
+    assert list(found) == ["base", "routed 1.10", "oracle 1.10"]
+
+
+def test_a_preset_is_compared_at_its_own_depth_without_a_row_for_each_baseline() -> None:
+    preset = _entrant(_plans([6] * 6 + [5] * 2), kind="preset")
+    found = _by_name(_contest(_entrant(_plans([5] * PROMPTS)), preset))
+    assert [name for name in found if "0.80" in name][-1] == "preset 0.80"
+    compared = found["preset 0.80"].static
+    assert compared is not None
+    assert compared.mean_depth == pytest.approx(preset.mean_depth)
+
+
+def test_the_oracle_is_at_least_as_good_as_every_policy_of_its_depth() -> None:
+    found = _by_name(_contest(_entrant(_plans([6, 5, 4, 3] * 2))))
+    oracle = found["oracle 0.80"].run.metrics["preserve"].mean()
+    routed = found["routed 0.80"].run.metrics["preserve"].mean()
+    assert oracle >= routed - 1e-9
+    assert figures_of(found["oracle 0.80"].run, found["base"].run, None, seed=0)["ranked"] is False
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_random_plans_have_the_depth_asked_for(
+    layers: int, prompts: int, where: float, seed: int
+) -> None:
+    depth = 1 / layers + where * (1 - 1 / layers)
+    plans = random_plans(layers, prompts, depth, seed=seed)
+    visits = plans.sum(axis=1)
+    assert plans.shape == (prompts, layers)
+    assert set(np.unique(plans)) <= {0, 1}
+    assert abs(plan_depth(plans).mean() - depth) <= 0.5 / (layers * prompts) + 1e-9
+    assert visits.max() - visits.min() <= 1
+    assert visits.min() >= 1
+
+
+def test_random_plans_differ_between_prompts_and_seeds() -> None:
+    plans = random_plans(20, 50, 0.7, seed=0)
+    assert len(np.unique(plans, axis=0)) > 40
+    assert (plans.mean(axis=0) > 0.4).all()
+    assert (plans.mean(axis=0) < 0.95).all()
+    assert (plans == random_plans(20, 50, 0.7, seed=0)).all()
+    assert (plans != random_plans(20, 50, 0.7, seed=1)).any()
+
+
+def test_random_plans_cannot_be_deeper_than_the_base() -> None:
+    with pytest.raises(BudgetError, match=r"mean depth 1\.1; expected a depth from 0\.2500 to 1"):
+        random_plans(4, 3, 1.1, seed=0)
+
+
+def test_shortgpt_removes_the_least_influential_layer_first() -> None:
+    plans = removal_plans(INFLUENCE)
+    assert ["".join(map(str, plan)) for plan in plans] == [
+        "111111",
+        "111110",
+        "011110",
+        "011100",
+        "001100",
+        "001000",
+    ]
+
+
+def test_action_shares_add_up() -> None:
+    plans = np.array([[0, 1, 2], [0, 1, 1]], dtype=np.uint8)
+    assert action_shares(plans) == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]

@@ -1,0 +1,76 @@
+"""The words of a finding follow from its interval."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynadepth.plans import identity_plan
+from dynadepth_search.figures import PolicyRun, figures_of, findings
+
+N = 60
+
+
+def _run(name: str, kind: str, reward: Any, plans: Any = None) -> PolicyRun:
+    plans = np.tile(identity_plan(4), (N, 1)) if plans is None else plans
+    reward = np.broadcast_to(np.asarray(reward, dtype=np.float64), N)
+    return PolicyRun(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        depth=plans.mean(axis=1),
+        metrics={"reward": reward, "agreement": np.ones(N)},
+        plans=plans,
+        budget=0.8,
+    )
+
+
+def _say(shift: float, noise: float) -> list[str]:
+    rng = np.random.default_rng(0)
+    static = _run("static", "static", rng.normal(size=N))
+    values = static.metrics["reward"] + shift + noise * rng.normal(size=N)
+    routed = _run("routed 0.80", "routed", values)
+    base = _run("base", "base", 0.0)
+    return findings([figures_of(routed, base, static, seed=0)], "reward")
+
+
+@pytest.mark.parametrize(
+    ("shift", "noise", "words"),
+    [
+        (0.5, 0.2, "beats the static mixture of equal depth in graded reward"),
+        (-0.5, 0.2, "is worse than the static mixture of equal depth in graded reward"),
+        (0.0, 1.0, "does not beat the static mixture of equal depth in graded reward"),
+        (0.1, 2.0, "does not beat the static mixture of equal depth in graded reward"),
+    ],
+)
+def test_the_words_follow_from_the_interval(shift: float, noise: float, words: str) -> None:
+    assert words in _say(shift, noise)[0]
+
+
+def test_two_that_do_the_same_are_no_gain() -> None:
+    headline, agreement, identity = _say(0.0, 0.0)
+    assert headline.startswith("routed 0.80 (mean depth 1.000, n = 60) does not beat")
+    assert headline.endswith("+0.0000 [+0.0000, +0.0000] holds zero.")
+    assert "agreement" in agreement
+    assert identity.endswith(
+        "keeps the identity plan for 100% of the prompts and uses 1 different plan."
+    )
+
+
+def test_only_policies_that_see_the_prompt_are_talked_about() -> None:
+    base = _run("base", "base", 0.0)
+    rows = [figures_of(_run(kind, kind, 1.0), base, base, seed=0) for kind in ("oracle", "random")]
+    assert findings(rows, "reward") == []
+
+
+def test_figures_count_plans_and_identities() -> None:
+    plans = np.tile(identity_plan(4), (N, 1))
+    plans[: N // 4, 0] = 0
+    plans[: N // 12, 1] = 2
+    figures = figures_of(_run("routed", "routed", 0.0, plans), _run("b", "base", 1.0), None, seed=0)
+    assert figures["identity_rate"] == pytest.approx(0.75)
+    assert figures["distinct_plans"] == 3
+    assert figures["plans"] is None
+    assert figures["depth"] == pytest.approx(plans.mean())
+    assert figures["against_base"]["reward"] == {"mean": -1.0, "low": -1.0, "high": -1.0, "n": N}
+    assert figures["against_static"] is None
+    assert figures["ranked"] is True
