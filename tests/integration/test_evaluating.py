@@ -1,0 +1,283 @@
+"""Evaluation of random routers on a tiny model: every part runs, agrees with a recount, and goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dynadepth.budget import Calibration
+from dynadepth.errors import BudgetError, ConfigError, SearchError, TaskError
+from dynadepth.fingerprint import fingerprint
+from dynadepth.plans import identity_plan
+from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth_search.contest import Front
+from dynadepth_search.evaluating import EvaluationConfig, evaluate, read_evaluation
+from dynadepth_search.outcomes import score_plans
+from dynadepth_search.scoring import Scorer
+from dynadepth_search.tasks import Example, Task
+from tests.tiny import tiny_model
+from tests.tiny_routers import random_routers
+from tests.tiny_text import word_tokenizer
+
+LAYERS = 6
+CONFIG = EvaluationConfig(
+    budgets=(0.9, 0.7),
+    timing_prompts=1,
+    timing_rounds=1,
+    check_prompts=3,
+    batch_size=4,
+    random_draws=2,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(num_layers=LAYERS, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def routers(model: Any) -> Any:
+    calibration = Calibration(
+        lambdas=(2.0, 1.0, 0.5, 0.0, -1.0),
+        depths=(0.4, 0.6, 0.8, 0.95, 1.2),
+        lowest=0.4,
+        highest=1.0,
+    )
+    return random_routers(
+        num_layers=LAYERS, fingerprint=fingerprint(model), calibration=calibration
+    )
+
+
+@pytest.fixture(scope="module")
+def front() -> Front:
+    plans = [identity_plan(LAYERS)]
+    for layer in (3, 1, 4, 2, 0):
+        plans.append(plans[-1].copy())
+        plans[-1][layer] = 0
+    return Front(np.array(plans), np.array([0.0, -0.1, -0.3, -0.6, -1.0, -1.5]))
+
+
+def _task(name: str, first: int, count: int) -> Task:
+    examples = [
+        Example(f"Question {index}: {'the ' * (index % 4)}?", (" yes", " no I do"), index % 2)
+        for index in range(first, first + count)
+    ]
+    return Task(name, tuple(examples))
+
+
+HELDOUT, TRAIN = _task("heldout", 0, 10), _task("train", 50, 6)
+
+
+def _evaluate(
+    model: Any, routers: Any, front: Front, folder: Path, **changes: Any
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "heldout": HELDOUT,
+        "train": TRAIN,
+        "routers": routers,
+        "front": front,
+        "objective": "preserve",
+        "folder": folder,
+        "config": CONFIG,
+        "progress": lambda what, done, total: None,
+    }
+    return evaluate(model, word_tokenizer(), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def result(
+    model: Any, routers: Any, front: Front, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return _evaluate(model, routers, front, tmp_path_factory.mktemp("evaluation"))
+
+
+def _policy(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(policy for policy in result["policies"] if policy["name"] == name)
+
+
+def test_every_policy_of_the_issue_is_there(result: dict[str, Any]) -> None:
+    names = [policy["name"] for policy in result["policies"]]
+    for budget in ("0.90", "0.70"):
+        kinds = ["routed", "static mixture", "ShortGPT", "random", "oracle"]
+        assert [name for name in names if budget in name] == [f"{kind} {budget}" for kind in kinds]
+    assert names[0] == "base"
+    assert [p["ranked"] for p in result["policies"] if p["kind"] == "oracle"] == [False, False]
+
+
+def test_figures_agree_with_a_recount_by_the_wrapped_model(
+    model: Any, routers: Any, result: dict[str, Any]
+) -> None:
+    scorer = Scorer(model, word_tokenizer())
+    depths, agreed = [], []
+    base = scorer.base(HELDOUT.examples)
+    for index, example in enumerate(HELDOUT.examples):
+        ids, mask = scorer.encode_prompts([example])
+        wrap_model(model, budget=0.7, routers=routers)
+        with torch.inference_mode():
+            model(input_ids=ids, attention_mask=mask)
+        plan = model.dynadepth.last_plans
+        unwrap_model(model)
+        depths.append(plan.sum() / LAYERS)
+        agreed.append(
+            scorer.outcomes([example], plan, np.array([0])).answer[0] == base.answer[index]
+        )
+    routed = _policy(result, "routed 0.70")
+    assert routed["depth"] == pytest.approx(np.mean(depths))
+    assert routed["metrics"]["agreement"]["mean"] == pytest.approx(np.mean(agreed))
+    assert _policy(result, "base")["metrics"]["preserve"]["mean"] == 0.0
+    accuracy = _policy(result, "base")["metrics"]["accuracy"]["mean"]
+    assert accuracy == pytest.approx(base.correct.mean())
+
+
+def test_policies_of_a_budget_have_one_depth(result: dict[str, Any]) -> None:
+    depth = _policy(result, "routed 0.70")["depth"]
+    for name in ("static mixture 0.70", "ShortGPT 0.70", "random 0.70"):
+        assert _policy(result, name)["depth"] == pytest.approx(
+            depth, abs=0.5 / (LAYERS * 10) + 1e-9
+        )
+
+
+def test_the_wrapped_model_scores_as_the_sweep(result: dict[str, Any]) -> None:
+    for check in result["runtime_check"].values():
+        assert check["choices"] == 6
+        assert check["max_difference"] < 1e-3
+        assert check["plans_differing"] == 0
+
+
+def test_times_and_findings_are_there(result: dict[str, Any]) -> None:
+    for name in ("routed 0.90", "static mixture 0.90"):
+        assert _policy(result, name)["time"]["median"] > 0
+    assert _policy(result, "random 0.90")["time"] is None
+    sentences = [finding for finding in result["findings"] if finding.startswith("routed 0.90")]
+    assert len(sentences) == 5  # four metrics and the identity rate
+    assert "fidelity" in sentences[0]
+
+
+def test_the_model_is_left_as_it_was(model: Any, result: dict[str, Any]) -> None:
+    assert "dynadepth" not in model.__dict__
+
+
+def test_an_evaluation_goes_on_where_it_stopped(
+    model: Any, routers: Any, front: Front, tmp_path: Path, result: dict[str, Any]
+) -> None:
+    whole = _evaluate(model, routers, front, tmp_path)
+    assert read_evaluation(tmp_path) == whole
+    comparable = [{**policy, "time": None} for policy in whole["policies"]]
+    assert comparable == [{**policy, "time": None} for policy in result["policies"]]
+    path = tmp_path / "outcomes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 11
+    path.write_text("".join(lines[:6]) + lines[6][:40])  # killed in the middle of a line
+    (tmp_path / "evaluation.json").unlink()
+    seen: list[tuple[str, int]] = []
+    again = _evaluate(
+        model,
+        routers,
+        front,
+        tmp_path,
+        progress=lambda what, done, total: seen.append((what, done)),
+    )
+    assert ("scoring held-out prompts", 5) in seen
+    assert ("scoring held-out prompts", 0) not in seen
+    for one, other in zip(whole["policies"], again["policies"], strict=True):
+        assert one["metrics"]["preserve"]["mean"] == pytest.approx(
+            other["metrics"]["preserve"]["mean"], abs=1e-5
+        )
+
+
+def test_outcomes_of_other_plans_are_not_taken(model: Any, tmp_path: Path) -> None:
+    scorer, path = Scorer(model, word_tokenizer()), tmp_path / "outcomes.jsonl"
+    task = Task("prompts", tuple(Example(f"the prompt {index}") for index in range(6)))
+    plans = np.tile(identity_plan(LAYERS), (6, 1))
+    quiet: Any = lambda done, total: None  # noqa: E731
+    first = score_plans(scorer, task, {"a": plans}, path, spec="", progress=quiet)
+    plans[:, 2] = 0
+    second = score_plans(scorer, task, {"a": plans}, path, spec="", progress=quiet)
+    assert (first.of("a")["preserve"] == 0.0).all()
+    assert (second.of("a")["preserve"] < 0.0).all()
+
+
+def test_a_task_without_answers_has_two_metrics(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    prompts = Task("prompts", tuple(Example(f"the prompt {index}") for index in range(6)))
+    train = Task("train", (Example("the other"),))
+    result = _evaluate(model, routers, front, tmp_path, heldout=prompts, train=train)
+    assert set(result["policies"][1]["metrics"]) == {"preserve", "agreement"}
+    with pytest.raises(
+        ConfigError, match="objective 'reward' needs answers; use objective 'preserve'"
+    ):
+        _evaluate(model, routers, front, tmp_path, heldout=prompts, train=train, objective="reward")
+
+
+def test_another_preset_that_reaches_less_is_left_out_with_a_note(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    narrow = Calibration(lambdas=(0.5, 0.0), depths=(0.85, 1.0), lowest=0.85, highest=1.0)
+    preset = random_routers(
+        num_layers=LAYERS, fingerprint=fingerprint(model), calibration=narrow, seed=3
+    )
+    result = _evaluate(model, routers, front, tmp_path, presets={"drllm": preset})
+    names = [policy["name"] for policy in result["policies"]]
+    assert "drllm 0.90" in names
+    assert "drllm 0.70" not in names
+    assert any(
+        finding.startswith("drllm 0.70 was left out: budget 0.7") for finding in result["findings"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"heldout": _task("x", 48, 4)},
+            TaskError,
+            "2 of 4 held-out prompts are training prompts too",
+        ),
+        ({"objective": "fidelity"}, ConfigError, "objective 'fidelity' is unknown"),
+        ({"config": EvaluationConfig(budgets=(0.3,))}, BudgetError, "0.4 to 1"),
+        ({"config": EvaluationConfig(budgets=(float("nan"),))}, BudgetError, "budget nan"),
+    ],
+)
+def test_what_cannot_be_evaluated_leaves_nothing(
+    model: Any, routers: Any, front: Front, tmp_path: Path, changes: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        _evaluate(model, routers, front, tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"), [((), "no budgets"), ((0.9, 0.9), "name one twice")]
+)
+def test_budgets_that_make_no_evaluation(budgets: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluationConfig(budgets=budgets)
+
+
+def test_a_model_that_overflows_is_an_error(tmp_path: Path) -> None:
+    broken = tiny_model(num_layers=LAYERS, dtype=torch.float32)
+    with torch.no_grad():
+        broken.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    scorer = Scorer(broken, word_tokenizer())
+    plans = np.tile(identity_plan(LAYERS), (len(HELDOUT.examples), 1))
+    path = tmp_path / "outcomes.jsonl"
+    with pytest.raises(
+        SearchError, match="has reward nan under plan 111111; expected a finite number"
+    ):
+        score_plans(scorer, HELDOUT, {"a": plans}, path, spec="", progress=lambda done, total: None)
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_a_damaged_evaluation_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_evaluation(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"schema_version": 1')
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_evaluation(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"schema_version": 2}))
+    with pytest.raises(ConfigError, match="has schema_version 2; this dynadepth"):
+        read_evaluation(tmp_path)
