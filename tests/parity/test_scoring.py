@@ -32,7 +32,7 @@ PROMPTS = [Example("Once upon a time"), Example("x"), Example("def main(): retur
 
 
 def reference_log_probs(model, plan, ids):
-    plan_key, key = (id(model), bytes(plan)), (id(model), bytes(plan), tuple(ids))
+    plan_key, key = (model, bytes(plan)), (model, bytes(plan), tuple(ids))
     if plan_key not in BAKED:
         BAKED[plan_key] = bake(model, plan)
     if key not in TABLES:

@@ -1,0 +1,346 @@
+"""Rewards: how good the base model's answers are under each plan.
+
+Turns log-probabilities into scores, answers and rewards, and remembers what the identity plan gives.
+A plan belongs to a prompt: all answers of an example run under the same plans. Knows nothing of search.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.config import did_you_mean
+from dynadepth.errors import ConfigError, TaskError
+from dynadepth.families import layer_stack
+from dynadepth.plans import Plans, check_plans, identity_plan
+from dynadepth.sweep import Sweeper
+from dynadepth_search.prompts import EncodedExample, check_tokenizer, encode_example
+from dynadepth_search.sweeping import Answered, Work, pack, pad_left, run_sweep
+from dynadepth_search.tasks import Example, Scoring, check_scoring
+
+__all__ = ["Objective", "Outcomes", "Scorer", "check_objective"]
+
+Objective = Literal["reward", "preserve"]
+
+
+def check_objective(objective: str) -> Objective:
+    """Return the objective if there is one of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if objective not in get_args(Objective):
+        raise ConfigError(
+            f"objective {objective!r} is unknown{did_you_mean(objective, get_args(Objective))}; "
+            "expected reward (labelled) or preserve (label-free)"
+        )
+    return cast("Objective", objective)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What became of N pairs of example and plan, in the order given.
+
+    Args:
+        scores: Score of each answer: of every choice, or the mean log-probability of the completion's
+            tokens; empty for a prompt alone. N arrays, float64.
+        reward: `choices`: log-softmax over the scores, of the right one. `completion`: the score.
+            A prompt alone: NaN. Shape (N,), float64.
+        preserve: Minus KL(base, plan) in nats: over the choices, or else over the vocabulary for the
+            token after the prompt. 0 for the identity plan. Shape (N,), float64.
+        answer: The best choice, or else the best token after the prompt; ties go to the lowest.
+            Shape (N,), int64.
+        correct: `choices`: the answer is the right one. `completion`: greedy decoding gives it. A
+            prompt alone: as `agrees`. Shape (N,), bool.
+        agrees: The answer is the identity plan's. Shape (N,), bool.
+        naive_visits: Visits of token rows to layers, had every plan that was run been run by itself.
+        executed_visits: Visits that were run.
+    """
+
+    scores: list[npt.NDArray[np.float64]]
+    reward: npt.NDArray[np.float64]
+    preserve: npt.NDArray[np.float64]
+    answer: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.bool_]
+    agrees: npt.NDArray[np.bool_]
+    naive_visits: int
+    executed_visits: int
+
+    def of(self, objective: Objective) -> npt.NDArray[np.float64]:
+        """Return the rewards of an objective. Shape (N,), float64."""
+        return self.reward if objective == "reward" else self.preserve
+
+
+class Scorer:
+    """Scores examples under plans with a frozen model.
+
+    The model must not be wrapped; it is as it was after every call. The identity plan's outcome of an
+    example is kept once it is known, within `max_base_bytes`. Equal calls in equal order on a fresh
+    scorer give results equal to the last bit on one machine; which examples share a call, and whether
+    their base is known, moves results by float noise only.
+
+    Args:
+        model: The base model, in evaluation mode.
+        tokenizer: Of the base model.
+        scoring: How choices are scored, see `Task`.
+        max_logit_bytes: Bounds the logits of one sweep, counted in float32.
+        max_tokens: Bounds the padded tokens of one sweep, every plan counted.
+        max_base_bytes: Bounds what is kept of the identity plan's next-token distributions.
+
+    Raises:
+        TaskError: The scoring is unknown, or the tokenizer closes every text.
+        UnsupportedModelError: The family is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        scoring: str = "raw",
+        *,
+        max_logit_bytes: int = 400_000_000,
+        max_tokens: int = 65_536,
+        max_base_bytes: int = 400_000_000,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.scoring: Scoring = check_scoring(scoring)
+        self.num_layers: int = layer_stack(model).num_layers
+        config = model.config.get_text_config()
+        self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._max_scored = max(1, max_logit_bytes // (4 * config.vocab_size))
+        self._max_tokens = max_tokens
+        self._max_base_bytes = max_base_bytes
+        self._encoded: dict[Example, EncodedExample] = {}
+        self._bases: OrderedDict[Example, Answered] = OrderedDict()
+        self._base_bytes = 0
+
+    def encode(self, example: Example) -> EncodedExample:
+        """Return the token rows of an example, as they are scored.
+
+        Raises:
+            TaskError: It cannot be encoded, or is longer than the model's positions.
+        """
+        known = self._encoded.get(example)
+        if known is None:
+            known = encode_example(self.tokenizer, example, self.scoring)
+            if self._max_positions is not None and known.longest > self._max_positions:
+                raise TaskError(
+                    f"prompt {example.prompt[:40]!r} with its answer is {known.longest} tokens long; "
+                    f"the model has positions for {self._max_positions}: leave it out or shorten it"
+                )
+            self._encoded[example] = known
+        return known
+
+    def encode_prompts(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prompts alone, as a policy sees them: the tokens that begin every scored row.
+
+        Args:
+            examples: The examples.
+
+        Returns:
+            Token ids and attention mask on the model's device, padded on the left. Shape
+            (examples, longest), int64.
+        """
+        return pad_left((self.encode(item).prompt_ids for item in examples), self.model.device)
+
+    def base(self, examples: Sequence[Example]) -> Outcomes:
+        """Return the outcomes of the identity plan, one for each example. See `outcomes`."""
+        count = len(examples)
+        plans = np.tile(identity_plan(self.num_layers), (count, 1))
+        return self.outcomes(examples, plans, np.arange(count))
+
+    def forget(self) -> None:
+        """Drop what is known of the identity plan, so that the next call depends on nothing before it."""
+        self._bases.clear()
+        self._base_bytes = 0
+
+    def outcomes(
+        self, examples: Sequence[Example], plans: Any, example: npt.NDArray[np.integer[Any]]
+    ) -> Outcomes:
+        """Score N pairs of example and plan.
+
+        The identity plan runs once for each example of which it is not known, and never again.
+
+        Args:
+            examples: The examples, all of one kind.
+            plans: One plan for each pair. Shape (N, layers), uint8.
+            example: Index into `examples` for each pair. Shape (N,), whole numbers.
+
+        Returns:
+            The outcomes, in the order of the pairs.
+
+        Raises:
+            PlanError: The plans have a wrong shape or wrong actions.
+            TaskError: An example cannot be encoded.
+            WrapError: The model is wrapped.
+        """
+        rows = check_plans(plans, self.num_layers, num_rows=len(example))
+        sheet = _Sheet(len(rows))
+        works = self._works(examples, rows, np.asarray(example, dtype=np.int64), sheet)
+        device = self.model.device
+        last: int | None = None
+        with Sweeper(self.model) as sweeper:
+            for group in pack(works, max_scored=self._max_scored, max_tokens=self._max_tokens):
+                next_tokens = examples[group[0].example].kind != "choices"
+                answers, naive, executed = run_sweep(
+                    sweeper, group, device, next_tokens=next_tokens
+                )
+                sheet.naive_visits += naive
+                sheet.executed_visits += executed
+                for work, answered in zip(group, answers, strict=True):
+                    # Only an example that was cut comes twice, and then in a row.
+                    if last is not None and last != work.example:
+                        sheet.bases.pop(last, None)
+                    last = work.example
+                    item = examples[last]
+                    if work.rows[0] < 0:
+                        base = sheet.bases[last] = _first(answered)
+                        self._keep(item, base)
+                        sheet.write(item, last, sheet.waiting.pop(last), base)
+                    sheet.write(item, last, work.rows, answered)
+        return sheet.outcomes()
+
+    def _works(
+        self,
+        examples: Sequence[Example],
+        plans: Plans,
+        example: npt.NDArray[np.int64],
+        sheet: "_Sheet",
+    ) -> Iterator[Work]:
+        identity = identity_plan(self.num_layers)
+        is_identity = (plans == identity).all(axis=1)
+        numbers = np.unique(example).tolist()
+        # Equal lengths side by side, so that little is padded; equal examples in a fixed order.
+        for number in sorted(
+            numbers, key=lambda index: (self.encode(examples[index]).longest, index)
+        ):
+            item = examples[number]
+            rows = np.flatnonzero((example == number) & ~is_identity)
+            same = np.flatnonzero((example == number) & is_identity)
+            base = self._bases.get(item)
+            asked = plans[rows]
+            if base is None:
+                sheet.waiting[number] = same
+                rows = np.concatenate(([-1], rows))
+                asked = np.concatenate((identity[None], asked))
+            else:
+                sheet.bases[number] = base
+                sheet.write(item, number, same, base)
+            if len(rows):
+                yield Work(number, self.encode(item), asked, rows)
+            else:
+                del sheet.bases[number]
+
+    def _keep(self, example: Example, base: Answered) -> None:
+        self._bases[example] = base
+        self._base_bytes += _num_bytes(base)
+        while self._base_bytes > self._max_base_bytes and len(self._bases) > 1:
+            _, oldest = self._bases.popitem(last=False)
+            self._base_bytes -= _num_bytes(oldest)
+
+
+class _Sheet:
+    """Outcomes as they come in."""
+
+    def __init__(self, count: int) -> None:
+        self.scores: list[npt.NDArray[np.float64]] = [np.empty(0)] * count
+        self.reward = np.full(count, np.nan)
+        self.preserve = np.full(count, np.nan)
+        self.answer = np.full(count, -1, dtype=np.int64)
+        self.correct = np.zeros(count, dtype=np.bool_)
+        self.agrees = np.zeros(count, dtype=np.bool_)
+        # The identity plan's answers, and the rows that wait for them, by number of the example.
+        self.bases: dict[int, Answered] = {}
+        self.waiting: dict[int, npt.NDArray[np.int64]] = {}
+        self.naive_visits = 0
+        self.executed_visits = 0
+
+    def write(
+        self, item: Example, number: int, rows: npt.NDArray[np.int64], given: Answered
+    ) -> None:
+        """Judge an example's answers; one answer may stand for several rows, and row -1 for none."""
+        base = self.bases[number]
+        if item.kind == "choices":
+            log_probs, base_log_probs = _log_softmax(given.scores), _log_softmax(base.scores)
+            divergence = _divergence(base_log_probs, log_probs)
+            answer, base_answer = given.scores.argmax(axis=1), base.scores.argmax(axis=1)
+            reward = log_probs[:, item.answer]
+            correct = answer == item.answer
+        else:
+            divergence = _divergence_of_next(base, given)
+            answer, base_answer = given.next_token, base.next_token
+            alone = item.kind == "prompt"
+            reward = np.full(len(answer), np.nan) if alone else given.scores[:, 0]
+            correct = answer == base_answer if alone else given.greedy
+        wanted = np.flatnonzero(rows >= 0)
+        to = rows[wanted]
+        taken = wanted if len(given.scores) == len(rows) else np.zeros_like(wanted)
+        # From 0, not negated: the identity plan's is 0, not -0.
+        self.preserve[to] = 0.0 - divergence[taken]
+        self.reward[to] = reward[taken]
+        self.answer[to] = answer[taken]
+        self.correct[to] = correct[taken]
+        self.agrees[to] = (answer == base_answer)[taken]
+        for row, index in zip(to.tolist(), taken.tolist(), strict=True):
+            self.scores[row] = given.scores[index]
+
+    def outcomes(self) -> Outcomes:
+        return Outcomes(
+            scores=self.scores,
+            reward=self.reward,
+            preserve=self.preserve,
+            answer=self.answer,
+            correct=self.correct,
+            agrees=self.agrees,
+            naive_visits=self.naive_visits,
+            executed_visits=self.executed_visits,
+        )
+
+
+def _first(given: Answered) -> Answered:
+    probs = given.next_log_probs
+    return Answered(
+        scores=given.scores[:1],
+        greedy=given.greedy[:1],
+        next_token=given.next_token[:1],
+        # A copy: a view would keep every plan's row alive.
+        next_log_probs=None if probs is None else probs[:1].clone(),
+    )
+
+
+def _num_bytes(given: Answered) -> int:
+    return 0 if given.next_log_probs is None else given.next_log_probs.nbytes
+
+
+def _log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def _divergence(
+    base: npt.NDArray[np.float64], given: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """KL(base, given) of log-probabilities, (1, C) and (K, C); rounding never makes it negative."""
+    result: npt.NDArray[np.float64] = np.maximum((np.exp(base) * (base - given)).sum(axis=1), 0.0)
+    return result
+
+
+def _divergence_of_next(base: Answered, given: Answered) -> npt.NDArray[np.float64]:
+    if base.next_log_probs is None or given.next_log_probs is None:
+        raise TaskError(
+            "examples of different kinds were scored in one call; call once for each kind"
+        )
+    terms = base.next_log_probs.exp() * (base.next_log_probs - given.next_log_probs)
+    # A token the base rules out (log-probability minus infinity) adds nothing.
+    terms = torch.where(base.next_log_probs.isfinite(), terms, torch.zeros_like(terms))
+    result: npt.NDArray[np.float64] = (
+        terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0).cpu().numpy()
+    )
+    return result
