@@ -1,0 +1,199 @@
+"""Which base model this is: its architecture and samples of its weights.
+
+Routers read the hidden states of one base model, so they are useless on another, and nothing else
+would say so. Reads parameters by name only, so a wrapped model has the fingerprint of the model
+below. Knows nothing of routers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.files import sha256_text
+
+__all__ = ["FINGERPRINT_SCHEME", "compare_fingerprints", "fingerprint", "fingerprint_digest"]
+
+FINGERPRINT_SCHEME = 1
+
+_ARCHITECTURE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_SAMPLES = 256
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# float16 holds every bfloat16 number from here on exactly (below, and beyond 65504, it does not).
+_SMALLEST = 2.0**-16
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Describe a base model so that another one, or a changed one, can be told from it.
+
+    The weights are sampled (up to 256 values of each parameter of the first, middle and last
+    decoder layer and of everything outside the layers), rounded to bfloat16 and hashed. So the
+    fingerprint is the same on every device and in float64, float32 and bfloat16; also in float16,
+    unless the weights were published in float32 or leave float16's range. Quantised weights are
+    hashed as they are stored, so they differ from the base model's own. Weights that cannot be read
+    (offloaded, or not loaded) are named as unreadable and never compare equal. Settings that change
+    no weight, such as a stretched RoPE, are not seen.
+
+    Args:
+        model: A transformers model, wrapped by dynadepth or not. It is only read.
+
+    Returns:
+        JSON-able: `scheme`, `architecture` (None where a family lacks a field), `quantization`, and
+        `weights`, from names of parameters and layers to their hashes.
+
+    Raises:
+        UnsupportedModelError: The model has no config, or no decoder layers can be found among its
+            parameters.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config; expected a transformers causal language model"
+        )
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    quantization = getattr(config, "quantization_config", None)
+    return {
+        "scheme": FINGERPRINT_SCHEME,
+        "architecture": {name: _plain(getattr(text_config, name, None)) for name in _ARCHITECTURE},
+        "quantization": None if quantization is None else _quantization_method(quantization),
+        "weights": _weights(model),
+    }
+
+
+def compare_fingerprints(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Say field by field in what two base models differ.
+
+    Args:
+        given: Fingerprint of the model at hand.
+        expected: Fingerprint of the model that the routers were trained on.
+
+    Returns:
+        One line for each difference; none if the models are the same.
+    """
+    if given.get("scheme") != expected.get("scheme"):
+        return [
+            f"the fingerprint was made by scheme {expected.get('scheme')}, this dynadepth makes "
+            f"scheme {given.get('scheme')}, so the two cannot be compared"
+        ]
+    found, wanted = given.get("architecture", {}), expected.get("architecture", {})
+    differences = [
+        f"{name} is {found.get(name)}, expected {wanted.get(name)}"
+        for name in dict.fromkeys((*wanted, *found))
+        if found.get(name) != wanted.get(name)
+    ]
+    if given.get("quantization") != expected.get("quantization"):
+        differences.append(
+            f"quantization is {given.get('quantization')}, expected {expected.get('quantization')}"
+        )
+    return differences + _weight_differences(given.get("weights", {}), expected.get("weights", {}))
+
+
+def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Shorten a fingerprint to 16 hexadecimal digits, for file metadata and log lines."""
+    return sha256_text(json.dumps(fingerprint, sort_keys=True))[:16]
+
+
+def _weight_differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    differences = []
+    for name in dict.fromkeys((*wanted, *found)):
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif name not in wanted:
+            differences.append(f"{name} is not in the expected model")
+        elif found[name].startswith("unreadable"):
+            differences.append(f"weights of {name} are {found[name]}, so they cannot be compared")
+        elif found[name] != wanted[name]:
+            kinds = found[name].partition(":")[0], wanted[name].partition(":")[0]
+            stored = f" (stored as {kinds[0]}, expected {kinds[1]})" if kinds[0] != kinds[1] else ""
+            differences.append(f"weights of {name} differ{stored}")
+    return differences
+
+
+def _weights(model: nn.Module) -> dict[str, str]:
+    """Hash everything outside the layers by name, and three decoder layers as a whole."""
+    outside: dict[str, nn.Parameter] = {}
+    stacks: dict[str, dict[int, dict[str, nn.Parameter]]] = {}
+    for raw_name, parameter in model.named_parameters():
+        name = raw_name.replace("_orig_mod.", "")  # torch.compile's wrapper
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if place is None:
+            outside[name] = parameter
+        else:
+            stack = stacks.setdefault(".".join(parts[:place]), {})
+            stack.setdefault(int(parts[place]), {})[".".join(parts[place + 1 :])] = parameter
+    if not stacks:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no numbered decoder layers among its parameters; expected "
+            "a transformers causal language model"
+        )
+    prefix = max(stacks, key=lambda name: len(stacks[name]))
+    layers = sorted(stacks[prefix])
+    chosen = dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1]))
+    hashes = {name: _hash([(name, parameter)]) for name, parameter in sorted(outside.items())}
+    for index in chosen:
+        hashes[f"{prefix}.{index}"] = _hash(sorted(stacks[prefix][index].items()))
+    return hashes
+
+
+def _hash(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """Hash names, shapes and sampled values, led by how the values are stored."""
+    digest = hashlib.sha256()
+    kinds = set()
+    for name, parameter in parameters:
+        try:
+            kind, data = _sample(parameter)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0][:80]
+            return f"unreadable: {name} on {parameter.device.type} ({reason})"
+        kinds.add(kind)
+        digest.update(f"{name} {tuple(parameter.shape)} {kind}\n".encode())
+        digest.update(data)
+    return f"{'+'.join(sorted(kinds))}:{digest.hexdigest()}"
+
+
+def _sample(parameter: nn.Parameter) -> tuple[str, bytes]:
+    """Return how a parameter is stored and the bytes of its samples."""
+    flat = parameter.detach().reshape(-1)
+    size = flat.numel()
+    # Fractions of multiples of the golden ratio: evenly spread, and never the same few columns of a
+    # matrix.
+    places = (
+        sorted({(i * 0x9E3779B97F4A7C15 % 2**64) * size >> 64 for i in range(_SAMPLES)})
+        if size
+        else []
+    )
+    values = flat[torch.tensor(places, dtype=torch.long, device=flat.device)].cpu()
+    if values.dtype not in _PLAIN:
+        return str(values.dtype).removeprefix("torch."), values.view(torch.uint8).numpy().tobytes()
+    rounded = values.to(torch.bfloat16).float()
+    # Adding zero makes -0.0 into 0.0.
+    kept = torch.where(rounded.abs() < _SMALLEST, 0.0, rounded) + 0.0
+    return "bfloat16", kept.numpy().tobytes()
+
+
+def _plain(value: Any) -> Any:
+    """Make a config value the same before and after JSON."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _quantization_method(quantization: Any) -> str:
+    found = (
+        quantization.get("quant_method")
+        if isinstance(quantization, Mapping)
+        else getattr(quantization, "quant_method", None)
+    )
+    return str(getattr(found, "value", found))

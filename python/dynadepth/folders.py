@@ -1,0 +1,204 @@
+"""Where routers folders are: beside a base model, on the hub, and how one takes the place of another.
+
+Knows the names of a routers folder's files and nothing of their content.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dynadepth.errors import CheckpointError
+from dynadepth.files import write_bytes_atomic
+
+__all__ = [
+    "CARD_NAME",
+    "CONFIG_NAME",
+    "ONNX_NAME",
+    "WEIGHTS_NAME",
+    "base_model_name",
+    "find_routers",
+    "locate_routers",
+    "replace_folder",
+]
+
+CONFIG_NAME = "router_config.json"
+WEIGHTS_NAME = "routers.safetensors"
+ONNX_NAME = "routers.onnx"
+CARD_NAME = "README.md"
+FOLDER_NAME = "routers"
+ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_routers(model: nn.Module) -> Path:
+    """Find the routers beside a base model, where `from_pretrained` found the model itself.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The folder, on this machine.
+
+    Raises:
+        FileNotFoundError: There is none; says what was looked for.
+    """
+    base = _origin(model)
+    advice = "give routers=<folder or hub id>, or train some with `dynadepth train`"
+    if not base:
+        raise FileNotFoundError(
+            f"this {type(model).__name__} does not come from a folder or the hub, so there are no routers beside it; "
+            f"{advice}"
+        )
+    if Path(base).is_dir():
+        folder = Path(base) / FOLDER_NAME
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+        raise FileNotFoundError(
+            f"there is no {folder / CONFIG_NAME} beside the base model; {advice}"
+        )
+    if not _HUB_ID.fullmatch(base):
+        raise FileNotFoundError(
+            f"the base model came from {base}, which is not there any more; {advice}"
+        )
+    folder = _download(
+        base, [f"{FOLDER_NAME}/*"], revision=getattr(model.config, "_commit_hash", None)
+    )
+    folder = folder / FOLDER_NAME
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"the hub repository {base} has no {FOLDER_NAME}/{CONFIG_NAME}; {advice}"
+        )
+    return folder
+
+
+def base_model_name(model: nn.Module) -> str:
+    """Return a model's hub id, or the last part of the local path that it came from.
+
+    A whole path would tell readers of a published folder about the machine that made it.
+
+    Example:
+        >>> base_model_name(nn.Linear(1, 1))
+        ''
+    """
+    origin = _origin(model)
+    return origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name
+
+
+def locate_routers(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """Return the routers folder that a path or a hub id means, fetched if need be.
+
+    Args:
+        path_or_hub_id: A routers folder, a folder that has one called `routers`, or a hub id of either.
+
+    Raises:
+        FileNotFoundError: There is none; says what was looked for.
+    """
+    path = Path(path_or_hub_id)
+    if not path.is_dir():
+        hub_id = os.fspath(path_or_hub_id)
+        if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(hub_id):
+            backup = _backup(path)
+            former = (
+                f"; an interrupted save left the former ones in {backup}" if backup.is_dir() else ""
+            )
+            raise FileNotFoundError(
+                f"there is no folder {path}; expected a routers folder or a hub id like org/name{former}"
+            )
+        path = _download(hub_id, [*ROUTERS_FILES, f"{FOLDER_NAME}/*"])
+    for folder in (path, path / FOLDER_NAME):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path_or_hub_id} has neither {CONFIG_NAME} nor {FOLDER_NAME}/{CONFIG_NAME}; expected a routers folder as "
+        "`dynadepth train` writes it"
+    )
+
+
+def _origin(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or "")
+
+
+def _download(hub_id: str, patterns: list[str], *, revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {hub_id}, and the hub repository of that name cannot be had: {reason}"
+        ) from error
+
+
+def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> Path:
+    """Write a routers folder whole or not at all, in place of the one that is there.
+
+    Args:
+        folder: Where; it may hold the files of earlier routers, but nothing else.
+        files: Name to content of everything that the folder will hold.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The folder holds other files. Nothing was changed.
+    """
+    target = Path(folder).resolve()
+    _restore(target)
+    if target.exists():
+        _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        # mkdtemp makes private folders; shared routers must stay readable to their other users.
+        temporary.chmod(0o755)
+        for name, content in files.items():
+            write_bytes_atomic(temporary / name, content)
+        _swap(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder for the routers")
+    others = sorted(entry.name for entry in target.iterdir() if entry.name not in ROUTERS_FILES)
+    if others:
+        raise CheckpointError(
+            f"{target} holds {others[0]!r}{' and more' if others[1:] else ''}, which routers do not; saving replaces "
+            "the whole folder, so give one of its own, such as `routers` beside the base model"
+        )
+
+
+def _backup(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _restore(target: Path) -> None:
+    """Finish what a replacement that was killed between its two renames had begun."""
+    backup = _backup(target)
+    if backup.is_dir() and not target.exists():
+        backup.rename(target)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put a finished folder in a place; only a kill between two renames can leave it empty."""
+    backup = _backup(target)
+    if target.exists():
+        target.rename(backup)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if backup.is_dir():
+            backup.rename(target)
+        raise
+    shutil.rmtree(backup, ignore_errors=True)

@@ -1,0 +1,227 @@
+"""Routers as one ONNX file, and the policy that runs it in onnxruntime.
+
+The file holds everything a decision needs (pooling, the heads of all layers, protected layers, the
+calibration of the budget), so that a runtime without Python decides the same. Knows nothing of
+folders or base models.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dynadepth.budget import Calibration
+from dynadepth.errors import CheckpointError, ConfigError, ExportError
+from dynadepth.files import write_bytes_atomic
+from dynadepth.onnx_graph import (
+    INVALID_ACTION,
+    ONNX_SCHEMA_VERSION,
+    PROPERTY_PREFIX,
+    ExportableRouters,
+    build_onnx,
+    host_array,
+    need_package,
+)
+from dynadepth.plans import NUM_ACTIONS, Plans, identity_plan
+from dynadepth.policies import Policy, actions_of
+from dynadepth.routers import pool
+
+__all__ = ["OnnxRouterPolicy", "export_onnx"]
+
+_TOLERANCE = 1e-5
+
+
+def export_onnx(routers: ExportableRouters, path: str | os.PathLike[str]) -> None:
+    """Write routers as one ONNX file, after checking that it decides as they do.
+
+    Args:
+        routers: The routers.
+        path: The file; written whole or not at all.
+
+    Raises:
+        ExportError: A package is missing, the graph is too large for one file, or it does not do
+            what the routers do.
+            No file is written then.
+    """
+    data = build_onnx(routers)
+    _verify(routers, data)
+    write_bytes_atomic(path, data)
+
+
+class OnnxRouterPolicy(Policy):
+    """`RouterPolicy`, decided by onnxruntime from an ONNX file.
+
+    Decides on the host: states are copied there. The session has one thread, since a decision takes
+    microseconds. Safe to share between threads; a deep copy shares the session.
+
+    Args:
+        source: The file, or its content.
+        budget: Mean depth over prompts, as a fraction of the layers.
+        providers: Execution providers of onnxruntime, in order of preference.
+        digest: `routers_digest` that the file must have been made from, if that is known.
+
+    Raises:
+        BudgetError: The budget is not a number or outside the calibrated range.
+        CheckpointError: The file is damaged, no routers file, newer than this dynadepth, or of
+            other routers.
+        ConfigError: onnxruntime is not installed.
+        FileNotFoundError: There is no such file.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        budget: float,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        digest: str | None = None,
+    ) -> None:
+        self._session = _session(source, providers)
+        facts = _read_properties(self._session, source)
+        if digest is not None and facts["routers_digest"] != digest:
+            raise CheckpointError(
+                f"{_name(source)} was made from other routers than those beside it; write it again with "
+                "`dynadepth export`"
+            )
+        self.calibration = Calibration.from_dict(facts["calibration"])
+        self.calibration.penalty_for(budget)
+        self.budget = float(budget)
+        self.num_layers = int(facts["num_layers"])
+        self._hidden_size = int(facts["hidden_size"])
+        self.decision_layers = tuple(range(self.num_layers)) if facts["shrinkage"] > 0 else ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxRouterPolicy":
+        return self
+
+    def initial_plans(self, num_rows: int) -> Plans:
+        """Return the static plan with shrinkage 0; else the identity, since every layer is decided later."""
+        if self.decision_layers:
+            return np.tile(identity_plan(self.num_layers), (num_rows, 1))
+        state = np.zeros((1, 1, self._hidden_size), dtype=np.float32)
+        mask = np.ones((1, 1), dtype=np.int64)
+        plan = [self._run(layer, state, mask)[0] for layer in range(self.num_layers)]
+        return np.tile(np.asarray(plan, dtype=np.uint8), (num_rows, 1))
+
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+        """Return the actions of one layer. Shape (batch, 1), uint8.
+
+        Raises:
+            ConfigError: The states have another width than the routers, or hold NaN at a prompt's
+                token.
+        """
+        if hidden_states.shape[-1] != self._hidden_size:
+            raise ConfigError(
+                f"layer {layer_idx} has states of shape {tuple(hidden_states.shape)}; these routers read "
+                f"(batch, tokens, {self._hidden_size})"
+            )
+        mask = prompt_mask.detach().to("cpu", torch.int64).numpy()
+        actions = self._run(layer_idx, host_array(hidden_states), mask)
+        if (actions == INVALID_ACTION).any():
+            raise ConfigError(
+                f"the states entering layer {layer_idx} hold NaN, so no router can decide; run the base model in a "
+                "dtype that it does not overflow"
+            )
+        return actions.astype(np.uint8)[:, None]
+
+    def _run(
+        self, layer_idx: int, hidden_states: npt.NDArray[np.float32], mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        feed = {
+            "hidden_states": hidden_states,
+            "attention_mask": mask,
+            "layer": np.asarray(layer_idx, dtype=np.int64),
+            "budget": np.asarray(self.budget, dtype=np.float32),
+        }
+        actions: npt.NDArray[np.int64] = self._session.run(["action"], feed)[0]
+        return actions
+
+
+def _read_properties(session: Any, source: Any) -> dict[str, Any]:
+    """Return what `_properties` wrote."""
+    found = session.get_modelmeta().custom_metadata_map
+    try:
+        facts = {
+            name.removeprefix(PROPERTY_PREFIX): json.loads(text)
+            for name, text in found.items()
+            if name.startswith(PROPERTY_PREFIX)
+        }
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{_name(source)} has damaged metadata: {error}; export it again"
+        ) from error
+    version = facts.get("schema_version")
+    if not isinstance(version, int):
+        raise CheckpointError(
+            f"{_name(source)} is an ONNX file, but not one of routers; expected what `dynadepth export` writes"
+        )
+    if version > ONNX_SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{_name(source)} has schema version {version}, this dynadepth reads up to {ONNX_SCHEMA_VERSION}; "
+            "update dynadepth"
+        )
+    return facts
+
+
+def _session(source: str | os.PathLike[str] | bytes, providers: Sequence[str]) -> Any:
+    runtime = need_package("onnxruntime", ConfigError)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"there is no {os.fspath(source)}; make it with `dynadepth export`")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    content = source if isinstance(source, bytes) else os.fspath(source)
+    try:
+        return runtime.InferenceSession(content, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's errors share no base but Exception
+        raise CheckpointError(
+            f"{_name(source)} cannot be read by onnxruntime: {error}; export it again"
+        ) from error
+
+
+def _verify(routers: ExportableRouters, data: bytes) -> None:
+    """Compare the graph with torch on random states, at each layer and at budgets in and out of range."""
+    session = _session(data, ("CPUExecutionProvider",))
+    generator = torch.Generator().manual_seed(0)
+    config, calibration = routers.config, routers.calibration
+    lowest, highest = calibration.range
+    hidden = torch.randn(3, 11, config.hidden_size, generator=generator)
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[1, :4], mask[2, 3:] = 0, 0
+    views = pool(hidden, mask, config)
+    for layer in range(config.num_layers):
+        budget = (lowest, highest, (lowest + highest) / 2.0)[layer % 3]
+        feed = {
+            "hidden_states": hidden.numpy(),
+            "attention_mask": mask.numpy(),
+            "layer": np.asarray(layer, dtype=np.int64),
+            "budget": np.asarray(budget, dtype=np.float32),
+        }
+        logits, actions = session.run(["logits", "action"], feed)
+        penalty = calibration.penalty_for(budget)
+        unpriced = routers.bias[layer] + routers.shrinkage * routers.heads.logits(layer, views)
+        expected = host_array(unpriced - penalty * torch.arange(NUM_ACTIONS, dtype=torch.float32))
+        wanted = actions_of(unpriced, penalty).numpy()
+        # Folding the features' standardisation into the weights can make logits of random states
+        # large.
+        allowed = _TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        worst = float(np.abs(logits - expected).max())
+        ordered = np.sort(expected, axis=1)
+        clear = (ordered[:, -1] - ordered[:, -2] > allowed) & (layer not in routers.protect)
+        if not worst <= allowed or (actions[clear] != wanted[clear]).any():
+            raise ExportError(
+                f"the ONNX graph differs from torch by {worst:.2g} at layer {layer} (allowed {allowed:.2g}); "
+                "nothing was written"
+            )
+    feed["budget"] = np.asarray(highest + 1.0, dtype=np.float32)
+    if not np.isnan(session.run(["logits"], feed)[0]).all():
+        raise ExportError("the ONNX graph accepts a budget out of range; nothing was written")
+
+
+def _name(source: Any) -> str:
+    return "the ONNX content" if isinstance(source, bytes) else os.fspath(source)
