@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,7 +50,8 @@ def _generate(
         ),
     ] = None,
     router_backend: Annotated[
-        str, typer.Option("--router-backend", help="What computes the decisions: torch or onnx")
+        Literal["torch", "onnx"],
+        typer.Option("--router-backend", help="What computes the decisions"),
     ] = "torch",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer")
@@ -129,7 +130,7 @@ def _bake(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; give a new folder as --out")
 
-    from dynadepth import bake
+    from dynadepth.baking import save_baked
     from dynadepth.families import layer_stack
     from dynadepth.loading import load_model, load_tokenizer
     from dynadepth.plans import parse_plan, plan_depth
@@ -141,7 +142,7 @@ def _bake(
     # The folder appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "checkpoint"
-        bake(base, actions).save_pretrained(folder)
+        save_baked(base, actions, folder)
         tokenizer.save_pretrained(folder)
         if out.exists():
             out.rmdir()

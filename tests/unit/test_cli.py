@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import shutil
 import sys
 import types
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynadepth import cli
@@ -72,7 +74,10 @@ def test_help_names_the_verbs_of_the_runtime_and_of_the_search_application(capsy
             "a --plan needs no routers",
         ),
         (["generate", "--model", "m", "--prompt", " ", "--plan", "1"], "--prompt is empty"),
-        (["generate", "--model", "m", "--prompt", "p", "--budget", "much"], "'much'"),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--budget", "much"],
+            "Invalid value for '--budget'",
+        ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--plan", "1", "--max-new-tokens", "0"],
             "--max-new-tokens",
@@ -180,8 +185,6 @@ def test_a_damaged_weights_file_is_named(capsys, tiny_copy):
 
 
 def test_missing_weights_are_refused_rather_than_drawn_at_random(capsys, tiny_copy):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(tiny_copy / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tiny_copy / "model.safetensors", metadata={"format": "pt"})
@@ -204,8 +207,6 @@ def test_a_model_that_is_no_causal_language_model_is_refused(capsys, tiny_copy):
 @pytest.fixture
 def tiny_copy(tiny_base, tmp_path):
     """A copy of the tiny base model that a test may damage."""
-    import shutil
-
     return shutil.copytree(tiny_base, tmp_path / "base")
 
 
@@ -314,3 +315,70 @@ def test_bake_with_a_wrong_plan_leaves_nothing(capsys, tiny_base, tmp_path):
     assert code == 1
     assert "skips all 4 layers" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_finds_the_routers_beside_the_model(capsys, tiny_routed):
+    shallow = json.loads(generate(capsys, tiny_routed, "--budget", 0.5, "--json")[0])
+    deep = json.loads(generate(capsys, tiny_routed, "--budget", 1, "--json")[0])
+    assert shallow["budget"] == 0.5
+    assert shallow["depth"] < deep["depth"]
+    assert len(shallow["plan"]) == 4
+
+
+def test_generate_takes_routers_from_elsewhere(capsys, tiny_base, tiny_routed):
+    here = generate(capsys, tiny_routed, "--budget", 0.7)[0]
+    there = generate(capsys, tiny_base, "--budget", 0.7, "--routers", tiny_routed / "routers")[0]
+    assert here == there
+
+
+def test_generate_without_routers_says_where_it_looked(capsys, tiny_base):
+    code, out, err = run(
+        capsys, "generate", "--model", tiny_base, "--prompt", PROMPT, "--budget", "0.7"
+    )
+    assert (code, out) == (1, "")
+    assert f"there is no {tiny_base / 'routers/router_config.json'} beside the base model" in err
+    assert "dynadepth train" in err
+
+
+@pytest.mark.parametrize("budget", ["-1", "0", "nan", "3"])
+def test_a_budget_outside_the_calibrated_range_names_the_range(capsys, tiny_routed, budget):
+    code, out, err = run(
+        capsys, "generate", "--model", tiny_routed, "--prompt", PROMPT, "--budget", budget
+    )
+    assert (code, out) == (1, "")
+    assert "0.5 to 1.0" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_export_writes_beside_the_routers_and_generate_decides_with_it(
+    capsys, tiny_routed, tmp_path
+):
+    folder = shutil.copytree(tiny_routed, tmp_path / "model")
+    code, out, _ = run(capsys, "export", "--routers", folder / "routers")
+    target = folder / "routers" / "routers.onnx"
+    assert (code, out) == (0, f"{target}\n")
+    with_torch = generate(capsys, folder, "--budget", 0.7)[0]
+    target.rename(tmp_path / "moved.onnx")
+    code, out, _ = run(capsys, "export", "--routers", folder / "routers", "--out", target, "--json")
+    assert code == 0
+    assert json.loads(out) == {"bytes": target.stat().st_size, "out": str(target)}
+    assert generate(capsys, folder, "--budget", 0.7, "--router-backend", "onnx")[0] == with_torch
+    target.write_bytes(target.read_bytes()[:100])
+    code, out, err = run(
+        capsys,
+        *("generate", "--model", folder, "--prompt", PROMPT, "--budget", "0.7"),
+        *("--router-backend", "onnx"),
+    )
+    assert (code, out) == (1, "")
+    assert "routers.onnx" in err
+
+
+def test_export_of_damaged_routers_leaves_nothing(capsys, tiny_routed, tmp_path):
+    routers = shutil.copytree(tiny_routed / "routers", tmp_path / "routers")
+    weights = routers / "routers.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    before = sorted(path.name for path in routers.iterdir())
+    code, out, err = run(capsys, "export", "--routers", routers)
+    assert (code, out) == (1, "")
+    assert f"{weights} is damaged" in err
+    assert sorted(path.name for path in routers.iterdir()) == before
