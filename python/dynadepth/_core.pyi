@@ -1,13 +1,63 @@
 """Compiled core of dynadepth: the sweep planner and the search forest."""
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["Forest", "SweepPlan", "__version__", "plan_sweep"]
+
 __version__: str
 
+_Bytes = npt.NDArray[np.uint8]
 _Indices = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Best = tuple[_Bytes, float, float, float, int]
+
+@final
+class Forest:
+    """A search over plans for many prompts at once."""
+
+    def __new__(
+        cls,
+        num_layers: int,
+        tree_keys: npt.NDArray[np.uint64],
+        *,
+        seed: int,
+        prior: tuple[_Floats, _Floats, int] | None,
+        max_evaluations: int,
+        depth_penalty: float,
+        exploration: float,
+        selection: str,
+        protect: list[int],
+        max_depth: float,
+        max_repeats: int,
+        max_edits: int,
+        virtual_loss: float,
+        probe_trees: int,
+        round_size: int,
+        temperature: float,
+        random_child: float,
+    ) -> Forest: ...
+    @staticmethod
+    def restore(snapshot: bytes) -> Forest: ...
+    def snapshot(self) -> bytes: ...
+    def ask(
+        self, max_plans: int
+    ) -> tuple[npt.NDArray[np.uint32], _Bytes, npt.NDArray[np.uint64]]: ...
+    def tell(self, ticket: npt.NDArray[np.uint64], rewards: _Floats) -> None: ...
+    @property
+    def finished(self) -> bool: ...
+    def tree_finished(self, tree: int) -> bool: ...
+    def best(self, tree: int) -> _Best: ...
+    def pareto(self, tree: int) -> list[_Best]: ...
+    def evaluated(self, tree: int) -> tuple[_Bytes, _Floats, _Floats, npt.NDArray[np.uint32]]: ...
+    def prior(self) -> tuple[_Floats, _Floats, int]: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_trees(self) -> int: ...
+    def settings(self) -> dict[str, Any]: ...
 
 @final
 class SweepPlan:

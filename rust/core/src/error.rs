@@ -62,4 +62,96 @@ pub enum Error {
         /// Largest number allowed.
         limit: usize,
     },
+    /// A setting of the search is out of range.
+    #[error("the setting {name} is {given}; expected {expected}")]
+    Setting {
+        /// Name of the setting.
+        name: &'static str,
+        /// Value given.
+        given: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// No trees, or more than 32 bits count.
+    #[error(
+        "a forest of {given} trees cannot be made; expected 1 to {}, one for each prompt",
+        u32::MAX
+    )]
+    NumTrees {
+        /// Trees asked for.
+        given: usize,
+    },
+    /// A prior for another number of layers.
+    #[error(
+        "the prior has {given} edits; expected {expected}: a skip and a repeat for each layer"
+    )]
+    PriorLength {
+        /// Entries given.
+        given: usize,
+        /// Entries expected.
+        expected: usize,
+    },
+    /// The search can reach an edit that the prior does not measure.
+    #[error("the prior gives {mean} for the edit '{action} layer {layer}', which the search can reach; probe again with the same protect, max_repeats and max_edits, or protect the layer")]
+    PriorMissing {
+        /// `skip` or `repeat`.
+        action: &'static str,
+        /// Layer of the edit.
+        layer: usize,
+        /// Mean given.
+        mean: f64,
+    },
+    /// A batch of no plans was asked for.
+    #[error("max_plans is 0; ask for at least one plan")]
+    MaxPlans,
+    /// Not one reward for each ticket.
+    #[error("{given} rewards were told for {expected} tickets; give one reward for each ticket")]
+    RewardsLength {
+        /// Rewards given.
+        given: usize,
+        /// Tickets given.
+        expected: usize,
+    },
+    /// A reward is not a usable number.
+    #[error("the reward of ticket {ticket} is {reward}; expected a finite number of at most 1e100 in size")]
+    BadReward {
+        /// Ticket told.
+        ticket: u64,
+        /// Reward given.
+        reward: f64,
+    },
+    /// A ticket that was never handed out.
+    #[error(
+        "ticket {ticket} was never handed out by this forest; tell only tickets that ask returned"
+    )]
+    UnknownTicket {
+        /// Ticket told.
+        ticket: u64,
+    },
+    /// A ticket that has been told before, or twice in one call.
+    #[error("ticket {ticket} is told more than once; each ticket takes one reward")]
+    ReusedTicket {
+        /// Ticket told.
+        ticket: u64,
+    },
+    /// A tree that the forest does not have.
+    #[error("tree {tree} does not exist; expected an index below {num_trees}")]
+    UnknownTree {
+        /// Tree named.
+        tree: usize,
+        /// Trees in the forest.
+        num_trees: usize,
+    },
+    /// A result was asked for before any reward was told.
+    #[error("tree {tree} has no evaluated plan yet; tell the reward of one first")]
+    NothingEvaluated {
+        /// Tree named.
+        tree: usize,
+    },
+    /// The prior was asked for before the probe was told, or without one.
+    #[error("there is no prior: tell the rewards of the whole probe first, or make the forest with probe_trees above 0 or with a prior")]
+    NoPrior,
+    /// A snapshot that cannot be restored.
+    #[error("the snapshot cannot be restored: {0}")]
+    Snapshot(String),
 }

@@ -32,9 +32,13 @@ pub fn visits(plan: &[u8]) -> u32 {
 /// assert_eq!(dynadepth_core::plan::depth(&[1, 0, 2, 0]).to_bits(), 0.75_f64.to_bits());
 /// ```
 #[must_use]
-#[allow(clippy::cast_precision_loss)] // a model has far fewer than 2^52 layers
 pub fn depth(plan: &[u8]) -> f64 {
-    f64::from(visits(plan)) / plan.len() as f64
+    fraction(visits(plan), plan.len())
+}
+
+#[allow(clippy::cast_precision_loss)] // a model has far fewer than 2^52 layers
+pub(crate) fn fraction(visits: u32, num_layers: usize) -> f64 {
+    f64::from(visits) / num_layers as f64
 }
 
 /// Checks one plan; `row` names it in the error.

@@ -3,10 +3,14 @@
 use dynadepth_core::Error;
 use pyo3::PyErr;
 
+pub(crate) use python::{ConfigError, PlanError, SearchError};
+
 /// The exception classes, as `dynadepth.errors` defines them.
 mod python {
     #![allow(missing_docs)]
+    pyo3::import_exception!(dynadepth.errors, ConfigError);
     pyo3::import_exception!(dynadepth.errors, PlanError);
+    pyo3::import_exception!(dynadepth.errors, SearchError);
 }
 
 /// Maps an error of the core to the exception that Python callers catch.
@@ -18,6 +22,19 @@ pub(crate) fn to_python(error: &Error) -> PyErr {
         | Error::EmptySweep { .. }
         | Error::PlansLength { .. }
         | Error::UnknownExample { .. }
-        | Error::TooManyRows { .. } => python::PlanError::new_err(message),
+        | Error::TooManyRows { .. } => PlanError::new_err(message),
+        Error::Setting { .. }
+        | Error::NumTrees { .. }
+        | Error::PriorLength { .. }
+        | Error::PriorMissing { .. } => ConfigError::new_err(message),
+        Error::MaxPlans
+        | Error::RewardsLength { .. }
+        | Error::BadReward { .. }
+        | Error::UnknownTicket { .. }
+        | Error::ReusedTicket { .. }
+        | Error::UnknownTree { .. }
+        | Error::NothingEvaluated { .. }
+        | Error::NoPrior
+        | Error::Snapshot(_) => SearchError::new_err(message),
     }
 }

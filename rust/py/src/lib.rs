@@ -5,6 +5,7 @@
 #![allow(clippy::needless_pass_by_value)]
 
 mod error;
+mod forest;
 mod sweep;
 
 use pyo3::prelude::*;
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 mod _core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::forest::PyForest;
     #[pymodule_export]
     use crate::sweep::{plan_sweep, PySweepPlan};
 

@@ -1,0 +1,155 @@
+"""Settings of the search for plans, and what it knows of single edits beforehand.
+
+Owns their checks and their way to JSON and back. Knows nothing of the search itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.config import check_fields, config_from_dict, config_to_dict
+from dynadepth.errors import ConfigError
+
+__all__ = ["EditPrior", "SearchConfig"]
+
+_Floats = npt.NDArray[np.float64]
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_evaluations": (1, 1_000_000),
+    "depth_penalty": (0, 1e100),
+    "exploration": (0, 1e6),
+    "max_depth": (1, 2),
+    "max_repeats": (0, 4096),
+    "max_edits": (0, 4096),
+    "virtual_loss": (0, 1e6),
+    "probe_trees": (0, 2**32 - 1),
+    "round_size": (1, 4096),
+    "temperature": (1e-3, 1e6),
+    "random_child": (0, 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchConfig:
+    """Settings of the search.
+
+    The three dimensionless weights (`exploration`, `virtual_loss`, `temperature`) are in units of the spread of rewards
+    that the search sees, so they mean the same for rewards of any scale.
+
+    Args:
+        max_evaluations: Plans evaluated for each tree, the identity plan included; the probe's are not counted.
+        depth_penalty: What a depth of 1 costs, in units of reward: value = reward - depth_penalty * depth.
+        exploration: Weight c of the exploration bonus.
+        selection: Rule of descent: `"puct"`, or `"drllm"` for the paper's.
+        protect: Layers that stay at EXECUTE.
+        max_depth: Largest depth of a plan, 1 to 2. At 1 a REPEAT needs a SKIP in the same plan.
+        max_repeats: Most REPEATs in a plan.
+        max_edits: Most layers of a plan that are not EXECUTE.
+        virtual_loss: How far an open ticket lowers the score of what lies on its path.
+        probe_trees: Trees that open with every single edit, if the forest is given no prior; 0 for no probe.
+        round_size: Plans of one tree that are asked before any of them is told.
+        temperature: Flatness of the prior probabilities of the edits.
+        random_child: Chance that a step of a descent takes any child rather than the best.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range.
+
+    Example:
+        >>> SearchConfig(max_evaluations=50).selection
+        'puct'
+    """
+
+    max_evaluations: int = 24
+    depth_penalty: float = 1.0
+    exploration: float = 1.0
+    selection: Literal["puct", "drllm"] = "puct"
+    protect: tuple[int, ...] = ()
+    max_depth: float = 1.0
+    max_repeats: int = 2
+    max_edits: int = 12
+    virtual_loss: float = 1.0
+    probe_trees: int = 16
+    round_size: int = 4
+    temperature: float = 1.0
+    random_child: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, (least, most) in _RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"SearchConfig.{name} is {getattr(self, name)}; expected {least} to {most}"
+                )
+        if any(not 0 <= layer < 2**32 for layer in self.protect):
+            raise ConfigError(
+                f"SearchConfig.protect is {self.protect}; expected layer indices from 0"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as values that JSON knows."""
+        return config_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "SearchConfig":
+        """Make the settings from what `to_dict` wrote.
+
+        Raises:
+            ConfigError: An unknown key, or a value of the wrong type or size.
+        """
+        return config_from_dict(cls, content)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EditPrior:
+    """What single edits do to the reward, over the prompts that a probe measured.
+
+    Edit l skips layer l; edit num_layers + l repeats it.
+
+    Args:
+        mean: Mean change of reward against the identity plan; NaN for an edit that was not measured.
+            Shape (2 * num_layers,), float64.
+        variance: Sample variance over the prompts (0 for one prompt). Shape (2 * num_layers,), float64.
+        count: Prompts measured.
+    """
+
+    mean: _Floats
+    variance: _Floats
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prior as values that JSON knows; an edit that was not measured is None."""
+        return {
+            "mean": [None if math.isnan(entry) else entry for entry in self.mean.tolist()],
+            "variance": [None if math.isnan(entry) else entry for entry in self.variance.tolist()],
+            "count": self.count,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "EditPrior":
+        """Make the prior from what `to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is missing or unknown, or a value is not what it must be.
+        """
+        if not isinstance(content, dict) or set(content) != {"mean", "variance", "count"}:
+            raise ConfigError(
+                f"EditPrior is {content!r}; expected an object with mean, variance and count"
+            )
+        try:
+            mean, variance = (
+                np.array(
+                    [math.nan if entry is None else entry for entry in content[name]], np.float64
+                )
+                for name in ("mean", "variance")
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"EditPrior holds something else than numbers: {error}") from error
+        if mean.ndim != 1 or mean.shape != variance.shape or not isinstance(content["count"], int):
+            raise ConfigError(
+                f"EditPrior has mean {mean.shape}, variance {variance.shape} and count "
+                f"{content['count']!r}; expected two lists of one length and a whole number"
+            )
+        return cls(mean, variance, content["count"])

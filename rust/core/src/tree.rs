@@ -1,0 +1,249 @@
+//! One tree: the search over the plans of one prompt.
+//!
+//! A tree works in *rounds*: it chooses up to `round_size` plans at once, and learns from their rewards together, in
+//! the order of the plans, when the last one is told. So neither the order of the tells nor what other trees do
+//! changes what it asks.
+
+use crate::config::{SearchConfig, Selection};
+use crate::edits::{positive_median, target, Guide, Limits};
+use crate::node::{Graph, Node, ROOT};
+use crate::plan::{self, SKIP};
+use crate::rng::SplitMix64;
+use crate::select::{score, ChildView, ParentView, Score};
+
+/// A plan that was chosen, and its reward once told.
+#[derive(Debug, Clone)]
+pub(crate) struct Evaluation {
+    pub(crate) plan: Box<[u8]>,
+    /// Edits from the root, in the order of the descent; `None` if the plan is outside the graph.
+    path: Option<Vec<usize>>,
+    pub(crate) reward: Option<f64>,
+    /// Whether the plan keeps the caps; the probe goes beyond them.
+    pub(crate) admitted: bool,
+}
+
+/// What every tree of a forest shares.
+pub(crate) struct Shared<'a> {
+    pub(crate) config: &'a SearchConfig,
+    pub(crate) limits: &'a Limits,
+    pub(crate) num_layers: usize,
+}
+
+/// The search over the plans of one prompt.
+#[derive(Debug, Clone)]
+pub(crate) struct Tree {
+    graph: Graph,
+    pub(crate) evaluations: Vec<Evaluation>,
+    /// First evaluation of the current round.
+    round_start: usize,
+    /// Evaluations that `ask` has handed out.
+    pub(crate) issued: usize,
+    /// Evaluations that have been told.
+    told: usize,
+    /// Evaluations that count towards `max_evaluations`.
+    spent: u32,
+    /// |signal - the identity's signal| of the told plans, ascending.
+    spreads: Vec<f64>,
+    rng: SplitMix64,
+}
+
+impl Tree {
+    pub(crate) fn new(num_layers: usize, rng: SplitMix64) -> Self {
+        Self {
+            graph: Graph::new(num_layers),
+            evaluations: Vec::new(),
+            round_start: 0,
+            issued: 0,
+            told: 0,
+            spent: 0,
+            spreads: Vec::new(),
+            rng,
+        }
+    }
+
+    /// Plans chosen but not handed out yet.
+    pub(crate) fn waiting(&self) -> usize {
+        self.evaluations.len() - self.issued
+    }
+
+    /// Whether every chosen plan has been told.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.told == self.evaluations.len()
+    }
+
+    /// First evaluation of the current round.
+    pub(crate) fn untold_from(&self) -> usize {
+        self.round_start
+    }
+
+    /// Opens with the identity plan alone: nothing can be compared before it is told.
+    pub(crate) fn open_search(&mut self, shared: &Shared<'_>) {
+        self.choose(Vec::new(), shared);
+        self.spent = 1;
+    }
+
+    /// Opens with the identity plan and the given single edits, legal by themselves or not.
+    pub(crate) fn open_probe(&mut self, edits: &[usize], shared: &Shared<'_>) {
+        self.open_search(shared);
+        for &edit in edits {
+            let root = self.graph.node(ROOT);
+            if shared.limits.allows(&root.plan, root.usage, edit) {
+                self.graph.add(ROOT, edit, 0.0);
+                self.choose(vec![edit], shared);
+            } else {
+                let (layer, action) = target(edit, shared.num_layers);
+                let mut plan = root.plan.clone();
+                plan[layer] = action;
+                self.record(plan, None, shared);
+            }
+        }
+    }
+
+    /// Notes the reward of an evaluation that has been handed out and not been told.
+    pub(crate) fn tell(&mut self, index: usize, reward: f64) {
+        self.evaluations[index].reward = Some(reward);
+        self.told += 1;
+    }
+
+    /// Learns from a settled round.
+    pub(crate) fn learn(&mut self, shared: &Shared<'_>) {
+        for index in self.round_start..self.evaluations.len() {
+            let evaluation = &self.evaluations[index];
+            let (Some(path), Some(reward)) = (&evaluation.path, evaluation.reward) else {
+                continue;
+            };
+            let signal = match shared.config.selection {
+                Selection::Puct => value(reward, &evaluation.plan, shared.config),
+                Selection::DrLlm => reward,
+            };
+            self.graph.close(path, signal);
+            if !path.is_empty() {
+                let spread = (signal - self.graph.node(ROOT).signal).abs();
+                let place = self.spreads.partition_point(|&other| other < spread);
+                self.spreads.insert(place, spread);
+            }
+        }
+        self.round_start = self.evaluations.len();
+    }
+
+    /// Chooses the plans of the next round; none if the evaluations are spent or nothing is left to ask.
+    pub(crate) fn choose_round(&mut self, guide: &Guide, shared: &Shared<'_>) {
+        let left = shared.config.max_evaluations.saturating_sub(self.spent);
+        for _ in 0..left.min(shared.config.round_size) {
+            let Some(path) = self.descend(guide, shared) else {
+                break;
+            };
+            self.choose(path, shared);
+            self.spent += 1;
+        }
+    }
+
+    /// Finds a plan that has not been asked, adds it to the graph and returns its path.
+    fn descend(&mut self, guide: &Guide, shared: &Shared<'_>) -> Option<Vec<usize>> {
+        let mut path = Vec::new();
+        let mut nodes = vec![ROOT];
+        while let Some(&at) = nodes.last() {
+            if let Some((edit, child)) = self.best_child(at, guide, shared) {
+                path.push(edit);
+                let Some(child) = child else {
+                    let signal = self.graph.node(at).signal + guide.effect[edit];
+                    self.graph.add(at, edit, signal);
+                    return Some(path);
+                };
+                nodes.push(child);
+            } else {
+                self.graph.mark_complete(at);
+                nodes.pop();
+                path.pop();
+            }
+        }
+        None
+    }
+
+    /// Returns the edit to take at a node and the child's node, if it has one; `None` if no child is left.
+    fn best_child(
+        &mut self,
+        at: usize,
+        guide: &Guide,
+        shared: &Shared<'_>,
+    ) -> Option<(usize, Option<usize>)> {
+        let node = self.graph.node(at);
+        let mut asked = node.edges.iter().peekable();
+        let mut children = Vec::new();
+        let mut total_weight = 0.0;
+        for edit in 0..shared.limits.num_edits() {
+            let edge = asked.next_if(|edge| edge.edit == edit);
+            if shared.limits.allows(&node.plan, node.usage, edit) {
+                total_weight += guide.weight[edit];
+                if edge.is_none_or(|edge| !self.graph.node(edge.child).complete) {
+                    children.push((edit, edge));
+                }
+            }
+        }
+        if shared.config.random_child > 0.0 && !children.is_empty() {
+            let drawn = self.rng.unit() < shared.config.random_child;
+            if drawn {
+                let (edit, edge) = children[self.rng.below(children.len())];
+                return Some((edit, edge.map(|edge| edge.child)));
+            }
+        }
+        let parent = ParentView {
+            visits: node.count + node.open,
+            unit: self.unit(guide),
+        };
+        let mut best: Option<(Score, (usize, Option<usize>))> = None;
+        for (edit, edge) in children {
+            let visits = if target(edit, shared.num_layers).1 == SKIP {
+                node.usage.visits - 1
+            } else {
+                node.usage.visits + 1
+            };
+            let known = edge.map(|edge| self.graph.node(edge.child));
+            let view = ChildView {
+                mean: known.map_or(node.signal + guide.effect[edit], Node::mean),
+                count: known.map_or(0, |child| child.count),
+                open: known.map_or(0, |child| child.open),
+                edge_visits: edge.map_or(0, |edge| edge.count + edge.open),
+                fresh: edge.is_none(),
+                probability: guide.weight[edit] / total_weight,
+                depth: plan::fraction(visits, shared.num_layers),
+            };
+            let scored = score(shared.config, &parent, &view);
+            if best.as_ref().is_none_or(|(other, _)| scored > *other) {
+                best = Some((scored, (edit, edge.map(|edge| edge.child))));
+            }
+        }
+        best.map(|(_, choice)| choice)
+    }
+
+    /// Unit of the bonus and of the virtual loss: the tree's own spread, the prior's until it has one.
+    fn unit(&self, guide: &Guide) -> f64 {
+        positive_median(&self.spreads).unwrap_or(guide.spread)
+    }
+
+    /// Adds an evaluation at the end of a path in the graph, as open.
+    fn choose(&mut self, path: Vec<usize>, shared: &Shared<'_>) {
+        self.graph.open(&path);
+        let mut plan = self.graph.node(ROOT).plan.clone();
+        for &edit in &path {
+            let (layer, action) = target(edit, shared.num_layers);
+            plan[layer] = action;
+        }
+        self.record(plan, Some(path), shared);
+    }
+
+    fn record(&mut self, plan: Box<[u8]>, path: Option<Vec<usize>>, shared: &Shared<'_>) {
+        let admitted = shared.limits.admits(&plan);
+        self.evaluations.push(Evaluation {
+            plan,
+            path,
+            reward: None,
+            admitted,
+        });
+    }
+}
+
+/// What the search maximises: reward - `depth_penalty` * depth.
+pub(crate) fn value(reward: f64, plan: &[u8], config: &SearchConfig) -> f64 {
+    reward - config.depth_penalty * plan::depth(plan)
+}
