@@ -22,12 +22,15 @@ from dynadepth.plans import Plans, identity_plan, plan_text
 
 __all__ = [
     "METRIC_LABELS",
+    "SHARES",
     "PolicyRun",
     "action_shares",
     "figures_of",
     "findings",
     "mix_runs",
     "oracle_run",
+    "show_interval",
+    "show_number",
 ]
 
 Kind = Literal["base", "routed", "preset", "static", "shortgpt", "random", "oracle"]
@@ -36,9 +39,11 @@ Floats = npt.NDArray[np.float64]
 METRIC_LABELS = {
     "reward": "graded reward (log-prob of the right answer)",
     "preserve": "fidelity (-KL to the base)",
-    "agreement": "agreement with the base's own answer",
-    "accuracy": "accuracy",
+    "agreement": "agreement with the base's own answer (%)",
+    "accuracy": "accuracy (%)",
 }
+# Shares of prompts, shown in points of a hundred.
+SHARES = ("agreement", "accuracy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,31 +217,58 @@ def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
         headline: The metric named first.
 
     Returns:
-        One sentence for each routed policy and metric, and one for the identity rate.
+        One finding for each routed policy.
     """
-    sentences = []
+    said = []
     for figures in policies:
         if figures["kind"] not in ("routed", "preset"):
             continue
         who = f"{figures['name']} (mean depth {figures['depth']:.3f}, n = {figures['n']})"
         if figures["against_static"] is None:
-            sentences.append(f"{who} has no static mixture of equal depth to be compared with.")
+            verdicts = ["has no static mixture of equal depth to be compared with"]
         else:
-            metrics = figures["against_static"]
-            ordered = sorted(metrics, key=lambda name: (name != headline, name))
-            sentences += [f"{who} {_verdict(name, Interval(**metrics[name]))}" for name in ordered]
-        sentences.append(
-            f"{who} keeps the identity plan for {figures['identity_rate']:.0%} of the prompts and uses "
-            f"{figures['distinct_plans']} different plan{'s' if figures['distinct_plans'] > 1 else ''}."
+            verdicts = _verdicts(figures["against_static"], headline)
+        several = figures["distinct_plans"] > 1
+        said.append(
+            f"{who} {'; '.join(verdicts)}. It keeps the identity plan for {figures['identity_rate']:.0%} of "
+            f"the prompts and uses {figures['distinct_plans']} different plan{'s' if several else ''}."
         )
-    return sentences
+    return said
 
 
-def _verdict(metric: str, difference: Interval) -> str:
-    shown = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    label = METRIC_LABELS[metric]
-    if difference.low > 0.0:
-        return f"beats the static mixture of equal depth in {label}: {shown}."
-    if difference.high < 0.0:
-        return f"is worse than the static mixture of equal depth in {label}: {shown}."
-    return f"does not beat the static mixture of equal depth in {label}: {shown} holds zero."
+def _verdicts(against_static: Mapping[str, Mapping[str, Any]], headline: str) -> list[str]:
+    """Group the metrics by what their intervals say, the headline's group first."""
+    words: dict[str, list[str]] = {}
+    for metric in sorted(against_static, key=lambda name: (name != headline, name)):
+        difference = Interval(**against_static[metric])
+        if difference.low > 0.0:
+            verdict = "beats the static mixture of equal depth in"
+        elif difference.high < 0.0:
+            verdict = "is worse than the static mixture of equal depth in"
+        else:
+            verdict = "does not beat the static mixture of equal depth in"
+        shown = f"{METRIC_LABELS[metric]}, {show_interval(metric, against_static[metric])}"
+        words.setdefault(verdict, []).append(shown)
+    return [f"{verdict} {' and '.join(shown)}" for verdict, shown in words.items()]
+
+
+def show_number(metric: str, value: float) -> str:
+    """Write a mean as it is shown everywhere: shares in points of a hundred."""
+    factor, digits = _format(metric)
+    # Adding zero takes the sign off what rounds to nothing.
+    return f"{round(factor * value, digits) + 0.0:.{digits}f}"
+
+
+def show_interval(metric: str, interval: Mapping[str, float]) -> str:
+    """Write a difference and its interval, as in "+1.2 [-0.3, +2.7]"."""
+    factor, digits = _format(metric)
+    mean, low, high = (
+        f"{round(factor * interval[key], digits) + 0.0:+.{digits}f}"
+        for key in ("mean", "low", "high")
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def _format(metric: str) -> tuple[float, int]:
+    """Return the unit of a metric and its digits."""
+    return (100.0, 1) if metric in SHARES else (1.0, 4)

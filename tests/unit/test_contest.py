@@ -118,8 +118,8 @@ def test_a_depth_that_no_static_plan_reaches_is_noted_and_not_compared() -> None
     figures = [
         figures_of(item.run, found["base"].run, item.static, seed=0) for item in found.values()
     ]
-    assert findings(figures, "preserve")[0] == (
-        "routed 0.80 (mean depth 0.333, n = 8) has no static mixture of equal depth to be compared with."
+    assert findings(figures, "preserve")[0].startswith(
+        "routed 0.80 (mean depth 0.333, n = 8) has no static mixture of equal depth to be compared with. It"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynadepth.plans import identity_plan
-from dynadepth_search.figures import PolicyRun, figures_of, findings
+from dynadepth_search.figures import PolicyRun, figures_of, findings, show_interval, show_number
 
 N = 60
 
@@ -47,12 +47,22 @@ def test_the_words_follow_from_the_interval(shift: float, noise: float, words: s
 
 
 def test_two_that_do_the_same_are_no_gain() -> None:
-    headline, agreement, identity = _say(0.0, 0.0)
-    assert headline.startswith("routed 0.80 (mean depth 1.000, n = 60) does not beat")
-    assert headline.endswith("+0.0000 [+0.0000, +0.0000] holds zero.")
-    assert "agreement" in agreement
-    assert identity.endswith(
-        "keeps the identity plan for 100% of the prompts and uses 1 different plan."
+    (finding,) = _say(0.0, 0.0)
+    assert finding == (
+        "routed 0.80 (mean depth 1.000, n = 60) does not beat the static mixture of equal depth in graded reward "
+        "(log-prob of the right answer), +0.0000 [+0.0000, +0.0000] and agreement with the base's own answer (%), "
+        "+0.0 [+0.0, +0.0]. It keeps the identity plan for 100% of the prompts and uses 1 different plan."
+    )
+
+
+def test_shares_are_shown_in_points_and_nothing_has_no_sign() -> None:
+    interval = {"mean": 0.0123, "low": -0.00001, "high": 0.5}
+    assert show_interval("accuracy", interval) == "+1.2 [+0.0, +50.0]"
+    assert show_interval("reward", interval) == "+0.0123 [+0.0000, +0.5000]"
+    assert show_number("reward", -0.00001) == "0.0000"
+    assert (show_number("agreement", 0.876), show_number("preserve", -1.23456)) == (
+        "87.6",
+        "-1.2346",
     )
 
 
