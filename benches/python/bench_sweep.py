@@ -79,7 +79,12 @@ def main() -> None:
         "--scored", type=int, default=16, help="last tokens of each row that are scored"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="a small run that only shows that the bench works"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.prompts, options.plans = 1, 1, 4
     torch.manual_seed(0)
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
