@@ -197,9 +197,9 @@ class RouterConfig:
 class TrainConfig:
     """How routers are trained.
 
-    The defaults are the preset `dynadepth`'s: a perceptron whose output starts at zero, features standardised, and for
-    each layer the weights of the epoch that did best on prompts held out of the training prompts. A layer that learns
-    nothing which holds there keeps a constant output, and so never deviates from the static plans.
+    The defaults are the preset `dynadepth`'s: features standardised, a perceptron whose output starts at the best
+    constant, and for each layer the weights of the epoch that did best on prompts held out of the training prompts. A
+    layer that learns nothing which holds there keeps its constant output, and so never deviates from the static plans.
 
     Args:
         epochs: Passes over the prompts.
@@ -212,7 +212,8 @@ class TrainConfig:
         class_balance: beta of the effective number of labels; 0 weighs all actions alike.
         standardise: Scale every dimension to unit spread; folded into the first linear layer afterwards.
         centre: Subtract the mean logits over the prompts; folded into the last bias.
-        held_out: Share of the prompts that choose each layer's epoch; 0 keeps the last epoch's weights.
+        held_out: Share of the prompts that choose each layer's epoch; 0 starts from random outputs and keeps the last
+            epoch's weights.
 
     Raises:
         ConfigError: A value of the wrong type or out of range.

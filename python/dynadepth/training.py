@@ -114,7 +114,9 @@ def train_heads(
     mean, scale = _spread(features, used, config, enabled=training.standardise)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     parameters = _initial_parameters(config, generator)
+    free = torch.ones(config.num_layers, NUM_ACTIONS)
     if training.held_out > 0:
+        free = _learnable(labels[used].cpu())
         # Learning starts at the best constant, so that any epoch which beats it has learnt from the features.
         for name in [name for name in parameters if ".second_" in name]:
             parameters[name] = torch.zeros_like(parameters[name])
@@ -123,14 +125,13 @@ def train_heads(
         )
     for name, tensor in parameters.items():
         parameters[name] = tensor.to(features.device).requires_grad_()
-    trained = _heads(config, parameters)
+    free = free.to(features.device)
 
     def losses(prompts: Any) -> Tensor:
         """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
         picked = (features[prompts][:, :, : config.num_views] - mean) * scale
-        loss = focal_loss(
-            trained.all_logits(picked), labels[prompts], gamma=training.focal_gamma, weights=weights
-        )
+        logits = _heads(config, parameters, free).all_logits(picked)
+        loss = focal_loss(logits, labels[prompts], gamma=training.focal_gamma, weights=weights)
         return loss.mean(dim=0)
 
     tensors = list(parameters.values())
@@ -160,7 +161,7 @@ def train_heads(
     if count:
         best.offer(_mean_losses(losses, held_out, training.batch_size))
         best.restore()
-    result = _heads(config, _without_scaling(parameters, mean, scale, config))
+    result = _heads(config, _without_scaling(parameters, mean, scale, config), free)
     return centre_heads(result, features) if training.centre else result
 
 
@@ -258,6 +259,16 @@ def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dic
     return parameters
 
 
+def _learnable(labels: Tensor) -> Tensor:
+    """Return 1 where a layer's logit of an action may depend on the prompt. Shape (num_layers, 3), float32.
+
+    An action that a layer's labels never have is only pushed down, and with a single action all logits are: what such
+    logits say about a prompt is an accident of the other directions.
+    """
+    seen = functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) > 0
+    return (seen & (seen.sum(dim=1, keepdim=True) > 1)).to(torch.float32)
+
+
 def _best_constant(labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return the constant logits of lowest focal loss for each layer. Shape (num_layers, 3), float32."""
     # Half a label of each action keeps the optimum finite for an action that a layer never has.
@@ -313,11 +324,12 @@ def _without_scaling(
     return folded
 
 
-def _heads(config: RouterConfig, parameters: Mapping[str, Tensor]) -> RouterHeads:
-    """Return routers over these very tensors, gradients included."""
+def _heads(config: RouterConfig, parameters: Mapping[str, Tensor], free: Tensor) -> RouterHeads:
+    """Return routers over these tensors, gradients included, that are constant for the actions that are not free."""
 
     def part(prefix: str) -> Bottleneck:
         named = {name.split(".")[1]: t for name, t in parameters.items() if name.startswith(prefix)}
+        named["second_weight"] = named["second_weight"] * free.unsqueeze(1)
         return Bottleneck(**named)
 
     return RouterHeads(config, part("windows."), part("last.") if config.last_token else None)

@@ -1,0 +1,53 @@
+"""Static fronts: the thresholds by hand, and what is no front."""
+
+import pytest
+import torch
+
+from dynadepth.errors import ConfigError, PlanError
+from dynadepth.fronts import front_bias, front_calibration, removed_layers
+
+FRONT = [[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0]]
+
+
+def test_thresholds_are_even_over_four_spreads_and_the_rest_follow():
+    expected = [[-10.0, 0.0, -4.0], [-4.0, 0.0, -4.0], [-10.0, 0.0, -4.0], [-8.0, 0.0, -4.0]]
+    assert torch.equal(front_bias(FRONT, scale=2.0), torch.tensor(expected))
+
+
+def test_budgets_are_the_fronts_own_depths():
+    table = front_calibration(FRONT, front_bias(FRONT, scale=2.0))
+    assert table.lambdas == (9.0, 6.0, 2.0)
+    assert table.depths == (0.5, 0.75, 1.0)
+    assert table.range == (0.5, 1.0)
+
+
+def test_the_identity_alone_is_a_front_that_removes_nothing():
+    assert removed_layers([[1, 1, 1]]) == []
+    table = front_calibration([[1, 1, 1]], front_bias([[1, 1, 1]]))
+    assert (table.depths, table.range) == ((1.0,), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("front", "message"),
+    [
+        ([[1, 0, 1]], "starts with a plan that edits layers; expected the identity plan first"),
+        ([[1, 1, 1], [0, 0, 1]], r"plan 1 of a static front changes layers \[0, 1\]"),
+        ([[1, 1, 1], [1, 1, 1]], r"plan 1 of a static front changes layers \[\]"),
+        (
+            [[1, 1, 1], [1, 2, 1]],
+            r"plan 1 of a static front changes layers \[1\]; expected exactly one layer",
+        ),
+        ([[1, 1, 1], [0, 1, 1], [1, 0, 1]], r"plan 2 of a static front changes layers \[0, 1\]"),
+        ([1, 1, 1], r"a static front is an array of shape \(3,\)"),
+        ([], r"a static front is an array of shape \(0,\)"),
+    ],
+)
+def test_what_is_no_front_is_refused(front, message):
+    with pytest.raises(PlanError, match=message):
+        removed_layers(front)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_must_be_positive_and_finite(scale):
+    with pytest.raises(ConfigError, match="expected a positive finite number"):
+        front_bias(FRONT, scale=scale)
