@@ -17,18 +17,22 @@ from dynadepth.plans import EXECUTE, NUM_ACTIONS, REPEAT, SKIP, check_plans, pla
 
 __all__ = ["front_bias", "front_calibration", "removed_layers"]
 
-# The front's thresholds span this many times the spread of the routers' logits: with s = 1 a prompt that is one spread
-# away from the mean moves a quarter of the front, with s = 1/4 a sixteenth.
-_FRONT_SPAN = 4.0
+# In spreads of the routers' logits. A prompt one spread away from the mean moves along the whole front with s = 1, half
+# of it with s = 1/2, a quarter with s = 1/4: from free choice to the trade of close neighbours.
+_FRONT_SPAN = 1.0
+# Beyond the front's last threshold: what no static plan skips takes a prompt of its own to go.
+_NEVER_SKIPPED = 1.0
+# Below EXECUTE: labels that repeat are few, so a prompt needs strong evidence.
+_REPEAT_GAP = 2.0
 
 
 def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
     """Return the static part b of the policy's logits, which alone walks the static front as the penalty grows.
 
-    The k-th of K layers that the front removes is skipped once lambda reaches `4 scale k / K`; the layers that it
+    The k-th of K layers that the front removes is skipped once lambda reaches `scale k / K`; the layers that it
     never removes follow together, one `scale` after its last. With lambda >= 0 and s = 0 REPEAT never wins: it stands
-    half the front's span below EXECUTE, so a prompt needs strong evidence for it. Only the order matters while s = 0;
-    the spacing says how many neighbours on the front a prompt may trade when s > 0.
+    two `scale` below EXECUTE. Only the order matters while s = 0; the spacing says how far along the front a prompt may
+    move when s > 0.
 
     Args:
         front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
@@ -48,8 +52,8 @@ def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
             f"the scale of the front's thresholds is {scale}; expected a positive finite number"
         )
     bias = torch.zeros(np.asarray(front).shape[1], NUM_ACTIONS, dtype=torch.float64)
-    bias[:, REPEAT] = -_FRONT_SPAN * scale / 2
-    bias[:, SKIP] = -scale * (_FRONT_SPAN + 1.0 if removed else 1.0)
+    bias[:, REPEAT] = -_REPEAT_GAP * scale
+    bias[:, SKIP] = -((_FRONT_SPAN if removed else 0.0) + _NEVER_SKIPPED) * scale
     for step, layer_idx in enumerate(removed, start=1):
         bias[layer_idx, SKIP] = -_FRONT_SPAN * scale * step / len(removed)
     return bias.to(torch.float32)

@@ -9,14 +9,14 @@ from dynadepth.fronts import front_bias, front_calibration, removed_layers
 FRONT = [[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0]]
 
 
-def test_thresholds_are_even_over_four_spreads_and_the_rest_follow():
-    expected = [[-10.0, 0.0, -4.0], [-4.0, 0.0, -4.0], [-10.0, 0.0, -4.0], [-8.0, 0.0, -4.0]]
+def test_thresholds_are_even_over_one_spread_and_the_rest_follow():
+    expected = [[-4.0, 0.0, -4.0], [-1.0, 0.0, -4.0], [-4.0, 0.0, -4.0], [-2.0, 0.0, -4.0]]
     assert torch.equal(front_bias(FRONT, scale=2.0), torch.tensor(expected))
 
 
 def test_budgets_are_the_fronts_own_depths():
     table = front_calibration(FRONT, front_bias(FRONT, scale=2.0))
-    assert table.lambdas == (9.0, 6.0, 2.0)
+    assert table.lambdas == (3.0, 1.5, 0.5)
     assert table.depths == (0.5, 0.75, 1.0)
     assert table.range == (0.5, 1.0)
 
