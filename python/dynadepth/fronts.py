@@ -4,6 +4,7 @@ Owns the check of a front, the static part b of the policy's logits that reprodu
 nothing of routers or of how a front is found.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -24,9 +25,11 @@ _FRONT_SPAN = 1.0
 _NEVER_SKIPPED = 1.0
 # Below EXECUTE: labels that repeat are few, so a prompt needs strong evidence.
 _REPEAT_GAP = 2.0
+# Logits that no router outweighs.
+_OUT_OF_REACH = 1e4
 
 
-def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
+def front_bias(front: Any, *, scale: float = 1.0, protect: Iterable[int] = ()) -> Tensor:
     """Return the static part b of the policy's logits, which alone walks the static front as the penalty grows.
 
     The k-th of K layers that the front removes is skipped once lambda reaches `scale k / K`; the layers that it
@@ -37,13 +40,14 @@ def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
     Args:
         front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
             (K + 1, num_layers), uint8.
-        scale: Spread over prompts of the routers' centred logits; see `logit_scale`.
+        scale: Spread over prompts of the routers' centred logits; see `dynadepth.shrinkage.logit_scale`.
+        protect: Layers that always run once.
 
     Returns:
         b. Shape (num_layers, 3), float32; 0 for EXECUTE.
 
     Raises:
-        PlanError: The plans are no such front.
+        PlanError: The plans are no such front, or skip a protected layer.
         ConfigError: A scale that is not positive and finite.
     """
     removed = removed_layers(front)
@@ -51,11 +55,18 @@ def front_bias(front: Any, *, scale: float = 1.0) -> Tensor:
         raise ConfigError(
             f"the scale of the front's thresholds is {scale}; expected a positive finite number"
         )
+    always = sorted(set(protect))
+    if set(always) & set(removed):
+        raise PlanError(
+            f"the static front skips layers {sorted(set(always) & set(removed))}, which are protected; search it "
+            "again with them protected"
+        )
     bias = torch.zeros(np.asarray(front).shape[1], NUM_ACTIONS, dtype=torch.float64)
     bias[:, REPEAT] = -_REPEAT_GAP * scale
     bias[:, SKIP] = -((_FRONT_SPAN if removed else 0.0) + _NEVER_SKIPPED) * scale
     for step, layer_idx in enumerate(removed, start=1):
         bias[layer_idx, SKIP] = -_FRONT_SPAN * scale * step / len(removed)
+    bias[always, SKIP] = bias[always, REPEAT] = -_OUT_OF_REACH
     return bias.to(torch.float32)
 
 
@@ -75,10 +86,12 @@ def front_calibration(front: Any, bias: Tensor) -> Calibration:
     removed = removed_layers(front)
     depths = plan_depth(front)
     thresholds = [0.0, *(-float(bias[layer_idx, SKIP]) for layer_idx in removed)]
+    # What lies beyond the last plan may be out of reach: then any penalty behind its threshold will do.
+    beyond = thresholds[-1] + 1.0
     never = [
         -float(value) for layer_idx, value in enumerate(bias[:, SKIP]) if layer_idx not in removed
     ]
-    thresholds.append(min(never, default=thresholds[-1] + 1.0))
+    thresholds.append(min([beyond, *never]))
     lambdas = [(low + high) / 2 for low, high in pairwise(thresholds)]
     return Calibration(
         lambdas=tuple(lambdas[::-1]),

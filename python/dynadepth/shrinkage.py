@@ -18,7 +18,7 @@ from dynadepth.errors import ConfigError
 from dynadepth.fronts import front_bias, removed_layers
 from dynadepth.plans import EXECUTE, Plans, check_plans, plan_depth
 from dynadepth.policies import actions_of
-from dynadepth.training import centre_heads, train_heads
+from dynadepth.training import logits_of, train_heads
 
 __all__ = [
     "SHRINKAGES",
@@ -140,6 +140,7 @@ def select_shrinkage(
     training: TrainConfig,
     seed: int,
     unforced: Tensor | None = None,
+    protect: Sequence[int] = (),
     folds: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShrinkageChoice:
@@ -163,6 +164,7 @@ def select_shrinkage(
         unforced: Features of the same prompts under a plan that does not depend on the label, for what is decided about
             held-out prompts. States under a prompt's own label betray which layers it skipped, so without this
             the gain is flattered. Same shape as `features`; None takes `features`.
+        protect: Layers that always run once.
         folds: Parts of the prompts.
         progress: Called as `progress(fold, folds)` after each training.
 
@@ -171,7 +173,7 @@ def select_shrinkage(
 
     Raises:
         ConfigError: Fewer prompts than twice the folds, or features that `train_heads` refuses.
-        PlanError: The plans are no front, or the actions are no plans.
+        PlanError: The plans are no front or skip a protected layer, or the actions are no plans.
     """
     count = len(features)
     if folds < 2 or count < 2 * folds:
@@ -193,9 +195,10 @@ def select_shrinkage(
         heads = train_heads(
             features[rest], labels[rest], config, training, seed=int(rng.integers(2**31))
         )
-        logits = centre_heads(heads, decided[rest]).all_logits(decided[rest])
-        held_logits = centre_heads(heads, decided[rest]).all_logits(decided[held_out])
-        cells += _compare_fold(logits, held_logits, np.asarray(held_out), rows, pairs)
+        logits = logits_of(heads, decided)
+        logits = logits - logits[rest].mean(dim=0)
+        bias = front_bias(rows, scale=logit_scale(logits[rest]), protect=protect).to(logits.device)
+        cells += _compare_fold(logits[rest], logits[held_out], bias, held_out, rows, pairs)
         if progress is not None:
             progress(fold + 1, folds)
     rewards = pairs.rewards(evaluate)
@@ -260,10 +263,14 @@ class _Cell:
 
 
 def _compare_fold(
-    logits: Tensor, held_logits: Tensor, prompts: npt.NDArray[np.int64], front: Plans, pairs: _Pairs
+    logits: Tensor,
+    held_logits: Tensor,
+    bias: Tensor,
+    prompts: npt.NDArray[np.int64],
+    front: Plans,
+    pairs: _Pairs,
 ) -> list[_Cell]:
     """Plan one fold's held-out prompts for every shrinkage and depth, and note what must be evaluated."""
-    bias = front_bias(front, scale=logit_scale(logits)).to(logits.device)
     depths = plan_depth(front)
     cells = []
     for shrinkage in SHRINKAGES:

@@ -18,7 +18,7 @@ from dynadepth.errors import ConfigError
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
 from dynadepth.routers import Bottleneck, RouterHeads
 
-__all__ = ["centre_heads", "effective_number_weights", "focal_loss", "train_heads"]
+__all__ = ["centre_heads", "effective_number_weights", "focal_loss", "logits_of", "train_heads"]
 
 # A dimension that varies by less than this share of its size is rounding noise of half precision.
 _SMALLEST_SPREAD = 1e-3
@@ -166,6 +166,21 @@ def train_heads(
 
 
 @torch.no_grad()
+def logits_of(heads: RouterHeads, features: Tensor) -> Tensor:
+    """Return the routers' logits for cached features, in blocks of prompts so that memory stays bounded.
+
+    Args:
+        heads: The routers.
+        features: As `train_heads` takes them.
+
+    Returns:
+        Shape (prompts, num_layers, 3), float32, on the features' device.
+    """
+    block = max(1, _BLOCK // max(1, features[0].numel()))
+    return torch.cat([heads.all_logits(part) for part in features.split(block)])
+
+
+@torch.no_grad()
 def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
     """Subtract from the logits of every layer their mean over some prompts.
 
@@ -177,13 +192,8 @@ def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
         Routers whose logits have mean zero over these prompts for every layer and action: the mean is folded into the
         last bias, so they say only how a prompt differs from the others.
     """
-    total = torch.zeros(
-        heads.config.num_layers, NUM_ACTIONS, dtype=torch.float64, device=features.device
-    )
-    for block in features.split(_prompts_of_a_block(features)):
-        total += heads.all_logits(block).to(torch.float64).sum(dim=0)
     tensors = dict(heads.state_dict())
-    mean = (total / len(features)).to(torch.float32)
+    mean = logits_of(heads, features).to(torch.float64).mean(dim=0).to(torch.float32)
     tensors["windows.second_bias"] = tensors["windows.second_bias"] - mean
     return RouterHeads.from_state_dict(heads.config, tensors)
 
@@ -237,10 +247,6 @@ def _rate(step: int, steps: int, training: TrainConfig) -> float:
         return (step + 1) / training.warmup_steps
     done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def _prompts_of_a_block(features: Tensor) -> int:
-    return max(1, _BLOCK // max(1, features[0].numel()))
 
 
 @torch.no_grad()

@@ -16,9 +16,22 @@ def test_thresholds_are_even_over_one_spread_and_the_rest_follow():
 
 def test_budgets_are_the_fronts_own_depths():
     table = front_calibration(FRONT, front_bias(FRONT, scale=2.0))
-    assert table.lambdas == (3.0, 1.5, 0.5)
+    assert table.lambdas == (2.5, 1.5, 0.5)
     assert table.depths == (0.5, 0.75, 1.0)
     assert table.range == (0.5, 1.0)
+
+
+def test_protected_layers_are_out_of_reach_of_any_penalty_or_router():
+    bias = front_bias(FRONT, protect=[0])
+    assert bias[0].tolist() == [-1e4, 0.0, -1e4]
+    assert torch.equal(bias[1:], front_bias(FRONT)[1:])
+    table = front_calibration(FRONT, front_bias(FRONT, protect=[0, 2]))
+    assert table.depths == (0.5, 0.75, 1.0)
+    assert 1.0 < table.lambdas[0] <= 2.0
+    with pytest.raises(
+        PlanError, match=r"the static front skips layers \[3\], which are protected"
+    ):
+        front_bias(FRONT, protect=[3])
 
 
 def test_the_identity_alone_is_a_front_that_removes_nothing():

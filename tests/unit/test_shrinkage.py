@@ -109,6 +109,13 @@ def test_features_that_betray_the_label_gain_nothing_without_them():
     assert world.choose(unforced=clean).shrinkage == 0.0
 
 
+def test_protected_layers_run_once_in_every_plan():
+    world = World(0, readable=True)
+    world.choose(protect=(6, 7))
+    plans = np.array([list(plan) for _, plan in world.pairs])
+    assert (plans[:, 6:] == 1).all()
+
+
 def test_the_choice_is_the_same_for_the_same_seed():
     assert World(1, readable=True).choose() == World(1, readable=True).choose()
 
