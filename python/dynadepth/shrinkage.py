@@ -142,6 +142,7 @@ def select_shrinkage(
     unforced: Tensor | None = None,
     protect: Sequence[int] = (),
     folds: int = 5,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShrinkageChoice:
     """Choose how far prompts may deviate from the static front, by cross-validation on the training prompts.
@@ -166,6 +167,7 @@ def select_shrinkage(
             the gain is flattered. Same shape as `features`; None takes `features`.
         protect: Layers that always run once.
         folds: Parts of the prompts.
+        device: Where to train; None: where the features are.
         progress: Called as `progress(fold, folds)` after each training.
 
     Returns:
@@ -193,7 +195,12 @@ def select_shrinkage(
     for fold, held_out in enumerate(parts):
         rest = np.sort(np.concatenate([part for i, part in enumerate(parts) if i != fold]))
         heads = train_heads(
-            features[rest], labels[rest], config, training, seed=int(rng.integers(2**31))
+            features[rest],
+            labels[rest],
+            config,
+            training,
+            seed=int(rng.integers(2**31)),
+            device=device,
         )
         logits = logits_of(heads, decided)
         logits = logits - logits[rest].mean(dim=0)

@@ -80,12 +80,13 @@ def train_heads(
     training: TrainConfig,
     *,
     seed: int,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
     """Train the routers of all layers on cached features.
 
     The layers share nothing but the order of the prompts: each is trained as if alone, all of them in one batched
-    product, on the device of the features. The same seed gives the same weights on one machine and build.
+    product. The same seed gives the same weights on one machine and build.
 
     Args:
         features: Views of the states entering each layer. Shape (prompts, num_layers, views, hidden), float32; views
@@ -94,16 +95,18 @@ def train_heads(
         config: Shape of the routers.
         training: The recipe.
         seed: Of the initial weights, the held-out prompts and the order.
+        device: Where to train; features that are elsewhere go there batch by batch. None: where the features are.
         progress: Called as `progress(epoch, epochs)` after each epoch.
 
     Returns:
-        The routers, without gradients, on the features' device.
+        The routers, without gradients, on that device.
 
     Raises:
         ConfigError: Features of another shape or dtype, not finite, or fewer than two prompts.
         PlanError: Actions of another shape or out of range.
     """
-    labels = _checked_labels(features, actions, config).to(features.device)
+    place = features.device if device is None else torch.device(device)
+    labels = _checked_labels(features, actions, config).to(place)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(features))
     count = round(training.held_out * len(features))
@@ -111,7 +114,8 @@ def train_heads(
 
     counts = torch.bincount(labels[used].flatten(), minlength=NUM_ACTIONS)
     weights = effective_number_weights(counts, training.class_balance)
-    mean, scale = _spread(features, used, config, enabled=training.standardise)
+    spread = _spread(features, used, config, enabled=training.standardise)
+    mean, scale = (tensor.to(place) for tensor in spread)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     parameters = _initial_parameters(config, generator)
     free = torch.ones(config.num_layers, NUM_ACTIONS)
@@ -124,12 +128,12 @@ def train_heads(
             labels[used].cpu(), weights.cpu(), training.focal_gamma
         )
     for name, tensor in parameters.items():
-        parameters[name] = tensor.to(features.device).requires_grad_()
-    free = free.to(features.device)
+        parameters[name] = tensor.to(place).requires_grad_()
+    free = free.to(place)
 
     def losses(prompts: Any) -> Tensor:
         """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
-        picked = (features[prompts][:, :, : config.num_views] - mean) * scale
+        picked = (features[prompts][:, :, : config.num_views].to(place) - mean) * scale
         logits = _heads(config, parameters, free).all_logits(picked)
         loss = focal_loss(logits, labels[prompts], gamma=training.focal_gamma, weights=weights)
         return loss.mean(dim=0)
@@ -177,7 +181,9 @@ def logits_of(heads: RouterHeads, features: Tensor) -> Tensor:
         Shape (prompts, num_layers, 3), float32, on the features' device.
     """
     block = max(1, _BLOCK // max(1, features[0].numel()))
-    return torch.cat([heads.all_logits(part) for part in features.split(block)])
+    device = heads.windows.second_bias.device
+    parts = [heads.all_logits(part.to(device)) for part in features.split(block)]
+    return torch.cat(parts).to(features.device)
 
 
 @torch.no_grad()
@@ -193,8 +199,9 @@ def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
         last bias, so they say only how a prompt differs from the others.
     """
     tensors = dict(heads.state_dict())
-    mean = logits_of(heads, features).to(torch.float64).mean(dim=0).to(torch.float32)
-    tensors["windows.second_bias"] = tensors["windows.second_bias"] - mean
+    mean = logits_of(heads, features).cpu().to(torch.float64).mean(dim=0).to(torch.float32)
+    bias = tensors["windows.second_bias"]
+    tensors["windows.second_bias"] = bias - mean.to(bias.device)
     return RouterHeads.from_state_dict(heads.config, tensors)
 
 
