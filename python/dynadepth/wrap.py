@@ -83,9 +83,10 @@ def wrap_model(
         raise WrapError(
             f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
         )
-    if "generate" in model.__dict__:
+    replaced = [name for name in ("generate", *_PACKED) if name in model.__dict__]
+    if replaced:
         raise WrapError(
-            "another library has replaced this model's generate; remove that before wrapping"
+            f"another library has replaced this model's {replaced[0]}; remove that before wrapping"
         )
     protected = _check_protect(protect, stack)
     _check_max_depth(max_depth)
@@ -116,8 +117,10 @@ def wrap_model(
         controller.check_limits(chosen.initial_plans(1))
     controller.attach(model)
     model.__dict__["dynadepth"] = controller
-    # A partial of a module-level function: deepcopy rebinds it to the copy, and PEFT reaches it.
+    # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
     model.__dict__["generate"] = partial(_generate, model)
+    for name in _PACKED:
+        model.__dict__[name] = partial(_refuse_packed, name)
     return model
 
 
@@ -134,9 +137,20 @@ def unwrap_model(model: Any) -> Any:
         WrapError: The model is not wrapped.
     """
     controller_of(model).detach(model)
-    for name in ("dynadepth", "generate"):
+    for name in ("dynadepth", "generate", *_PACKED):
         model.__dict__.pop(name, None)
     return model
+
+
+# Ways into continuous batching, whose worker thread would swallow an error raised in a layer.
+_PACKED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def _refuse_packed(name: str, *_: Any, **__: Any) -> None:
+    raise UnsupportedModelError(
+        f"{name} packs all requests into one row, where prompts cannot have plans of their own; "
+        "call generate on padded batches, or unwrap_model(model) first"
+    )
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -184,6 +184,10 @@ def test_refused_calls():
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
     with pytest.raises(UnsupportedModelError, match="assistant_early_exit"):
         model.generate(ids, assistant_early_exit=1)
+    with pytest.raises(
+        UnsupportedModelError, match="generate_batch packs all requests into one row"
+    ):
+        model.generate_batch([ids[0].tolist()])
     with (
         pytest.raises(PlanError, match="3 plans were given for a batch of 2 rows"),
         model.dynadepth.plans([PLAN] * 3),
