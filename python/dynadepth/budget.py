@@ -175,15 +175,13 @@ def calibrate(
         )
     known: dict[float, float] = {}
 
-    def measure(penalty: float) -> float:
-        if penalty not in known:
-            depth = float(mean_depth_at(penalty))
-            if not math.isfinite(depth):
-                raise ConfigError(
-                    f"the mean depth at lambda {penalty} is {depth}; expected a finite number"
-                )
-            known[penalty] = depth
-        return known[penalty]
+    def measure(penalty: float) -> None:
+        depth = float(mean_depth_at(penalty))
+        if not math.isfinite(depth):
+            raise ConfigError(
+                f"the mean depth at lambda {penalty} is {depth}; expected a finite number"
+            )
+        known[penalty] = depth
 
     _bracket(measure, known, lowest, highest, max_evaluations)
     while len(known) < max_evaluations:
@@ -195,7 +193,7 @@ def calibrate(
 
 
 def _bracket(
-    measure: Callable[[float], float],
+    measure: Callable[[float], None],
     known: Mapping[float, float],
     lowest: float,
     highest: float,

@@ -180,8 +180,7 @@ def _sample(parameter: nn.Parameter) -> tuple[str, bytes]:
     if values.dtype not in _PLAIN:
         return str(values.dtype).removeprefix("torch."), values.view(torch.uint8).numpy().tobytes()
     rounded = values.to(torch.bfloat16).float()
-    # Adding zero makes -0.0 into 0.0.
-    kept = torch.where(rounded.abs() < _SMALLEST, 0.0, rounded) + 0.0
+    kept = torch.where(rounded.abs() < _SMALLEST, 0.0, rounded)
     return "bfloat16", kept.numpy().tobytes()
 
 

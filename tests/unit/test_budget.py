@@ -100,13 +100,23 @@ def test_a_damaged_table_is_refused(change, text):
 
 
 def test_steps_are_found_with_few_evaluations():
-    steps = Steps([-2.0, 0.1, 0.9, 1.7, 40.0], [1.2, 1.0, 0.9, 0.8, 0.6, 0.1])
+    steps = Steps([-2.0, 0.1, 0.9, 1.7, 3.0], [1.2, 1.0, 0.9, 0.8, 0.6, 0.1])
     table = calibrate(steps, lowest=0.6, highest=1.0)
     assert table.depths == (0.6, 0.8, 0.9, 1.0)
     assert table.range == (0.6, 1.0)
     assert [steps(penalty) for penalty in table.lambdas] == list(table.depths)
-    assert len(steps.asked) == len(set(steps.asked)) + len(table.lambdas)
-    assert len(steps.asked) <= 64 + len(table.lambdas)
+
+
+def test_no_penalty_is_asked_twice_and_none_far_from_the_range():
+    asked = []
+
+    def depth(penalty):
+        asked.append((penalty, 2.0 / (1.0 + math.exp(penalty))))
+        return asked[-1][1]
+
+    calibrate(depth, lowest=0.7, highest=0.8, resolution=0.01)
+    assert len(asked) == len(set(asked)) > 10
+    assert sum(not 0.65 < found < 0.85 for _, found in asked) <= 4
 
 
 def test_a_range_between_steps_reaches_over_them():

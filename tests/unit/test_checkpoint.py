@@ -287,6 +287,22 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_save(folder, route
     save_routers(folder, routers)
     assert [path.name for path in folder.parent.iterdir()] == ["routers"]
     load_routers(folder)
+    shutil.copytree(folder, backup)  # as a kill before the clean-up leaves it
+    save_routers(folder, routers)
+    assert [path.name for path in folder.parent.iterdir()] == ["routers"]
+
+
+def test_a_save_that_fails_after_a_kill_gives_the_former_routers_back(folder, routers, monkeypatch):
+    before = entries(folder)
+    folder.rename(folder.with_name(".routers.replaced"))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders, "write_bytes_atomic", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_routers(folder, routers)
+    assert entries(folder) == before
 
 
 def test_a_linked_folder_stays_a_link(folder, tmp_path):

@@ -35,10 +35,12 @@ def test_dtype_does_not_matter(stored, held):
     assert compare_fingerprints(fingerprint(published(stored).to(held)), expected) == []
 
 
-def test_tiny_and_negative_zero_weights_survive_float16():
+def test_weights_below_the_range_of_float16_do_not_matter():
     model = published(torch.bfloat16)
     with torch.no_grad():
-        model.model.norm.weight[:4] = torch.tensor([2.0**-17, -(2.0**-20), -0.0, 2.0**-16])
+        model.model.norm.weight[:4] = torch.tensor(
+            [1.0078125 * 2.0**-20, -1.0078125 * 2.0**-22, -(2.0**-30), 1.0078125 * 2.0**-16]
+        )
     expected = fingerprint(model)
     assert fingerprint(model.half()) == expected
 
