@@ -204,5 +204,6 @@ def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]
 
 def _resolve_routers(model: nn.Module, routers: Any) -> Routers:
     if isinstance(routers, Routers):
+        routers.check_model(model)
         return routers
     return load_routers(find_routers(model) if routers is None else routers, model=model)
