@@ -37,6 +37,7 @@ class Forest:
         probe_trees: int,
         round_size: int,
         temperature: float,
+        prior_weight: float,
         random_child: float,
     ) -> Forest: ...
     @staticmethod

@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "probe_trees": (0, 2**32 - 1),
     "round_size": (1, 4096),
     "temperature": (1e-3, 1e6),
+    "prior_weight": (0, 1e6),
     "random_child": (0, 1),
 }
 
@@ -52,6 +53,7 @@ class SearchConfig:
         probe_trees: Trees that open with every single edit, if the forest is given no prior; 0 for no probe.
         round_size: Plans of one tree that are asked before any of them is told.
         temperature: Flatness of the prior probabilities of the edits.
+        prior_weight: How many of a tree's own measurements of an edit the prior counts for.
         random_child: Chance that a step of a descent takes any child rather than the best.
 
     Raises:
@@ -64,16 +66,17 @@ class SearchConfig:
 
     max_evaluations: int = 24
     depth_penalty: float = 1.0
-    exploration: float = 1.0
+    exploration: float = 0.5
     selection: Literal["puct", "drllm"] = "puct"
     protect: tuple[int, ...] = ()
     max_depth: float = 1.0
     max_repeats: int = 2
     max_edits: int = 12
-    virtual_loss: float = 1.0
+    virtual_loss: float = 0.03
     probe_trees: int = 16
     round_size: int = 4
-    temperature: float = 1.0
+    temperature: float = 4.0
+    prior_weight: float = 0.5
     random_child: float = 0.0
 
     def __post_init__(self) -> None:

@@ -49,6 +49,8 @@ pub struct SearchConfig {
     pub round_size: u32,
     /// Flatness of the prior probabilities, in units of the prior's spread.
     pub temperature: f64,
+    /// How many of a tree's own measurements of an edit the prior counts for.
+    pub prior_weight: f64,
     /// Chance that a step of a descent takes any child rather than the best.
     pub random_child: f64,
 }
@@ -58,16 +60,17 @@ impl Default for SearchConfig {
         Self {
             max_evaluations: 24,
             depth_penalty: 1.0,
-            exploration: 1.0,
+            exploration: 0.5,
             selection: Selection::Puct,
             protect: Vec::new(),
             max_depth: 1.0,
             max_repeats: 2,
             max_edits: 12,
-            virtual_loss: 1.0,
+            virtual_loss: 0.03,
             probe_trees: 16,
             round_size: 4,
-            temperature: 1.0,
+            temperature: 4.0,
+            prior_weight: 0.5,
             random_child: 0.0,
         }
     }
@@ -99,6 +102,7 @@ impl SearchConfig {
             ("depth_penalty", self.depth_penalty, MAX_MAGNITUDE),
             ("exploration", self.exploration, MAX_FACTOR),
             ("virtual_loss", self.virtual_loss, MAX_FACTOR),
+            ("prior_weight", self.prior_weight, MAX_FACTOR),
         ];
         for (name, value, most) in finite {
             if !(0.0..=most).contains(&value) {

@@ -32,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) open: u32,
     /// Sum of the signals that these told descents ended at.
     pub(crate) total: f64,
+    /// Whether the plan itself has been told.
+    pub(crate) told: bool,
     /// Nothing at or below this node is left to ask.
     pub(crate) complete: bool,
     /// Edges to the children that have been asked, by ascending edit.
@@ -78,33 +80,78 @@ impl Graph {
         self.nodes[index].complete = true;
     }
 
-    /// Adds the plan that an edit makes of a node's, and joins it to every parent in the graph.
+    /// Adds the plan that an edit makes of a node's, and joins it to every parent and child in the graph: either may
+    /// have come first, by another order of the edits.
     pub(crate) fn add(&mut self, parent: usize, edit: usize, signal: f64) {
         let (layer, action) = target(edit, self.num_layers);
         let mut plan = self.nodes[parent].plan.clone();
         plan[layer] = action;
-        let child = self.push(plan.clone(), signal);
-        for layer in 0..self.num_layers {
-            let action = plan[layer];
+        let added = self.push(plan.clone(), signal);
+        for (edit, parent) in self.parents(&plan) {
+            self.join(parent, edit, added);
+        }
+        for (edit, child) in self.children(&plan) {
+            self.join(added, edit, child);
+        }
+    }
+
+    fn join(&mut self, parent: usize, edit: usize, child: usize) {
+        let edges = &mut self.nodes[parent].edges;
+        let place = edges.partition_point(|edge| edge.edit < edit);
+        edges.insert(
+            place,
+            Edge {
+                edit,
+                child,
+                count: 0,
+                open: 0,
+            },
+        );
+    }
+
+    /// Returns the told parents of a plan, by ascending layer: the edit that leads from each, and its signal.
+    pub(crate) fn told_parents(&self, plan: &[u8]) -> Vec<(usize, f64)> {
+        let mut parents = self.parents(plan);
+        parents.retain(|&(_, parent)| self.nodes[parent].told);
+        parents
+            .into_iter()
+            .map(|(edit, parent)| (edit, self.nodes[parent].signal))
+            .collect()
+    }
+
+    /// Returns the parents of a plan that are in the graph, by ascending layer, and the edit that leads from each.
+    fn parents(&self, plan: &[u8]) -> Vec<(usize, usize)> {
+        let mut parents = Vec::new();
+        let mut other: Box<[u8]> = plan.into();
+        for (layer, &action) in plan.iter().enumerate() {
             let Some(edit) = edit_of(layer, action, self.num_layers) else {
                 continue;
             };
-            plan[layer] = EXECUTE;
-            if let Some(&parent) = self.table.get(&plan) {
-                let edges = &mut self.nodes[parent].edges;
-                let place = edges.partition_point(|edge| edge.edit < edit);
-                edges.insert(
-                    place,
-                    Edge {
-                        edit,
-                        child,
-                        count: 0,
-                        open: 0,
-                    },
-                );
+            other[layer] = EXECUTE;
+            if let Some(&parent) = self.table.get(&other) {
+                parents.push((edit, parent));
             }
-            plan[layer] = action;
+            other[layer] = action;
         }
+        parents
+    }
+
+    /// Returns the children of a plan that are in the graph, by ascending edit, and the edit that leads to each.
+    fn children(&self, plan: &[u8]) -> Vec<(usize, usize)> {
+        let mut children = Vec::new();
+        let mut other: Box<[u8]> = plan.into();
+        for edit in 0..2 * self.num_layers {
+            let (layer, action) = target(edit, self.num_layers);
+            if plan[layer] != EXECUTE {
+                continue;
+            }
+            other[layer] = action;
+            if let Some(&child) = self.table.get(&other) {
+                children.push((edit, child));
+            }
+            other[layer] = EXECUTE;
+        }
+        children
     }
 
     /// Counts a descent from the root along `path` as open.
@@ -127,6 +174,7 @@ impl Graph {
             },
         );
         self.nodes[leaf].signal = signal;
+        self.nodes[leaf].told = true;
     }
 
     /// Visits the nodes and edges of a path of edits, and returns its last node.
@@ -161,6 +209,7 @@ impl Graph {
             count: 0,
             open: 0,
             total: 0.0,
+            told: false,
             complete: false,
             edges: Vec::new(),
         });

@@ -229,6 +229,7 @@ fn put_spec(bytes: &mut Vec<u8>, spec: &ForestSpec) {
         config.max_depth,
         config.virtual_loss,
         config.temperature,
+        config.prior_weight,
         config.random_child,
     ] {
         put_f64(bytes, number);
@@ -328,6 +329,7 @@ impl<'a> Reader<'a> {
             max_depth: self.f64()?,
             virtual_loss: self.f64()?,
             temperature: self.f64()?,
+            prior_weight: self.f64()?,
             random_child: self.f64()?,
             selection: match self.u8()? {
                 0 => Selection::Puct,

@@ -22,6 +22,13 @@ pub(crate) struct Evaluation {
     pub(crate) admitted: bool,
 }
 
+/// The changes of the signal by one edit, from a told plan to a told plan with that edit more.
+#[derive(Debug, Clone, Copy, Default)]
+struct Change {
+    sum: f64,
+    count: u32,
+}
+
 /// What every tree of a forest shares.
 pub(crate) struct Shared<'a> {
     pub(crate) config: &'a SearchConfig,
@@ -44,6 +51,8 @@ pub(crate) struct Tree {
     spent: u32,
     /// |signal - the identity's signal| of the told plans, ascending.
     spreads: Vec<f64>,
+    /// What each edit has changed in this tree.
+    changes: Vec<Change>,
     rng: SplitMix64,
 }
 
@@ -57,6 +66,7 @@ impl Tree {
             told: 0,
             spent: 0,
             spreads: Vec::new(),
+            changes: vec![Change::default(); 2 * num_layers],
             rng,
         }
     }
@@ -117,6 +127,10 @@ impl Tree {
                 Selection::DrLlm => reward,
             };
             self.graph.close(path, signal);
+            for (edit, parent) in self.graph.told_parents(&evaluation.plan) {
+                self.changes[edit].sum += signal - parent;
+                self.changes[edit].count += 1;
+            }
             if !path.is_empty() {
                 let spread = (signal - self.graph.node(ROOT).signal).abs();
                 let place = self.spreads.partition_point(|&other| other < spread);
@@ -146,7 +160,7 @@ impl Tree {
             if let Some((edit, child)) = self.best_child(at, guide, shared) {
                 path.push(edit);
                 let Some(child) = child else {
-                    let signal = self.graph.node(at).signal + guide.effect[edit];
+                    let signal = self.graph.node(at).signal + self.effect(edit, guide, shared);
                     self.graph.add(at, edit, signal);
                     return Some(path);
                 };
@@ -200,7 +214,10 @@ impl Tree {
             };
             let known = edge.map(|edge| self.graph.node(edge.child));
             let view = ChildView {
-                mean: known.map_or(node.signal + guide.effect[edit], Node::mean),
+                mean: known.map_or_else(
+                    || node.signal + self.effect(edit, guide, shared),
+                    Node::mean,
+                ),
                 count: known.map_or(0, |child| child.count),
                 open: known.map_or(0, |child| child.open),
                 edge_visits: edge.map_or(0, |edge| edge.count + edge.open),
@@ -214,6 +231,17 @@ impl Tree {
             }
         }
         best.map(|(_, choice)| choice)
+    }
+
+    /// What an edit is expected to change: the mean of what it did in this tree, where the prior counts as
+    /// `prior_weight` such changes.
+    fn effect(&self, edit: usize, guide: &Guide, shared: &Shared<'_>) -> f64 {
+        let Change { sum, count } = self.changes[edit];
+        if count == 0 {
+            return guide.effect[edit];
+        }
+        let weight = shared.config.prior_weight;
+        (weight * guide.effect[edit] + sum) / (weight + f64::from(count))
     }
 
     /// Unit of the bonus and of the virtual loss: the tree's own spread, the prior's until it has one.

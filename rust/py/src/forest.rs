@@ -50,7 +50,7 @@ impl PyForest {
     #[new]
     #[pyo3(signature = (num_layers, tree_keys, *, seed, prior, max_evaluations, depth_penalty, exploration, selection,
                         protect, max_depth, max_repeats, max_edits, virtual_loss, probe_trees, round_size, temperature,
-                        random_child))]
+                        prior_weight, random_child))]
     #[allow(clippy::too_many_arguments)] // one for each setting, all by keyword
     fn new(
         py: Python<'_>,
@@ -70,6 +70,7 @@ impl PyForest {
         probe_trees: u32,
         round_size: u32,
         temperature: f64,
+        prior_weight: f64,
         random_child: f64,
     ) -> PyResult<Self> {
         let config = SearchConfig {
@@ -85,6 +86,7 @@ impl PyForest {
             probe_trees,
             round_size,
             temperature,
+            prior_weight,
             random_child,
         };
         let prior = prior.map(|(mean, variance, count)| EditPrior {
@@ -219,6 +221,7 @@ impl PyForest {
         settings.set_item("probe_trees", config.probe_trees)?;
         settings.set_item("round_size", config.round_size)?;
         settings.set_item("temperature", config.temperature)?;
+        settings.set_item("prior_weight", config.prior_weight)?;
         settings.set_item("random_child", config.random_child)?;
         Ok(settings)
     }
