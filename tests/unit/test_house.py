@@ -115,7 +115,8 @@ def test_import_is_light():
 
 
 def test_the_version_command_is_light():
-    modules = modules_after("from dynadepth import cli, commands")
+    modules = modules_after("from dynadepth import cli\nassert cli.main(['--version']) == 0")
+    assert "dynadepth_search.cli" in modules
     assert modules.isdisjoint({"torch", "transformers", "numpy", *OPTIONAL})
 
 
