@@ -14,15 +14,15 @@ import numpy.typing as npt
 import torch
 
 from dynadepth.config import did_you_mean
-from dynadepth.errors import ConfigError, TaskError
+from dynadepth.errors import ConfigError, SearchError, TaskError
 from dynadepth.families import layer_stack
-from dynadepth.plans import Plans, check_plans, identity_plan
+from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
 from dynadepth.sweep import Sweeper
 from dynadepth_search.prompts import EncodedExample, check_tokenizer, encode_example
 from dynadepth_search.sweeping import Answered, Work, pack, pad_left, run_sweep
-from dynadepth_search.tasks import Example, Scoring, check_scoring
+from dynadepth_search.tasks import Example, Scoring, Task, check_scoring
 
-__all__ = ["Objective", "Outcomes", "Scorer", "check_objective"]
+__all__ = ["Objective", "Outcomes", "Scorer", "check_answers", "check_objective"]
 
 Objective = Literal["reward", "preserve"]
 
@@ -39,6 +39,18 @@ def check_objective(objective: str) -> Objective:
             "expected reward (labelled) or preserve (label-free)"
         )
     return cast("Objective", objective)
+
+
+def check_answers(task: Task, objective: Objective) -> None:
+    """Check that a task has the answers that an objective needs.
+
+    Raises:
+        TaskError: The labelled reward is asked for, but there are prompts alone.
+    """
+    if objective == "reward" and task.kind == "prompt":
+        raise TaskError(
+            f"task {task.name!r} has prompts alone, so there is no labelled reward; use the objective preserve"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +217,32 @@ class Scorer:
                         sheet.write(item, last, sheet.waiting.pop(last), base)
                     sheet.write(item, last, work.rows, answered)
         return sheet.outcomes()
+
+    def rewards(
+        self,
+        examples: Sequence[Example],
+        plans: Any,
+        example: npt.NDArray[np.integer[Any]],
+        objective: Objective,
+    ) -> tuple[npt.NDArray[np.float64], int, int]:
+        """Score pairs as `outcomes` does, for one objective.
+
+        Returns:
+            The rewards, all finite, shape (N,); naive visits; executed visits.
+
+        Raises:
+            SearchError: A reward is not finite.
+        """
+        outcomes = self.outcomes(examples, plans, example)
+        rewards = outcomes.of(objective)
+        bad = np.flatnonzero(~np.isfinite(rewards))
+        if len(bad):
+            raise SearchError(
+                f"plan {plan_text(plans[bad[0]])} gives prompt {examples[example[bad[0]]].prompt[:40]!r} the reward "
+                f"{rewards[bad[0]]}; the model's logits overflow there: load it in another dtype, or protect the "
+                "layers that overflow"
+            )
+        return rewards, outcomes.naive_visits, outcomes.executed_visits
 
     def _works(
         self,

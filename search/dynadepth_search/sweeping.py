@@ -197,7 +197,7 @@ def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list
         answers.append(
             Answered(
                 scores=scores,
-                greedy=table.greedy[here].reshape(shape).all(axis=1)
+                greedy=np.logical_and.reduce(table.greedy[here].reshape(shape), axis=1)
                 if next_tokens
                 else table.greedy,
                 next_token=table.best[after],

@@ -1,0 +1,56 @@
+"""Whether what lies in a folder is what is asked for again.
+
+Owns the comparison, and the words for a model and a task in files. Knows nothing of what the files hold.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dynadepth.errors import LabelError
+from dynadepth_search.tasks import Task
+
+__all__ = ["check_asked", "dtype_name", "task_fields"]
+
+
+def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Refuse to go on with work that was asked for otherwise.
+
+    Args:
+        path: Where the work lies.
+        asked: What is asked for now, as values that JSON knows.
+        stored: What was asked for then.
+
+    Raises:
+        LabelError: They differ; the message names the first field.
+    """
+    for name, given, known in _differences(asked, stored):
+        raise LabelError(
+            f"{path} was made with {name} = {known}, but now it is {given}; results of different searches do not "
+            "mix: ask for the same, or use another folder"
+        )
+
+
+def task_fields(task: Task) -> dict[str, Any]:
+    """Return what identifies a task, as values that JSON knows; its name does not, since a file may move."""
+    return {
+        "kind": task.kind,
+        "scoring": task.scoring,
+        "prompts": len(task.examples),
+        "sha256": task.sha256,
+    }
+
+
+def dtype_name(model: Any) -> str:
+    """Return the dtype of a model: `bfloat16`, `float32` and so on."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _differences(asked: Any, stored: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    if isinstance(asked, dict) and isinstance(stored, dict):
+        for key in sorted({*asked, *stored}):
+            below = f"{name}.{key}" if name else key
+            yield from _differences(asked.get(key), stored.get(key), below)
+    elif asked != stored:
+        yield name, json.dumps(asked), json.dumps(stored)

@@ -1,0 +1,238 @@
+"""Searches that are really killed, and searches of every kind from task to labels."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynadepth.errors import ConfigError, SearchError, TaskError, WrapError
+from dynadepth.forest import Forest
+from dynadepth.wrap import wrap_model
+from dynadepth_search.front import FrontSpec, search_front
+from dynadepth_search.labels import read_labels
+from dynadepth_search.scoring import Scorer
+from dynadepth_search.searching import probe_penalty, run_search
+from dynadepth_search.tasks import Example, Task
+from tests.tiny import tiny_model
+from tests.tiny_search import folder_bytes, tiny_spec, tiny_task
+from tests.tiny_text import word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+COUNT = 60
+CHILD = f"""
+import sys
+import torch
+torch.set_num_threads(1)
+from dynadepth_search.front import FrontSpec, search_front
+from dynadepth_search.scoring import Scorer
+from dynadepth_search.searching import run_search
+from tests.tiny import tiny_model
+from tests.tiny_search import tiny_spec, tiny_task
+from tests.tiny_text import word_tokenizer
+
+model = tiny_model(num_layers=6, dtype=torch.float32)
+tokenizer = word_tokenizer()
+task = tiny_task({COUNT})
+run_search(model, tokenizer, tiny_task(4), sys.argv[1] + "-warm", tiny_spec())
+print("ready", flush=True)
+run_search(model, tokenizer, task, sys.argv[1], tiny_spec(config={{"max_evaluations": 16, "max_repeats": 1}}))
+spec = FrontSpec(min_depth=0.3, num_prompts=12, num_screened=4)
+search_front(Scorer(model, tokenizer), task, sys.argv[1], spec)
+"""
+
+
+@contextmanager
+def child(folder: Path) -> Iterator[subprocess.Popen]:
+    """A process that is about to search into a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+
+
+def stored_prompts(folder: Path) -> set[str]:
+    """Prompts that a reader finds; damage would raise."""
+    if not (folder / "manifest.json").exists():
+        return set()
+    if not list(folder.glob("part-*.parquet")) and not (folder / "journal.jsonl").exists():
+        return set()
+    return {item.prompt_id for item in read_labels(folder, accept_partial=True).examples}
+
+
+@pytest.mark.timeout(400)
+def test_kill_minus_nine(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with child(whole):
+        started = time.monotonic()
+    seconds = time.monotonic() - started
+    assert len(read_labels(whole)) == COUNT
+
+    moments = np.random.default_rng().uniform(0.05, 0.6, size=3) * seconds
+    found = [0]
+    before: set[str] = set()
+    for moment in moments:
+        with child(killed) as process:
+            time.sleep(moment)
+            process.send_signal(signal.SIGKILL)
+        now = stored_prompts(killed)
+        assert before <= now, f"killed after {moments} s"
+        before = now
+        found.append(len(now))
+    with child(killed) as process:
+        pass
+    assert process.returncode == 0
+    assert folder_bytes(killed) == folder_bytes(whole), f"killed after {moments} s"
+    assert any(0 < count < COUNT for count in found), f"no kill struck the search itself: {found}"
+
+
+class TestEveryKind:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return tiny_model(dtype=torch.float32)
+
+    @pytest.mark.parametrize("kind", ["choices", "completion", "prompt"])
+    @pytest.mark.parametrize("objective", ["preserve", "reward"])
+    def test_labels_are_the_best_of_what_was_tried(self, model, tmp_path, kind, objective):
+        task, spec = tiny_task(5, kind=kind), tiny_spec(objective=objective, depth_penalty=0.5)
+        if (kind, objective) == ("prompt", "reward"):
+            with pytest.raises(
+                TaskError, match="'colours' has prompts alone, so there is no labelled reward"
+            ):
+                run_search(model, word_tokenizer(), task, tmp_path / "labels", spec)
+            assert not (tmp_path / "labels").exists()
+            return
+        summary = run_search(model, word_tokenizer(), task, tmp_path, spec)
+        labels = read_labels(tmp_path, model=model)
+        assert (summary.prompts, summary.searched) == (5, 5)
+        assert summary.evaluations_per_label == 8
+        assert summary.probe_evaluations == 2 * (1 + 2 * 4)
+        assert summary.sharing_factor > 1
+        assert summary.to_dict()["evaluations"] == summary.evaluations == 5 * 8
+        scorer = Scorer(model, word_tokenizer())
+        rewards = scorer.outcomes(task.examples, labels.plans, np.arange(5)).of(objective)
+        np.testing.assert_allclose(labels.rewards, rewards, atol=1e-4)
+        np.testing.assert_allclose(labels.values, labels.rewards - 0.5 * labels.depths, atol=1e-12)
+        assert (labels.values >= labels.base_rewards - 0.5).all()
+        assert (labels.depths <= 1).all()
+
+    def test_a_large_penalty_buys_shallow_labels(self, model, tmp_path):
+        depths = []
+        for penalty in (0.0, 1000.0):
+            run_search(
+                model,
+                word_tokenizer(),
+                tiny_task(6),
+                tmp_path / str(penalty),
+                tiny_spec(depth_penalty=penalty),
+            )
+            labels = read_labels(tmp_path / str(penalty))
+            assert labels.manifest.depth_penalty == penalty
+            depths.append(labels.depths.mean())
+        assert depths[0] > depths[1]
+
+    def test_the_probe_chooses_the_penalty(self, model, tmp_path):
+        summary = run_search(model, word_tokenizer(), tiny_task(6), tmp_path, tiny_spec())
+        manifest = read_labels(tmp_path).manifest
+        losses = -manifest.prior.mean[:4]
+        assert summary.depth_penalty == manifest.depth_penalty == probe_penalty(manifest.prior) > 0
+        assert (losses / (1 / 4) >= summary.depth_penalty).sum() == 2
+
+    def test_a_label_depends_on_its_block_and_not_on_the_order_of_the_work(self, tmp_path):
+        model, task, spec = tiny_model(), tiny_task(12), tiny_spec(depth_penalty=0.5)
+        run_search(model, word_tokenizer(), task, tmp_path, spec)
+        labels = read_labels(tmp_path)
+        # The second block by itself, its plans told one at a time.
+        block = task.examples[4:8]
+        forest = Forest(
+            4,
+            4,
+            config=replace(spec.config, depth_penalty=0.5),
+            seed=spec.seed,
+            prior=labels.manifest.prior,
+            tree_keys=np.array([int(item.prompt_id, 16) for item in block], dtype=np.uint64),
+        )
+        scorer = Scorer(model, word_tokenizer())
+        while not forest.finished:
+            batch = forest.ask(1)
+            forest.tell(batch.ticket, scorer.outcomes(block, batch.plans, batch.tree).preserve)
+        for tree in range(4):
+            tried = labels.evaluated[4 + tree]
+            np.testing.assert_array_equal(forest.evaluated(tree).plans, tried.plans)
+            np.testing.assert_allclose(forest.evaluated(tree).rewards, tried.rewards, atol=1e-12)
+            np.testing.assert_array_equal(forest.best(tree).plan, labels.plans[4 + tree])
+
+    def test_a_wrapped_model_is_refused(self, tmp_path):
+        model = tiny_model(dtype=torch.float32)
+        wrap_model(model, plan=[1, 0, 1, 1])
+        with pytest.raises(WrapError):
+            run_search(model, word_tokenizer(), tiny_task(4), tmp_path, tiny_spec())
+        assert folder_bytes(tmp_path) == {}
+
+    def test_rewards_that_are_not_finite(self, tmp_path):
+        model = tiny_model(dtype=torch.float32)
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight.mul_(float("nan"))
+        with pytest.raises(
+            SearchError,
+            match=r"plan 1111 gives prompt 'Number .*' the reward nan; .* another dtype",
+        ):
+            run_search(model, word_tokenizer(), tiny_task(4), tmp_path, tiny_spec())
+        assert folder_bytes(tmp_path) == {}
+
+    def test_a_prompt_that_is_too_long_is_found_before_the_search(self, model, tmp_path):
+        task = Task("t", (*tiny_task(4, kind="prompt").examples, Example("x" * 300)))
+        with pytest.raises(TaskError, match="is 300 tokens long; the model has positions for 128"):
+            run_search(model, word_tokenizer(), task, tmp_path / "labels", tiny_spec())
+        assert not (tmp_path / "labels").exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"block_size": 0}, "SearchSpec.block_size is 0; expected a whole number, 1 or more"),
+            ({"seed": -1}, "SearchSpec.seed is -1; expected a whole number, 0 or more"),
+            ({"seed": 1.5}, "SearchSpec.seed is 1.5; expected a whole number"),
+            (
+                {"depth_penalty": float("nan")},
+                "SearchSpec.depth_penalty is nan; expected 0 or more, or None",
+            ),
+            ({"depth_penalty": -1.0}, "SearchSpec.depth_penalty is -1.0; expected 0 or more"),
+            ({"config": {"probe_trees": 0}}, "probe_trees is 0; a search opens with a probe"),
+            (
+                {"objective": "rewards"},
+                r"objective 'rewards' is unknown \(did you mean 'reward'\?\)",
+            ),
+        ],
+    )
+    def test_bad_specs(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            tiny_spec(**changes)
+
+    def test_protected_layers_run_in_every_plan(self, model, tmp_path):
+        spec = tiny_spec(config={"protect": (0, 3)}, depth_penalty=5.0)
+        run_search(model, word_tokenizer(), tiny_task(5), tmp_path, spec)
+        labels = read_labels(tmp_path)
+        assert all((tried.plans[:, [0, 3]] == 1).all() for tried in labels.evaluated)
+        assert np.isnan(labels.manifest.prior.mean[[0, 3]]).all()
+
+    def test_front_and_labels_share_a_folder(self, model, tmp_path):
+        task = tiny_task(6)
+        run_search(model, word_tokenizer(), task, tmp_path, tiny_spec())
+        prior = read_labels(tmp_path).manifest.prior
+        search_front(
+            Scorer(model, word_tokenizer()), task, tmp_path, FrontSpec(min_depth=0.5), prior=prior
+        )
+        assert len(read_labels(tmp_path)) == 6

@@ -1,0 +1,42 @@
+"""A tiny task and a tiny search of it."""
+
+from pathlib import Path
+from typing import Any
+
+from dynadepth.forest import SearchConfig
+from dynadepth_search.search_spec import SearchSpec
+from dynadepth_search.tasks import Example, Task
+
+_WORDS = ["red", "green", "blue", "grey", "black", "white"]
+
+
+def tiny_task(count: int, *, kind: str = "choices", name: str = "colours") -> Task:
+    """Return questions of different lengths; the first ones are the same for every count."""
+    examples = []
+    for number in range(count):
+        prompt = f"Number {number}{' and so on' * (number % 3)}:"
+        right, wrong = _WORDS[number % 6], _WORDS[(number * 5 + 1) % 6]
+        choices = (right, wrong if wrong != right else "none")
+        examples.append(
+            {
+                "choices": Example(prompt, choices, number % 2),
+                "completion": Example(prompt, completion=right),
+                "prompt": Example(prompt),
+            }[kind]
+        )
+    return Task(name, tuple(examples))
+
+
+def tiny_spec(*, config: dict[str, Any] | None = None, **changes: Any) -> SearchSpec:
+    """Return a spec whose shards hold 8 prompts, 2 blocks each."""
+    forest = {"max_evaluations": 8, "probe_trees": 2, "round_size": 3, **(config or {})}
+    return SearchSpec(
+        config=SearchConfig(**forest), **{"block_size": 4, "blocks_per_shard": 2, **changes}
+    )
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file that counts; the lock is empty and has no meaning."""
+    return {
+        file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != ".lock"
+    }
