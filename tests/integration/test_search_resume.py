@@ -16,7 +16,7 @@ import torch
 from dynadepth.errors import ConfigError, SearchError, TaskError, WrapError
 from dynadepth.forest import Forest
 from dynadepth.wrap import wrap_model
-from dynadepth_search.front import FrontSpec, search_front
+from dynadepth_search.front import FrontSpec, read_front, search_front
 from dynadepth_search.labels import read_labels
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.searching import probe_penalty, run_search
@@ -73,30 +73,48 @@ def stored_prompts(folder: Path) -> set[str]:
     return {item.prompt_id for item in read_labels(folder, accept_partial=True).examples}
 
 
+def num_written(folder: Path) -> int:
+    """Roughly how many prompts are on disk; cheap, and never mind a file that goes away."""
+    shards = len(list(folder.glob("part-*.parquet"))) * 8
+    try:
+        return shards + (folder / "journal.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return shards
+
+
 @pytest.mark.timeout(400)
 def test_kill_minus_nine(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with child(whole):
-        started = time.monotonic()
-    seconds = time.monotonic() - started
+        pass
     assert len(read_labels(whole)) == COUNT
+    assert len(read_front(whole).plans) == 5
 
-    moments = np.random.default_rng().uniform(0.05, 0.6, size=3) * seconds
-    found = [0]
+    generator = np.random.default_rng()
+    few, many = generator.integers([1, COUNT // 3], [COUNT // 3, COUNT - 8]).tolist()
+    strikes = [
+        lambda: True,
+        lambda: num_written(killed) >= few,
+        lambda: num_written(killed) >= many,
+        lambda: (killed / "front.json").exists(),
+    ]
+    found, waits = [], generator.uniform(0, 0.05, size=len(strikes)).tolist()
     before: set[str] = set()
-    for moment in moments:
+    for strike, wait in zip(strikes, waits, strict=True):
         with child(killed) as process:
-            time.sleep(moment)
+            while not strike() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(wait)
             process.send_signal(signal.SIGKILL)
         now = stored_prompts(killed)
-        assert before <= now, f"killed after {moments} s"
+        assert before <= now, (few, many, waits)
         before = now
         found.append(len(now))
     with child(killed) as process:
         pass
     assert process.returncode == 0
-    assert folder_bytes(killed) == folder_bytes(whole), f"killed after {moments} s"
-    assert any(0 < count < COUNT for count in found), f"no kill struck the search itself: {found}"
+    assert folder_bytes(killed) == folder_bytes(whole), (few, many, waits, found)
+    assert few <= found[1] < found[3] == COUNT, (few, many, waits, found)
 
 
 class TestEveryKind:
