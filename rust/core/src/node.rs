@@ -76,6 +76,11 @@ impl Graph {
         &self.nodes[index]
     }
 
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
     pub(crate) fn mark_complete(&mut self, index: usize) {
         self.nodes[index].complete = true;
     }

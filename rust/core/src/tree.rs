@@ -275,3 +275,81 @@ impl Tree {
 pub(crate) fn value(reward: f64, plan: &[u8], config: &SearchConfig) -> f64 {
     reward - config.depth_penalty * plan::depth(plan)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::SplitMix64;
+
+    /// Searches a tree to its end on random rewards in quarters, whose sums are exact in any order.
+    #[allow(clippy::cast_precision_loss)]
+    fn searched(config: &SearchConfig, num_layers: usize, seed: u64) -> Tree {
+        let limits = Limits::new(num_layers, config);
+        let shared = Shared {
+            config,
+            limits: &limits,
+            num_layers,
+        };
+        let guide = Guide::new(&limits, config, None);
+        let mut tree = Tree::new(num_layers, SplitMix64::new(seed));
+        let mut rewards = SplitMix64::new(seed);
+        tree.open_search(&shared);
+        while !tree.is_settled() {
+            for index in tree.round_start..tree.evaluations.len() {
+                tree.tell(index, rewards.below(40) as f64 / 4.0);
+            }
+            tree.learn(&shared);
+            tree.choose_round(&guide, &shared);
+        }
+        tree
+    }
+
+    #[test]
+    fn rewards_are_conserved_along_every_path() {
+        for seed in 0..200 {
+            let selection = if seed % 2 == 0 {
+                Selection::Puct
+            } else {
+                Selection::DrLlm
+            };
+            let config = SearchConfig {
+                max_evaluations: 60,
+                depth_penalty: 0.0,
+                exploration: 1.0,
+                selection,
+                random_child: 0.2,
+                max_depth: 1.5,
+                ..SearchConfig::default()
+            };
+            let tree = searched(&config, 5, seed);
+            let told: f64 = tree.evaluations.iter().filter_map(|one| one.reward).sum();
+            let root = tree.graph.node(ROOT);
+            assert_eq!(root.total.to_bits(), told.to_bits());
+            assert_eq!(root.count as usize, tree.evaluations.len());
+            // Each plan is told once, so a node's descents are its own one and those of its edges.
+            for index in 0..tree.graph.len() {
+                let node = tree.graph.node(index);
+                let below: u32 = node.edges.iter().map(|edge| edge.count).sum();
+                assert_eq!((node.count, node.open, node.told), (1 + below, 0, true));
+                assert!(node.edges.iter().all(|edge| edge.open == 0));
+                assert!(node
+                    .edges
+                    .windows(2)
+                    .all(|pair| pair[0].edit < pair[1].edit));
+            }
+        }
+    }
+
+    #[test]
+    fn a_search_branches() {
+        let config = SearchConfig {
+            max_evaluations: 50,
+            ..SearchConfig::default()
+        };
+        let tree = searched(&config, 8, 3);
+        let widest = (0..tree.graph.len())
+            .map(|index| tree.graph.node(index).edges.len())
+            .max();
+        assert!(widest > Some(4), "{widest:?}");
+    }
+}

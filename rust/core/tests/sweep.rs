@@ -1,0 +1,208 @@
+//! A planned sweep, carried out on symbols, gives every plan its own visits and shares all that can be shared.
+
+use std::collections::BTreeSet;
+
+use dynadepth_core::{Error, Result, SweepPlan};
+use proptest::prelude::*;
+
+/// A hidden state as the list of what made it: its prompt and the layers visited.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Symbol {
+    example: u32,
+    visits: Vec<usize>,
+}
+
+impl Symbol {
+    fn visited(&self, layer: usize) -> Self {
+        let mut visits = self.visits.clone();
+        visits.push(layer);
+        Self {
+            example: self.example,
+            visits,
+        }
+    }
+}
+
+/// Carries a sweep out; returns the last states, and how many visits that took.
+fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
+    let mut states: Vec<Symbol> = (0..num_examples)
+        .map(|example| Symbol {
+            example,
+            visits: Vec::new(),
+        })
+        .collect();
+    let mut executed = 0;
+    for layer in 0..sweep.num_layers() {
+        let step = sweep.step(layer).cloned().unwrap_or_default();
+        let visit = |from: &[Symbol], rows: &[u32]| -> Vec<Symbol> {
+            rows.iter()
+                .map(|&row| from[row as usize].visited(layer))
+                .collect()
+        };
+        let first = visit(&states, &step.first);
+        let second = visit(&first, &step.second);
+        executed += (first.len() + second.len()) as u64;
+        let all: Vec<Symbol> = [states, first, second].concat();
+        states = step
+            .gather
+            .iter()
+            .map(|&row| all[row as usize].clone())
+            .collect();
+        let examples: Vec<u32> = states.iter().map(|state| state.example).collect();
+        assert_eq!(examples, step.example);
+    }
+    (states, executed)
+}
+
+fn symbol(plan: &[u8], example: u32) -> Symbol {
+    let visits = plan
+        .iter()
+        .enumerate()
+        .flat_map(|(layer, &action)| vec![layer; action as usize]);
+    Symbol {
+        example,
+        visits: visits.collect(),
+    }
+}
+
+/// Plans of `num_layers` layers, not empty, with their prompts.
+fn batches() -> impl Strategy<Value = (usize, u32, Vec<u8>, Vec<u32>)> {
+    (1_usize..8, 1_u32..5, 1_usize..40).prop_flat_map(|(num_layers, num_examples, num_plans)| {
+        let plan = prop::collection::vec(0_u8..3, num_layers).prop_map(|mut plan| {
+            if plan.iter().all(|&action| action == 0) {
+                plan[0] = 1;
+            }
+            plan
+        });
+        let plans = prop::collection::vec(plan, num_plans).prop_map(|plans| plans.concat());
+        let example = prop::collection::vec(0..num_examples, num_plans);
+        (Just(num_layers), Just(num_examples), plans, example)
+    })
+}
+
+fn planned(
+    plans: &[u8],
+    example: &[u32],
+    num_examples: u32,
+    num_layers: usize,
+) -> Result<SweepPlan> {
+    SweepPlan::new(plans, example, num_examples as usize, num_layers)
+}
+
+proptest! {
+    #[test]
+    fn every_plan_gets_its_own_visits((num_layers, num_examples, plans, example) in batches()) {
+        let sweep = planned(&plans, &example, num_examples, num_layers)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        let (states, executed) = execute(&sweep, num_examples);
+        let expected: Vec<Symbol> = plans
+            .chunks(num_layers)
+            .zip(&example)
+            .map(|(plan, &example)| symbol(plan, example))
+            .collect();
+        prop_assert_eq!(states, expected);
+        prop_assert_eq!(executed, sweep.executed_visits());
+    }
+
+    #[test]
+    fn nothing_is_computed_twice((num_layers, num_examples, plans, example) in batches()) {
+        let sweep = planned(&plans, &example, num_examples, num_layers)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        // A visit is named by its prompt, what ran before it, and its layer; a layer skipped leaves no trace, but the
+        // place of a visit does: plans that reach a state over different layers are kept apart by `plan[..layer]`.
+        let mut distinct = BTreeSet::new();
+        for (plan, &prompt) in plans.chunks(num_layers).zip(&example) {
+            for (layer, &action) in plan.iter().enumerate() {
+                for time in 0..action {
+                    distinct.insert((prompt, plan[..layer].to_vec(), time));
+                }
+            }
+        }
+        prop_assert_eq!(sweep.executed_visits(), distinct.len() as u64);
+        let naive: u64 = plans.iter().map(|&action| u64::from(action)).sum();
+        prop_assert_eq!(sweep.naive_visits(), naive);
+        prop_assert!(sweep.executed_visits() <= naive);
+    }
+
+    #[test]
+    fn rows_to_visit_ascend_and_are_distinct((num_layers, num_examples, plans, example) in batches()) {
+        let sweep = planned(&plans, &example, num_examples, num_layers)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        for layer in 0..num_layers {
+            let step = sweep.step(layer).cloned().unwrap_or_default();
+            prop_assert!(step.first.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert!(step.second.windows(2).all(|pair| pair[0] < pair[1]));
+            prop_assert_eq!(step.gather.len(), step.example.len());
+        }
+        prop_assert_eq!(sweep.step(num_layers), None);
+    }
+}
+
+#[test]
+fn execute_and_repeat_share_the_first_visit() -> Result<()> {
+    let sweep = planned(&[1, 2], &[0, 0], 1, 1)?;
+    let step = sweep.step(0).cloned().unwrap_or_default();
+    assert_eq!(
+        (step.first, step.second, step.gather),
+        (vec![0], vec![0], vec![1, 2])
+    );
+    assert_eq!(sweep.executed_visits(), 2);
+    Ok(())
+}
+
+#[test]
+fn equal_plans_come_out_each_in_its_row() -> Result<()> {
+    let sweep = planned(&[1, 0, 1, 0, 0, 1], &[1, 1, 0], 2, 2)?;
+    let last = sweep.step(1).cloned().unwrap_or_default();
+    assert_eq!(last.example, [1, 1, 0]);
+    assert_eq!(last.gather[0], last.gather[1]);
+    assert_eq!(sweep.executed_visits(), 2);
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_named() {
+    let error = |plans: &[u8], example: &[u32], num_examples, num_layers| {
+        SweepPlan::new(plans, example, num_examples, num_layers).err()
+    };
+    let empty = |num_plans, num_examples, num_layers| {
+        Some(Error::EmptySweep {
+            num_plans,
+            num_examples,
+            num_layers,
+        })
+    };
+    assert_eq!(error(&[], &[], 1, 2), empty(0, 1, 2));
+    assert_eq!(error(&[1], &[0], 0, 1), empty(1, 0, 1));
+    assert_eq!(error(&[], &[0], 1, 0), empty(1, 1, 0));
+    let length = Error::PlansLength {
+        given: 3,
+        num_plans: 2,
+        num_layers: 2,
+    };
+    assert_eq!(error(&[1, 1, 1], &[0, 0], 1, 2), Some(length));
+    let prompt = Error::UnknownExample {
+        row: 1,
+        example: 2,
+        num_examples: 2,
+    };
+    assert_eq!(error(&[1, 1], &[0, 2], 2, 1), Some(prompt));
+    let action = Error::UnknownAction {
+        row: 0,
+        layer: 1,
+        action: 3,
+    };
+    assert_eq!(error(&[1, 3], &[0], 1, 2), Some(action));
+    assert_eq!(
+        error(&[1, 0], &[0, 0], 1, 1),
+        Some(Error::EmptyPlan {
+            row: 1,
+            num_layers: 1
+        })
+    );
+    let rows = Error::TooManyRows {
+        given: usize::MAX,
+        limit: (u32::MAX / 3) as usize,
+    };
+    assert_eq!(error(&[1], &[0], usize::MAX, 1), Some(rows));
+}
