@@ -7,7 +7,7 @@ Plans come from the real runtime, outcomes from the sweep, and a sample is score
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from dynadepth import __version__
-from dynadepth.checkpoint import Routers
+from dynadepth.checkpoint import Routers, base_model_name
 from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import fingerprint, fingerprint_digest
@@ -26,6 +26,7 @@ from dynadepth_search.contest import Compared, Contest, Entrant, Front
 from dynadepth_search.figures import action_shares, figures_of, findings
 from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
 from dynadepth_search.outcomes import score_plans
+from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring import Scorer, check_objective
 from dynadepth_search.tasks import Task
 
@@ -33,7 +34,6 @@ __all__ = ["EVALUATION_NAME", "EvaluationConfig", "evaluate", "read_evaluation"]
 
 EVALUATION_NAME = "evaluation.json"
 SCHEMA_VERSION = 1
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def evaluate(
     folder: str | os.PathLike[str],
     presets: Mapping[str, Routers] | None = None,
     config: EvaluationConfig | None = None,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate routers on prompts that took no part in search, training or calibration.
 
@@ -161,7 +161,7 @@ def evaluate(
     }
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "model": str(model.config.name_or_path),
+        "model": base_model_name(model),
         "task": {
             "name": heldout.name,
             "kind": heldout.kind,

@@ -10,12 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dynadepth.files import write_json_atomic, write_text_atomic
+from dynadepth.errors import ConfigError
+from dynadepth.files import read_json, write_json_atomic, write_text_atomic
 from dynadepth_search.figures import METRIC_LABELS
 from dynadepth_search.plots import action_map, pareto_plot
 from dynadepth_search.tables import AGAINST_STATIC, against_base_table, cost_table, quality_table
 
-__all__ = ["REPORT_NAME", "report_html", "write_report"]
+__all__ = ["REPORT_NAME", "read_run", "report_html", "write_report"]
 
 REPORT_NAME = "report.html"
 
@@ -82,6 +83,19 @@ def write_report(
     write_json_atomic(Path(folder) / "report.json", {"evaluation": evaluation, "run": run or {}})
     write_text_atomic(page, report_html(evaluation, run))
     return page
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what an earlier report in a folder said of its run; empty if there is none.
+
+    Raises:
+        ConfigError: `report.json` is damaged.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        return {}
+    run = read_json(path, ConfigError).get("run")
+    return run if isinstance(run, dict) else {}
 
 
 def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dynadepth.errors import BudgetError
 from dynadepth.evaluation import (
     best_under_depth,
@@ -11,8 +14,6 @@ from dynadepth.evaluation import (
     paired_difference,
     pareto_front,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 _floats = st.floats(-10, 10).map(lambda number: round(number, 3))
 

