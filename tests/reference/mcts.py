@@ -5,8 +5,8 @@ test_forest_reference.py` checks that both ask the same plans in the same order,
 
 How it works, for one tree:
 
-* The root is the identity plan. An *edit* turns one EXECUTE into SKIP (edit l) or REPEAT (edit L + l). A plan's children
-  are all plans with one edit more that keep the caps, whatever the order in which the edits came.
+* The root is the identity plan. An *edit* turns one EXECUTE into SKIP (edit l) or REPEAT (edit L + l). The children of
+  a plan are all plans with one edit more that keep the caps, whatever the order in which the edits came.
 * A *descent* starts at the root and takes the best-scored child until it meets a plan that was never asked. Children
   below which nothing is left to ask are passed over.
 * A *round* is `round_size` descents; each one is marked open along its path, which lowers the scores there, so that the
@@ -340,8 +340,10 @@ class ReferenceForest:
             self.turn = (chosen + 1) % len(self.trees)
         asked = []
         for number, (tree, share) in enumerate(zip(self.trees, shares, strict=True)):
-            for index in range(tree.issued, tree.issued + share):
-                asked.append((number, (number << 32) | index, tree.evaluations[index].plan))
+            asked += [
+                (number, (number << 32) | index, tree.evaluations[index].plan)
+                for index in range(tree.issued, tree.issued + share)
+            ]
             tree.issued += share
         return asked
 
