@@ -15,7 +15,7 @@ from dynadepth.config import RouterConfig
 from dynadepth.errors import ConfigError
 from dynadepth.plans import NUM_ACTIONS
 
-__all__ = ["Bottleneck", "RouterHeads", "last_token_state", "pool", "window_means"]
+__all__ = ["Bottleneck", "RouterHeads", "all_logits", "last_token_state", "pool", "window_means"]
 
 
 def window_means(hidden_states: Tensor, prompt_mask: Tensor, num_windows: int) -> Tensor:
@@ -190,11 +190,7 @@ class RouterHeads:
         Returns:
             Shape (prompts, num_layers, 3), float32.
         """
-        by_layer = features.transpose(0, 1)
-        logits = self.windows.all_logits(by_layer[:, :, : self.config.num_windows])
-        if self.last is not None:
-            logits = logits + self.last.all_logits(by_layer[:, :, self.config.num_windows :])
-        return logits.transpose(0, 1)
+        return all_logits(self.windows, self.last, self.config.num_windows, features)
 
     def to(self, device: torch.device | str) -> "RouterHeads":
         """Return the same routers with their tensors on a device."""
@@ -251,6 +247,17 @@ class RouterHeads:
             return Bottleneck(**{name: tensors[f"{prefix}.{name}"].detach() for name in names})
 
         return cls(config, part("windows"), part("last") if config.last_token else None)
+
+
+def all_logits(
+    windows: Bottleneck, last: Bottleneck | None, num_windows: int, features: Tensor
+) -> Tensor:
+    """Return what `RouterHeads.all_logits` returns, of weights that are no checked routers yet."""
+    by_layer = features.transpose(0, 1)
+    logits = windows.all_logits(by_layer[:, :, :num_windows])
+    if last is not None:
+        logits = logits + last.all_logits(by_layer[:, :, num_windows:])
+    return logits.transpose(0, 1)
 
 
 def _window_members(prompt_mask: Tensor, num_windows: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
-from dynadepth.routers import Bottleneck, RouterHeads
+from dynadepth.routers import Bottleneck, RouterHeads, all_logits
 
 __all__ = ["centre_heads", "effective_number_weights", "focal_loss", "logits_of", "train_heads"]
 
@@ -134,7 +134,7 @@ def train_heads(
     def losses(prompts: Any) -> Tensor:
         """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
         picked = (features[prompts][:, :, : config.num_views].to(place) - mean) * scale
-        logits = _heads(config, parameters, free).all_logits(picked)
+        logits = all_logits(*_parts(parameters, free), config.num_windows, picked)
         loss = focal_loss(logits, labels[prompts], gamma=training.focal_gamma, weights=weights)
         return loss.mean(dim=0)
 
@@ -165,7 +165,8 @@ def train_heads(
     if count:
         best.offer(_mean_losses(losses, held_out, training.batch_size))
         best.restore()
-    result = _heads(config, _without_scaling(parameters, mean, scale, config), free)
+    windows, last = _parts(_without_scaling(parameters, mean, scale, config), free)
+    result = RouterHeads(config, windows, last)
     return centre_heads(result, features) if training.centre else result
 
 
@@ -337,12 +338,12 @@ def _without_scaling(
     return folded
 
 
-def _heads(config: RouterConfig, parameters: Mapping[str, Tensor], free: Tensor) -> RouterHeads:
-    """Return routers over these tensors, gradients included, that are constant for the actions that are not free."""
+def _parts(parameters: Mapping[str, Tensor], free: Tensor) -> tuple[Bottleneck, Bottleneck | None]:
+    """Return weights over these tensors, gradients included, that are constant for the actions that are not free."""
 
     def part(prefix: str) -> Bottleneck:
         named = {name.split(".")[1]: t for name, t in parameters.items() if name.startswith(prefix)}
         named["second_weight"] = named["second_weight"] * free.unsqueeze(1)
         return Bottleneck(**named)
 
-    return RouterHeads(config, part("windows."), part("last.") if config.last_token else None)
+    return part("windows."), part("last.") if "last.first_weight" in parameters else None
