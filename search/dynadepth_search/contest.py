@@ -80,7 +80,6 @@ class Contest:
 
     Attributes:
         sets: Plans to be scored, by name. Shape (prompts, num_layers) each.
-        notes: What was left out, and why.
     """
 
     entrants: Sequence[Entrant]
@@ -90,7 +89,6 @@ class Contest:
     random_draws: int
     seed: int
     sets: dict[str, Plans] = field(init=False, default_factory=dict)
-    notes: list[str] = field(init=False, default_factory=list)
     _hull: list[int] = field(init=False, default_factory=list)
     _removed: Plans = field(init=False)
 
@@ -101,10 +99,6 @@ class Contest:
         for entrant in self.entrants:
             self.sets[entrant.name] = entrant.plans
             depth = entrant.mean_depth
-            if self.mixture(depth) is None:
-                self.notes.append(
-                    f"{entrant.name} has mean depth {depth:.4f}, which no mixture of static plans has."
-                )
             if entrant.kind != "routed":
                 continue
             if (removal := self._removal(depth)) is not None:

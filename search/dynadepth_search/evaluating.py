@@ -27,6 +27,7 @@ from dynadepth_search.figures import action_shares, figures_of, findings
 from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
 from dynadepth_search.outcomes import score_plans
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.resuming import dtype_name
 from dynadepth_search.scoring import Scorer, check_objective
 from dynadepth_search.tasks import Task
 
@@ -55,7 +56,7 @@ class EvaluationConfig:
     random_draws: int = 5
     batch_size: int = 16
     timing_prompts: int = 8
-    timing_rounds: int = 5
+    timing_rounds: int = 4
     check_prompts: int = 8
 
     def __post_init__(self) -> None:
@@ -140,9 +141,10 @@ def evaluate(
         progress=lambda done, total: progress("scoring held-out prompts", done, total),
     )
     compared = list(contest.compared(table, headline))
-    times, base_milliseconds = _time(
-        model, scorer, heldout, compared, arguments, settings, progress
-    )
+    tested = {
+        entrant.name: arguments[entrant.name] for entrant in entrants if entrant.kind == "routed"
+    }
+    times, base_milliseconds = _time(model, scorer, heldout, compared, tested, settings, progress)
     base = compared[0].run
     policies = [
         figures_of(item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name))
@@ -172,6 +174,7 @@ def evaluate(
         },
         "headline": headline,
         "num_layers": scorer.num_layers,
+        "dtype": dtype_name(model),
         "config": asdict(settings) | {"budgets": list(settings.budgets)},
         "routers": {
             "preset": routers.config.preset,
@@ -179,12 +182,12 @@ def evaluate(
             "range": list(routers.calibration.range),
         },
         "policies": policies,
-        "findings": [*findings(policies, headline), *notes, *contest.notes],
-        "actions": {
-            entrant.name: action_shares(entrant.plans)
+        "findings": [*findings(policies, headline), *notes],
+        "actions": [
+            {"budget": entrant.budget, "shares": action_shares(entrant.plans)}
             for entrant in entrants
             if entrant.kind == "routed"
-        },
+        ],
         "front": contest.front_figures(table),
         "runtime_check": checks,
         "base_prefill_milliseconds": base_milliseconds,
@@ -192,7 +195,8 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json_atomic(Path(folder) / EVALUATION_NAME, content)
-    return content
+    # As every later reader has it.
+    return read_evaluation(folder)
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -156,17 +156,17 @@ def _limits(
     return min([low, *reachable]) - margin, high + margin
 
 
-def action_map(actions: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def action_map(actions: Sequence[Mapping[str, Any]]) -> str:
     """Draw what is done to each layer at each budget, as shares of the prompts.
 
     Args:
-        actions: For each routed policy, shares of skip, execute and repeat of each layer.
+        actions: For each budget, its `shares` of skip, execute and repeat of each layer.
 
     Returns:
         An svg element.
     """
-    names = list(actions)
-    shares = np.array([actions[name] for name in names])  # (budgets, layers, 3)
+    names = [f"{action['budget']:.2f}" for action in actions]
+    shares = np.array([action["shares"] for action in actions])  # (budgets, layers, 3)
     num_layers = shares.shape[1]
     with mpl.rc_context(_STYLE):
         height = 1.0 + 0.2 * num_layers
@@ -176,7 +176,7 @@ def action_map(actions: Mapping[str, Sequence[Sequence[float]]]) -> str:
             zip(panels, _ACTIONS, strict=True)
         ):
             _heat(panel, shares[:, :, action].T, title, colours, darkest)
-            panel.set_xticks(range(len(names)), [name.split()[-1] for name in names])
+            panel.set_xticks(range(len(names)), names)
             panel.set_xlabel("budget")
         # Layer 0, which reads the prompt, is on top.
         panels[0].set_ylim(num_layers - 0.5, -0.5)

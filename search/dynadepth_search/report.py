@@ -202,12 +202,14 @@ def _timing_note(evaluation: Mapping[str, Any]) -> str:
     checks = evaluation["runtime_check"].values()
     if checks:
         worst = max(check["max_difference"] for check in checks)
+        mean = sum(check["mean_difference"] for check in checks) / len(checks)
         count = sum(check["choices"] for check in checks)
         changed = sum(check["plans_differing"] for check in checks)
         prompts = sum(check["prompts"] for check in checks)
         note += (
-            f" The wrapped model itself scored {count} answers of a sample: its scores differ from the sweep's by "
-            f"{worst:.4f} nats at most, and {changed} of {prompts} plans changed in another batch."
+            f" The wrapped model itself scored {count} answers of a sample: its scores differ from the "
+            f"sweep's by {mean:.4f} nats on average and {worst:.4f} at most ({evaluation['dtype']}), and "
+            f"{changed} of {prompts} plans changed in another batch."
         )
     return note
 
@@ -218,6 +220,7 @@ def _facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation": {
             "model": evaluation["model"],
             "task": f"{task['name']} ({task['kind']}, scoring {task['scoring']})",
+            "dtype": evaluation["dtype"],
             "task sha256": task["sha256"],
             "seed": evaluation["config"]["seed"],
             "seconds": evaluation["seconds"],

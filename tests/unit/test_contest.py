@@ -106,11 +106,8 @@ def test_front_plans_deeper_than_any_policy_are_scored_for_the_line_of_the_plot(
     assert line[1]["metrics"] == {"preserve": 0.0, "agreement": 1.0}
 
 
-def test_a_depth_that_no_static_plan_reaches_is_noted_and_not_compared() -> None:
+def test_a_depth_that_no_static_plan_reaches_is_not_compared_and_said_so() -> None:
     contest = _contest(_entrant(_plans([2] * PROMPTS)))
-    assert contest.notes == [
-        "routed 0.80 has mean depth 0.3333, which no mixture of static plans has."
-    ]
     found = _by_name(contest)
     assert found["routed 0.80"].static is None
     assert "static mixture 0.80" not in found
