@@ -37,8 +37,9 @@ _RANGES: dict[str, tuple[float, float]] = {
 class SearchConfig:
     """Settings of the search.
 
-    The three dimensionless weights (`exploration`, `virtual_loss`, `temperature`) are in units of the spread of rewards
-    that the search sees, so they mean the same for rewards of any scale.
+    `exploration` and `virtual_loss` are in units of the tree's spread (the median distance of its told plans from the
+    identity plan, in value), `temperature` in units of the prior's (the median size of its effects), so that they mean
+    the same for rewards of any scale. With `"drllm"`, `exploration` is in units of the reward, as in the paper.
 
     Args:
         max_evaluations: Plans evaluated for each tree, the identity plan included; the probe's are not counted.

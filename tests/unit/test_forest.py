@@ -1,6 +1,7 @@
 """The forest's Python face: settings, arrays in and out, and errors that say what to do."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -239,6 +240,37 @@ def test_a_protected_layer_is_neither_probed_nor_searched():
     assert (forest.evaluated(0).plans[:, 0] == 1).all()
     assert np.isnan(forest.prior().mean[[0, 3]]).all()
     assert forest.prior().to_dict()["mean"][0] is None
+
+
+def test_other_threads_run_while_rust_works():
+    """Restoring replays a search of half a second; a thread that held the GIL would let no other one run."""
+    forest = make(30, 1500, max_evaluations=24)
+    while not forest.finished:
+        batch = forest.ask(100_000)
+        forest.tell(batch.ticket, -np.abs(batch.plans - 1.0) @ np.linspace(0, 1, 30))
+    snapshot = forest.snapshot()
+    running = threading.Event()
+    done = threading.Event()
+
+    def restore():
+        running.set()
+        Forest.restore(snapshot)
+        done.set()
+
+    thread = threading.Thread(target=restore)
+    thread.start()
+    running.wait()
+    ticks = 0
+    while not done.wait(0.001):
+        ticks += 1
+    thread.join()
+    assert ticks > 5
+
+
+def test_a_tree_may_be_a_numpy_number():
+    forest = make()
+    batch = told(forest)
+    assert forest.best(batch.tree[1]).visits == 3
 
 
 def test_the_core_says_its_version():

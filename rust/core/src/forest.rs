@@ -57,6 +57,20 @@ impl ForestSpec {
 /// that keep the caps, so every legal plan can be reached, no plan is its own descendant, and taking an edit back is
 /// another branch. Orders of the same edits meet in one node.
 ///
+/// A descent from the identity plan takes the child of highest score, until it meets a plan that has not been asked.
+/// Under [`Selection::Puct`](crate::Selection::Puct) the score is `Q + c * unit * P * sqrt(N) / (1 + n)`:
+///
+/// * `Q` is the mean value of the told descents through the child, whichever parent they came by. A child that has not
+///   been asked has its parent's own value plus what its edit is expected to change; that is the mean of what the edit
+///   has changed in this tree, the prior counting as `prior_weight` such changes. An open ticket lowers `Q` by
+///   `virtual_loss * unit`, weighted with its share of the child's descents.
+/// * `P` is the softmax over the legal edits of the prior's effects, at `temperature` times their median size.
+/// * `N` counts descents through the parent, `n` those along the edge; open ones count.
+/// * `unit` is the median distance of the tree's told plans from the identity plan, in value.
+///
+/// A tree chooses `round_size` plans at once and learns from them together, in the order chosen, when the last one is
+/// told. So what it asks follows from its own rewards, the settings, the prior, the seed and its key alone.
+///
 /// # Examples
 ///
 /// ```
