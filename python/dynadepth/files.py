@@ -13,7 +13,14 @@ from typing import Any
 
 from dynadepth.errors import DynadepthError
 
-__all__ = ["read_json", "sha256_file", "sha256_text", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+__all__ = [
+    "read_json",
+    "sha256_file",
+    "sha256_text",
+    "write_bytes_atomic",
+    "write_json_atomic",
+    "write_text_atomic",
+]
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
