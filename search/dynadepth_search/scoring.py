@@ -26,6 +26,9 @@ __all__ = ["Objective", "Outcomes", "Scorer", "check_answers", "check_objective"
 
 Objective = Literal["reward", "preserve"]
 
+# Timed on two cores with a model of 135M parameters: a third faster than 4,096 tokens.
+_PROCESSOR_TOKENS = 1536
+
 
 def check_objective(objective: str) -> Objective:
     """Return the objective if there is one of that name.
@@ -101,6 +104,8 @@ class Scorer:
         scoring: How choices are scored, see `Task`.
         max_logit_bytes: Bounds the logits of one sweep, counted in float32.
         max_tokens: Bounds the padded tokens of one sweep, every plan counted.
+        sweep_tokens: Padded tokens at which a sweep takes no further example; None: what the device does best, few on a
+            processor (so that states stay in its caches), `max_tokens` elsewhere.
         max_base_bytes: Bounds what is kept of the identity plan's next-token distributions.
 
     Raises:
@@ -116,6 +121,7 @@ class Scorer:
         *,
         max_logit_bytes: int = 400_000_000,
         max_tokens: int = 65_536,
+        sweep_tokens: int | None = None,
         max_base_bytes: int = 400_000_000,
     ) -> None:
         check_tokenizer(tokenizer)
@@ -127,6 +133,8 @@ class Scorer:
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._max_scored = max(1, max_logit_bytes // (4 * config.vocab_size))
         self._max_tokens = max_tokens
+        on_processor = model.device.type == "cpu"
+        self._aim = sweep_tokens or (_PROCESSOR_TOKENS if on_processor else max_tokens)
         self._max_base_bytes = max_base_bytes
         self._encoded: dict[Example, EncodedExample] = {}
         self._bases: OrderedDict[Example, Answered] = OrderedDict()
@@ -198,7 +206,9 @@ class Scorer:
         device = self.model.device
         last: int | None = None
         with Sweeper(self.model) as sweeper:
-            for group in pack(works, max_scored=self._max_scored, max_tokens=self._max_tokens):
+            for group in pack(
+                works, max_scored=self._max_scored, max_tokens=self._max_tokens, aim=self._aim
+            ):
                 next_tokens = examples[group[0].example].kind != "choices"
                 answers, naive, executed = run_sweep(
                     sweeper, group, device, next_tokens=next_tokens

@@ -34,7 +34,7 @@ class SearchSpec:
         ConfigError: A value of the wrong type or out of range.
     """
 
-    config: SearchConfig = field(default_factory=lambda: SearchConfig(probe_trees=8, round_size=8))
+    config: SearchConfig = field(default_factory=lambda: SearchConfig(probe_trees=8))
     objective: Objective = "preserve"
     depth_penalty: float | None = None
     seed: int = 0

@@ -80,44 +80,43 @@ def pad_left(
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def pack(works: Iterable[Work], *, max_scored: int, max_tokens: int) -> Iterator[list[Work]]:
-    """Group work, in the order given, into sweeps that stay within both bounds.
+def pack(
+    works: Iterable[Work], *, max_scored: int, max_tokens: int, aim: int
+) -> Iterator[list[Work]]:
+    """Group work, in the order given, into sweeps.
 
-    Work that is too large by itself is cut between its plans; a single plan is never cut.
+    Examples share nothing but the call, so a sweep ends between two of them once it is large enough. Plans of one
+    example share visits, so they are parted only if the example by itself is over a bound; a single plan never is.
 
     Args:
         works: The work, best sorted by length.
         max_scored: Most scored places of a sweep, every plan counted.
         max_tokens: Most padded tokens of a sweep, every plan counted.
+        aim: As `max_tokens`, but only for more than one example.
 
     Yields:
         Work of one sweep.
     """
     group: list[Work] = []
-    scored = tokens = width = 0
+    rows = scored = width = 0
     for work in works:
+        places, num_rows = len(work.encoded.places), len(work.encoded.rows)
         start = 0
         while start < len(work.plans):
-            longest = max(width, work.encoded.longest)
-            plan_tokens = len(work.encoded.rows) * longest
+            left = len(work.plans) - start
             # The group's own rows get longer too when a longer one joins it.
-            room = max_tokens - (tokens // width * longest if width else 0)
-            fits = min(
-                len(work.plans) - start,
-                (max_scored - scored) // len(work.encoded.places),
-                room // plan_tokens,
-            )
-            if fits < 1 and group:
+            longest = max(width, work.encoded.longest)
+            tokens = (rows + left * num_rows) * longest
+            if group and (scored + left * places > max_scored or tokens > min(aim, max_tokens)):
                 yield group
-                group, scored, tokens, width = [], 0, 0, 0
+                group, rows, scored, width = [], 0, 0, 0
                 continue
-            take = slice(start, start + max(fits, 1))
-            piece = Work(work.example, work.encoded, work.plans[take], work.rows[take])
-            group.append(piece)
-            scored += len(piece.plans) * len(work.encoded.places)
-            tokens = (tokens // width * longest if width else 0) + len(piece.plans) * plan_tokens
-            width = longest
-            start += len(piece.plans)
+            if not group:
+                left = max(1, min(left, max_scored // places, max_tokens // (num_rows * longest)))
+            take = slice(start, start + left)
+            group.append(Work(work.example, work.encoded, work.plans[take], work.rows[take]))
+            rows, scored, width = rows + left * num_rows, scored + left * places, longest
+            start += left
     if group:
         yield group
 

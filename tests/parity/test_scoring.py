@@ -78,7 +78,9 @@ def model(request):
 
 
 @pytest.mark.parametrize("scoring", ["raw", "normalized", "letter"])
-@pytest.mark.parametrize("limits", [{}, {"max_logit_bytes": 4 * 97 * 40}, {"max_tokens": 150}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_logit_bytes": 4 * 97 * 40}, {"max_tokens": 150}, {"sweep_tokens": 1}]
+)
 def test_choices(model, tokenizer, scoring, limits):
     plans, example = pairs(CHOICES)
     out = Scorer(model, tokenizer, scoring, **limits).outcomes(CHOICES, plans, example)

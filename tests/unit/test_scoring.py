@@ -132,8 +132,8 @@ def work(lengths, *, plans, number=0):
 
 
 class TestPacking:
-    def check(self, works, **limits):
-        groups = list(pack(works, **limits))
+    def check(self, works, *, max_scored, max_tokens, aim=10**9):
+        groups = list(pack(works, max_scored=max_scored, max_tokens=max_tokens, aim=aim))
         flat = [
             (piece.example, row)
             for group in groups
@@ -141,12 +141,21 @@ class TestPacking:
             for row in piece.rows.tolist()
         ]
         assert flat == [(item.example, row) for item in works for row in item.rows.tolist()]
+        whole = {item.example: len(item.plans) for item in works}
         for group in groups:
             plans = sum(len(piece.plans) for piece in group)
             width = max(piece.encoded.longest for piece in group)
             scored = sum(len(piece.plans) * len(piece.encoded.places) for piece in group)
             tokens = sum(len(piece.plans) * len(piece.encoded.rows) for piece in group) * width
-            assert plans == 1 or (scored <= limits["max_scored"] and tokens <= limits["max_tokens"])
+            assert plans == 1 or (scored <= max_scored and tokens <= max_tokens)
+            assert len(group) == 1 or tokens <= aim
+            # Only work that is over a bound by itself is cut.
+            for piece in group:
+                alone = whole[piece.example]
+                if len(piece.plans) < alone:
+                    encoded = piece.encoded
+                    over = alone * len(encoded.rows) * encoded.longest > max_tokens
+                    assert over or alone * len(encoded.places) > max_scored
         return groups
 
     def test_everything_in_one_sweep_if_it_fits(self):
@@ -155,12 +164,18 @@ class TestPacking:
         assert len(self.check(works, max_scored=13, max_tokens=42)) == 2
         # The first example's rows get as long as the second's.
         assert len(self.check(works, max_scored=14, max_tokens=41)) == 2
+        assert len(self.check(works, max_scored=14, max_tokens=42, aim=41)) == 2
 
     def test_a_large_example_is_cut_between_plans(self):
         groups = self.check([work([4, 4], plans=7)], max_scored=8, max_tokens=1000)
         assert [len(group[0].plans) for group in groups] == [2, 2, 2, 1]
         groups = self.check([work([4, 4], plans=3)], max_scored=1, max_tokens=1)
         assert [len(group[0].plans) for group in groups] == [1, 1, 1]
+
+    def test_the_aim_parts_examples_but_not_the_plans_of_one(self):
+        works = [work([4], plans=9, number=0), work([4], plans=9, number=1)]
+        groups = self.check(works, max_scored=1000, max_tokens=1000, aim=1)
+        assert [len(group[0].plans) for group in groups] == [9, 9]
 
     def test_many(self):
         generator = np.random.default_rng(0)
@@ -173,14 +188,17 @@ class TestPacking:
                 )
                 for n in range(6)
             ]
-            limits = {
-                "max_scored": int(generator.integers(1, 60)),
-                "max_tokens": int(generator.integers(1, 200)),
-            }
+            limits = dict(
+                zip(
+                    ("max_scored", "max_tokens", "aim"),
+                    generator.integers(1, (60, 200, 200)),
+                    strict=True,
+                )
+            )
             self.check(works, **limits)
 
     def test_nothing(self):
-        assert list(pack([], max_scored=1, max_tokens=1)) == []
+        assert list(pack([], max_scored=1, max_tokens=1, aim=1)) == []
 
 
 class TestScorer:
