@@ -61,7 +61,7 @@ def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> 
     """Check plans and return them as a fresh array.
 
     Args:
-        plans: One plan or several whole numbers, as anything numpy can read. Shape (num_layers,) or (rows, num_layers).
+        plans: One plan or several, whole numbers in any form. Shape (num_layers,) or (rows, num_layers).
         num_layers: Decoder layers of the model.
         num_rows: Number of rows wanted, if it matters.
 
