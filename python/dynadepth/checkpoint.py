@@ -6,6 +6,7 @@ a folder, and never touches a file that it did not write.
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from dynadepth import __version__
 from dynadepth.budget import Calibration
 from dynadepth.cards import routers_card
 from dynadepth.config import RouterConfig, did_you_mean
-from dynadepth.errors import CheckpointError, ConfigError
+from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
 from dynadepth.files import read_json
 from dynadepth.fingerprint import compare_fingerprints, fingerprint
 from dynadepth.folders import (
@@ -147,6 +148,13 @@ class Routers:
         if backend not in ("torch", "onnx"):
             raise ConfigError(f"router backend is {backend!r}; expected 'torch' or 'onnx'")
         penalty = self.calibration.penalty_for(budget)
+        nearest, step = self.calibration.depth_for(budget), 0.5 / self.config.num_layers
+        if abs(nearest - budget) > max(0.02, step + 1e-6):
+            message = (
+                f"a budget of {budget} gives a mean depth of {nearest:.3f}: these routers reach no depth nearer to it; "
+                "calibrate on more prompts, or ask for a depth of their table"
+            )
+            warnings.warn(message, DynadepthWarning, stacklevel=2)
         if backend == "torch":
             return RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage, penalty=penalty)
         file = None if self.folder is None else self.folder / ONNX_NAME

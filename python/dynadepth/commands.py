@@ -71,6 +71,8 @@ def _generate(
         raise typer.BadParameter("give either --budget or --plan")
     if plan is not None and routers is not None:
         raise typer.BadParameter("--routers goes with --budget; a --plan needs no routers")
+    if plan is not None and router_backend != "torch":
+        raise typer.BadParameter("--router-backend goes with --budget; a --plan needs no routers")
     if not prompt.strip():
         raise typer.BadParameter("--prompt is empty")
 
@@ -167,12 +169,15 @@ def _export(
     """Write the routers as one ONNX file that decides without Python."""
     if out is None and not Path(routers).is_dir():
         raise typer.BadParameter(f"--routers {routers} is not a folder, so --out is needed")
-    target = Path(routers) / "routers.onnx" if out is None else out
 
     from dynadepth import load_routers
+    from dynadepth.folders import ONNX_NAME
     from dynadepth.onnx import export_onnx
 
-    export_onnx(load_routers(routers), target)
+    loaded = load_routers(routers)
+    # Where the routers were found, which is `routers/` if a base model's folder was given.
+    target = (loaded.folder or Path(routers)) / ONNX_NAME if out is None else out
+    export_onnx(loaded, target)
     if as_json:
         typer.echo(json.dumps({"out": str(target), "bytes": target.stat().st_size}, sort_keys=True))
     else:

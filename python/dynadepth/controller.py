@@ -87,6 +87,8 @@ class Controller:
     def plans(self, plans: Any) -> Iterator[None]:
         """Run fixed plans in place of the policy's, for the forwards and generations inside the block.
 
+        The block is this thread's: a thread started inside it runs the policy's plans.
+
         Args:
             plans: One plan for all rows, or one for each row. Shape (num_layers,) or (rows, num_layers), uint8. A batch
                 of k times as many rows (beams, return sequences) repeats each plan k times.
@@ -187,9 +189,9 @@ class Controller:
                 )
             plans = RowPlans(np.repeat(fixed, num_rows // len(fixed), axis=0))
         else:
-            initial = self._limit(
-                np.array(self.policy.initial_plans(num_rows)), 0, np.zeros(num_rows, dtype=np.int64)
-            )
+            given = self.policy.initial_plans(num_rows)
+            initial = self._checked(given, (num_rows, self.num_layers), 0)
+            initial = self._limit(initial, 0, np.zeros(num_rows, dtype=np.int64))
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
         if plans.num_decided == self.num_layers:
@@ -214,18 +216,24 @@ class Controller:
         reads = self.policy.decision_layers
         end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
         with torch.no_grad():
-            actions = np.array(
-                self.policy.decide(layer_idx, hidden_states, prompt_mask), dtype=np.uint8
-            )
-        if actions.shape != (plans.num_rows, end - layer_idx):
-            raise PlanError(
-                f"{type(self.policy).__name__} decided actions of shape {actions.shape} at layer {layer_idx}; "
-                f"expected {(plans.num_rows, end - layer_idx)}"
-            )
+            given = self.policy.decide(layer_idx, hidden_states, prompt_mask)
+        actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
         plans.decide(layer_idx, self._limit(actions, layer_idx, visits))
         if end == self.num_layers:
             self.last_plans = plans.plans.copy()
+
+    def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
+        """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
+        array = np.asarray(actions)
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        if array.dtype.kind not in "iu" or array.shape != shape or low < 0 or high > int(REPEAT):
+            raise PlanError(
+                f"{type(self.policy).__name__} gave {array.dtype} of shape {array.shape} with values from {low} to "
+                f"{high} at layer {layer_idx}; expected whole numbers 0, 1 and 2 of shape {shape}"
+            )
+        checked: Plans = array.astype(np.uint8)
+        return checked
 
     def _limit(
         self, actions: Plans, first: int, visits: np.ndarray[Any, np.dtype[np.int64]]
@@ -258,11 +266,16 @@ class Controller:
             mask = scope.attention_mask[:, :tokens].to(device=device, dtype=torch.bool)
         else:
             mask = _mask_from_layer(call.attention_mask, rows, tokens, device)
+        _check_unpacked(call, mask)
         frames = self._frames()
         lengths = next(
             (frame.prompt_lengths for frame in frames if frame.prompt_lengths is not None), None
         )
-        width = next((frame.prompt_width for frame in frames if frame.in_generate), None)
+        generation = next((frame for frame in frames if frame.in_generate), None)
+        width = None
+        if generation is not None:
+            # The width is that of the prompt planned first; the negative prompt of guidance is all its own.
+            width, generation.prompt_width = generation.prompt_width, None
         if lengths is not None:
             if lengths.numel() != rows:
                 raise PlanError(
@@ -309,6 +322,8 @@ class PlanScope:
         self._controller = owner
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
+        # The same at every layer, so it is made once.
+        self._prompt_mask: torch.Tensor | None = None
         self._cache: DepthCache | None = None
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -323,9 +338,9 @@ class PlanScope:
         if plans is None:
             plans = self._plans = self._begin(call)
         if layer_idx >= plans.num_decided:
-            self._controller.decide(
-                plans, layer_idx, states, self._controller.prompt_mask(self, call)
-            )
+            if self._prompt_mask is None:
+                self._prompt_mask = self._controller.prompt_mask(self, call)
+            self._controller.decide(plans, layer_idx, states, self._prompt_mask)
         cache, num_rows = self._cache, plans.num_rows
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -367,6 +382,27 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
     leave_scope(module.__dict__[_CONTROLLER])
+
+
+def _check_unpacked(call: LayerCall, mask: torch.Tensor) -> None:
+    """Refuse rows that hold several prompts: one row has one plan.
+
+    Raises:
+        UnsupportedModelError: Positions start again between real tokens, or lengths of packed prompts were given.
+    """
+    packed = any(
+        name.startswith("cu_seq_len") and value is not None
+        for name, value in call.arguments.items()
+    )
+    positions = call.arguments.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.shape[-1:] == mask.shape[-1:]:
+        falls = positions[..., 1:] < positions[..., :-1]
+        packed = packed or bool((falls & mask[:, 1:] & mask[:, :-1]).any())
+    if packed:
+        raise UnsupportedModelError(
+            "positions start again within a row, so it packs several prompts, which cannot have plans of their own; "
+            "give each prompt a row of a padded batch"
+        )
 
 
 def _mask_from_layer(mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:

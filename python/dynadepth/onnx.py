@@ -28,8 +28,8 @@ from dynadepth.onnx_graph import (
     host_array,
     need_package,
 )
-from dynadepth.plans import NUM_ACTIONS, Plans, identity_plan
-from dynadepth.policies import Policy, actions_of
+from dynadepth.plans import NUM_ACTIONS, Plans
+from dynadepth.policies import LayerwisePolicy, actions_of, undecidable
 from dynadepth.routers import pool
 
 __all__ = ["OnnxRouterPolicy", "export_onnx"]
@@ -54,7 +54,7 @@ def export_onnx(routers: ExportableRouters, path: str | os.PathLike[str]) -> Non
     write_bytes_atomic(path, data)
 
 
-class OnnxRouterPolicy(Policy):
+class OnnxRouterPolicy(LayerwisePolicy):
     """`RouterPolicy`, decided by onnxruntime from an ONNX file.
 
     Decides on the host: states are copied there. The session has one thread, since a decision takes
@@ -92,24 +92,20 @@ class OnnxRouterPolicy(Policy):
         self.calibration = Calibration.from_dict(facts["calibration"])
         self.calibration.penalty_for(budget)
         self.budget = float(budget)
-        self.num_layers = int(facts["num_layers"])
         self._hidden_size = int(facts["hidden_size"])
-        self.decision_layers = tuple(range(self.num_layers)) if facts["shrinkage"] > 0 else ()
+        state = np.zeros((1, 1, self._hidden_size), dtype=np.float32)
+        mask = np.ones((1, 1), dtype=np.int64)
+        fixed = [self._run(layer, state, mask)[0] for layer in range(int(facts["num_layers"]))]
+        super().__init__(
+            np.asarray(fixed, dtype=np.uint8),
+            tuple(facts["varying_layers"]) if facts["shrinkage"] > 0 else (),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxRouterPolicy":
         return self
 
-    def initial_plans(self, num_rows: int) -> Plans:
-        """Return the static plan with shrinkage 0; else the identity, since every layer is decided later."""
-        if self.decision_layers:
-            return np.tile(identity_plan(self.num_layers), (num_rows, 1))
-        state = np.zeros((1, 1, self._hidden_size), dtype=np.float32)
-        mask = np.ones((1, 1), dtype=np.int64)
-        plan = [self._run(layer, state, mask)[0] for layer in range(self.num_layers)]
-        return np.tile(np.asarray(plan, dtype=np.uint8), (num_rows, 1))
-
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
-        """Return the actions of one layer. Shape (batch, 1), uint8.
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+        """Return the actions of one layer. Shape (batch,), uint8.
 
         Raises:
             ConfigError: The states have another width than the routers, or hold NaN at a prompt's
@@ -123,11 +119,9 @@ class OnnxRouterPolicy(Policy):
         mask = prompt_mask.detach().to("cpu", torch.int64).numpy()
         actions = self._run(layer_idx, host_array(hidden_states), mask)
         if (actions == INVALID_ACTION).any():
-            raise ConfigError(
-                f"the states entering layer {layer_idx} hold NaN, so no router can decide; run the base model in a "
-                "dtype that it does not overflow"
-            )
-        return actions.astype(np.uint8)[:, None]
+            raise undecidable(layer_idx)
+        decided: Plans = actions.astype(np.uint8)
+        return decided
 
     def _run(
         self, layer_idx: int, hidden_states: npt.NDArray[np.float32], mask: npt.NDArray[np.int64]
@@ -140,6 +134,16 @@ class OnnxRouterPolicy(Policy):
         }
         actions: npt.NDArray[np.int64] = self._session.run(["action"], feed)[0]
         return actions
+
+
+_NEEDED_PROPERTIES = {
+    "calibration",
+    "hidden_size",
+    "num_layers",
+    "routers_digest",
+    "shrinkage",
+    "varying_layers",
+}
 
 
 def _read_properties(session: Any, source: Any) -> dict[str, Any]:
@@ -165,6 +169,9 @@ def _read_properties(session: Any, source: Any) -> dict[str, Any]:
             f"{_name(source)} has schema version {version}, this dynadepth reads up to {ONNX_SCHEMA_VERSION}; "
             "update dynadepth"
         )
+    missing = sorted(_NEEDED_PROPERTIES - set(facts))
+    if missing:
+        raise CheckpointError(f"{_name(source)} lacks the property {missing[0]!r}; export it again")
     return facts
 
 

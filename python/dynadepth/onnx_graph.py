@@ -339,6 +339,8 @@ def _properties(routers: ExportableRouters) -> dict[str, str]:
         "last_token": config.last_token,
         "action_order": [action.name.lower() for action in Action],
         "shrinkage": routers.shrinkage,
+        # Layers whose decision depends on the prompt at all.
+        "varying_layers": list(routers.heads.varying_layers()),
         "protect": list(routers.protect),
         "calibration": routers.calibration.to_dict(),
     }

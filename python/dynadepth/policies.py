@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError, PlanError
-from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, identity_plan
+from dynadepth.plans import EXECUTE, NUM_ACTIONS, Plans, check_plans
 from dynadepth.routers import RouterHeads, pool
 
-__all__ = ["Policy", "RouterPolicy", "StaticPolicy", "actions_of"]
+__all__ = ["LayerwisePolicy", "Policy", "RouterPolicy", "StaticPolicy", "actions_of", "undecidable"]
+
+
+_UNDECIDED = 255
 
 
 class Policy(ABC):
@@ -97,11 +100,47 @@ class StaticPolicy(Policy):
         )
 
 
-class RouterPolicy(Policy):
+class LayerwisePolicy(Policy):
+    """Decides some layers one by one, each from the states that enter it; the others' actions are fixed.
+
+    Args:
+        static_plan: Actions of the layers that no prompt can change; other entries are not used. Shape (num_layers,),
+            uint8.
+        decision_layers: Layers that are decided, ascending.
+    """
+
+    def __init__(self, static_plan: Plans, decision_layers: tuple[int, ...]) -> None:
+        self.num_layers = int(static_plan.shape[0])
+        self.decision_layers = decision_layers
+        self._static_plan = static_plan
+
+    @abstractmethod
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+        """Return the actions of one layer, on the host. Shape (batch,), uint8. Arguments as `decide`."""
+
+    def initial_plans(self, num_rows: int) -> Plans:
+        """Return the fixed actions; layers that are decided later run once."""
+        plans: Plans = np.tile(self._static_plan, (num_rows, 1))
+        plans[:, list(self.decision_layers)] = int(EXECUTE)
+        return plans
+
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+        """Return the actions of one layer and the fixed ones up to the next decision.
+
+        Shape (batch, layers up to the next of `decision_layers`), uint8.
+        """
+        end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
+        decided: Plans = np.tile(self._static_plan[layer_idx:end], (len(hidden_states), 1))
+        decided[:, 0] = self.actions_at(layer_idx, hidden_states, prompt_mask)
+        return decided
+
+
+class RouterPolicy(LayerwisePolicy):
     """A router for each layer, decided as the prefill goes.
 
     The action of layer l for prompt x is argmax over a of `bias[l, a] + shrinkage * h_l(x)_a - penalty * a`, ties to
-    the lowest action. With shrinkage 0 it reads no state and has one plan for all prompts. Follows the states to their
+    the lowest action. With shrinkage 0 it reads no state and has one plan for all prompts; nor is a layer read whose
+    router is constant. Follows the states to their
     device; one transfer to the host for each decision.
 
     Args:
@@ -137,34 +176,46 @@ class RouterPolicy(Policy):
         self.bias = bias
         self.shrinkage = float(shrinkage)
         self.penalty = float(penalty)
-        self.num_layers = heads.config.num_layers
-        self.decision_layers = tuple(range(self.num_layers)) if shrinkage > 0.0 else ()
+        constant = bias if shrinkage == 0.0 else bias + shrinkage * heads.constant_logits()
+        super().__init__(
+            actions_of(constant, self.penalty).to(torch.uint8).numpy(),
+            heads.varying_layers() if shrinkage > 0.0 else (),
+        )
         self._on_device: dict[torch.device, tuple[RouterHeads, Tensor]] = {
             torch.device("cpu"): (heads, bias)
         }
 
-    def initial_plans(self, num_rows: int) -> Plans:
-        """Return the static plan with shrinkage 0; else the identity, since every layer is decided later."""
-        if self.decision_layers:
-            return np.tile(identity_plan(self.num_layers), (num_rows, 1))
-        actions = actions_of(self.bias, self.penalty).to(torch.uint8).numpy()
-        return np.tile(actions, (num_rows, 1))
-
     @torch.no_grad()
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
-        """Return the actions of one layer. Shape (batch, 1), uint8."""
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+        """Return the actions of one layer by the formula above. Shape (batch,), uint8.
+
+        Raises:
+            ConfigError: The states hold NaN at a prompt's token.
+        """
         heads, bias = self._moved_to(hidden_states.device)
         # Under a caller's autocast the products would be in half precision and near-ties would flip.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = heads.logits(layer_idx, pool(hidden_states, prompt_mask, heads.config))
             actions = actions_of(bias[layer_idx] + self.shrinkage * logits, self.penalty)
+            # One transfer tells both; argmax alone would turn NaN into SKIP.
+            actions = actions.masked_fill(logits.isnan().any(dim=-1), _UNDECIDED)
         host: Plans = actions.to(torch.uint8).cpu().numpy()
-        return host[:, None]
+        if (host == _UNDECIDED).any():
+            raise undecidable(layer_idx)
+        return host
 
     def _moved_to(self, device: torch.device) -> tuple[RouterHeads, Tensor]:
         if device not in self._on_device:
             self._on_device[device] = (self.heads.to(device), self.bias.to(device))
         return self._on_device[device]
+
+
+def undecidable(layer_idx: int) -> ConfigError:
+    """Return the error for states from which no router can decide."""
+    return ConfigError(
+        f"the states entering layer {layer_idx} hold NaN, so no router can decide; run the base model in a "
+        "dtype that it does not overflow"
+    )
 
 
 def actions_of(logits: Tensor, penalty: float) -> Tensor:

@@ -192,6 +192,21 @@ class RouterHeads:
         """
         return all_logits(self.windows, self.last, self.config.num_windows, features)
 
+    def varying_layers(self) -> tuple[int, ...]:
+        """Return the layers whose logits depend on the prompt, ascending; training leaves the others constant."""
+        varying = torch.zeros(self.config.num_layers, dtype=torch.bool)
+        for part in (self.windows, self.last):
+            if part is not None:
+                varying |= (part.second_weight != 0).any(dim=2).any(dim=1).cpu()
+        return tuple(varying.nonzero().squeeze(1).tolist())
+
+    def constant_logits(self) -> Tensor:
+        """Return the logits of layers that do not depend on the prompt. Shape (num_layers, 3), float32, on the host."""
+        logits = self.windows.second_bias
+        if self.last is not None:
+            logits = logits + self.last.second_bias
+        return logits.cpu()
+
     def to(self, device: torch.device | str) -> "RouterHeads":
         """Return the same routers with their tensors on a device."""
         moved = {name: tensor.to(device) for name, tensor in self.state_dict().items()}

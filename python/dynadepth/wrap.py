@@ -39,7 +39,8 @@ def wrap_model(
         routers: A routers folder, a hub id, or loaded `Routers`. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8.
         policy: Any other policy.
-        max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away.
+        max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away. A layer is decided before the
+            later ones are known, so a repeat stays only if the rest of the plan, run once, still fits.
         protect: Layers that always run once. With `budget` only layers that the routers never skip.
         router_backend: What runs the routers: torch, or onnxruntime on `routers.onnx`.
 
@@ -156,7 +157,8 @@ def _refuse_packed(name: str, *_: Any, **__: Any) -> None:
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the model's own generate, with the prompt's width known to the controller."""
     controller: Controller = model.__dict__["dynadepth"]
-    config = kwargs.get("generation_config") or model.generation_config
+    positional = args[1] if len(args) > 1 else None
+    config = kwargs.get("generation_config") or positional or model.generation_config
 
     def setting(name: str) -> Any:
         return kwargs.get(name, getattr(config, name, None))
@@ -169,6 +171,15 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModelError(
             f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy a part of the prompt only; "
             "leave it out, or wrap with plan="
+        )
+    if (
+        setting("guidance_scale") not in (None, 1)
+        and setting("use_cache") is False
+        and controller.policy.decision_layers
+    ):
+        raise UnsupportedModelError(
+            "guidance without a cache cannot tell the prompt from the negative prompt, which has a plan of its own; "
+            "leave use_cache=False out, or wrap with plan="
         )
     prompt = kwargs.get("inputs_embeds")
     for candidate in (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None):

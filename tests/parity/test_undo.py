@@ -1,24 +1,28 @@
 """Law 4: undo leaves no trace, also after an exception in the middle of a forward. And what wrapping refuses."""
 
+import math
 import threading
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dynadepth.errors import (
+    BudgetError,
     ConfigError,
     DynadepthError,
     PlanError,
     UnsupportedModelError,
     WrapError,
 )
+from dynadepth.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny_routers import random_routers
 
 PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
 
@@ -145,6 +149,18 @@ def test_refused_settings_leave_the_model_alone(settings, error, message):
     assert traces(model) == before
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [(-1, "-1"), (0, "0"), (math.nan, "nan"), (3, "0.5"), ("0.8", "0.8"), (0.3, "0.5")],
+)
+def test_a_refused_budget_leaves_the_model_alone(budget, message):
+    model = tiny_model("llama")
+    before = traces(model)
+    with pytest.raises(BudgetError, match=message):
+        wrap_model(model, budget=budget, routers=random_routers(fingerprint=fingerprint(model)))
+    assert traces(model) == before
+
+
 def test_refused_models():
     from transformers import BertConfig, BertModel
 
@@ -184,6 +200,9 @@ def test_refused_calls():
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
     with pytest.raises(UnsupportedModelError, match="assistant_early_exit"):
         model.generate(ids, assistant_early_exit=1)
+    wanted = GenerationConfig(assistant_early_exit=1)
+    with pytest.raises(UnsupportedModelError, match="assistant_early_exit"):
+        model.generate(ids, wanted)
     with pytest.raises(
         UnsupportedModelError, match="generate_batch packs all requests into one row"
     ):
@@ -284,6 +303,45 @@ class Greedy(Policy):
 
     def decide(self, layer_idx, hidden_states, prompt_mask):
         return np.full((len(hidden_states), 1), self.action, dtype=np.uint8)
+
+
+def test_a_reading_policy_refuses_what_would_mix_or_cut_prompts():
+    model = tiny_model("llama")
+    ids, _ = random_batch([9])
+    wrap_model(model, policy=Reading())
+    with pytest.raises(UnsupportedModelError, match="prefill_chunk_size=3 shows the policy a part"):
+        model.generate(ids, GenerationConfig(prefill_chunk_size=3))
+    with pytest.raises(UnsupportedModelError, match="guidance without a cache"):
+        model.generate(ids, guidance_scale=1.5, negative_prompt_ids=ids, use_cache=False)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with pytest.raises(UnsupportedModelError, match="packs several prompts"):
+        model(ids, position_ids=packed)
+
+
+def test_the_negative_prompt_of_guidance_is_planned_from_all_its_own_tokens():
+    model = tiny_model("llama")
+    ids, _ = random_batch([9])
+    negative, _ = random_batch([14], seed=5)
+    policy = Reading()
+    wrap_model(model, policy=policy)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    model.generate(ids, guidance_scale=1.5, negative_prompt_ids=negative, **settings)
+    seen = [tuple(mask.sum(dim=1).tolist()) for mask in policy.masks]
+    assert seen == [(9,)] * 4 + [(14,)] * 4
+
+
+@pytest.mark.parametrize("actions", [[[3]], [[2.7]], [[257]], [[-1]], [[1, 1]]])
+def test_a_policy_that_gives_no_actions_is_refused(actions):
+    class Wrong(Reading):
+        def decide(self, layer_idx, hidden_states, prompt_mask):
+            return np.asarray(actions)
+
+    model = tiny_model("llama")
+    wrap_model(model, policy=Wrong())
+    with pytest.raises(
+        PlanError, match=r"Wrong gave .* at layer 0; expected whole numbers 0, 1 and 2"
+    ):
+        model(random_batch([4])[0])
 
 
 def test_limits_hold_for_every_prompt():

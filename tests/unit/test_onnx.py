@@ -194,6 +194,10 @@ def test_a_file_that_is_none_is_refused(content, tmp_path):
     by_key["dynadepth.schema_version"].value = "{"
     with pytest.raises(CheckpointError, match="damaged metadata"):
         OnnxRouterPolicy(model.SerializeToString(), 0.8)
+    by_key["dynadepth.schema_version"].value = "1"
+    model.metadata_props.remove(by_key["dynadepth.varying_layers"])
+    with pytest.raises(CheckpointError, match="lacks the property 'varying_layers'; export it"):
+        OnnxRouterPolicy(model.SerializeToString(), 0.8)
     del model.metadata_props[:]
     with pytest.raises(CheckpointError, match="an ONNX file, but not one of routers"):
         OnnxRouterPolicy(model.SerializeToString(), 0.8)

@@ -100,6 +100,30 @@ def test_with_shrinkage_the_identity_stands_until_layers_are_decided(heads):
     assert plans.tolist() == [identity_plan(4).tolist()] * 2
 
 
+def test_layers_with_a_constant_router_are_not_read(heads, batch):
+    tensors = heads.state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith("second_weight"):
+            tensors[name] = tensor.clone()
+            tensors[name][[0, 2, 3]] = 0.0
+    constant = RouterHeads.from_state_dict(CONFIG, tensors)
+    bias = torch.randn(4, 3, generator=torch.Generator().manual_seed(5))
+    policy = RouterPolicy(constant, bias, shrinkage=0.5, penalty=0.2)
+    assert policy.decision_layers == (1,)
+    plans = policy.initial_plans(len(batch[0]))
+    plans[:, 1:] = policy.decide(1, *batch)
+    for layer_idx in range(4):
+        h = constant.logits(layer_idx, pool(*batch, CONFIG))
+        scores = bias[layer_idx] + 0.5 * h - 0.2 * torch.tensor([0.0, 1.0, 2.0])
+        assert plans[:, layer_idx].tolist() == scores.argmax(dim=1).tolist()
+
+
+def test_states_that_hold_nan_are_no_ground_for_a_decision(heads, batch):
+    hidden, mask = batch
+    with pytest.raises(ConfigError, match="entering layer 2 hold NaN, so no router can decide"):
+        RouterPolicy(heads).decide(2, torch.full_like(hidden, torch.nan), mask)
+
+
 def test_a_deep_copy_decides_alike_and_shares_no_state(heads, batch):
     policy = RouterPolicy(heads, shrinkage=0.5, penalty=0.3)
     with torch.inference_mode():

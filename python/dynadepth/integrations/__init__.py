@@ -1,1 +1,0 @@
-"""Adapters of dynadepth to other libraries."""
