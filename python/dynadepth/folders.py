@@ -24,6 +24,7 @@ __all__ = [
     "find_routers",
     "locate_routers",
     "replace_folder",
+    "restore_folder",
 ]
 
 CONFIG_NAME = "router_config.json"
@@ -150,7 +151,7 @@ def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -
         CheckpointError: The folder holds other files. Nothing was changed.
     """
     target = Path(folder).resolve()
-    _restore(target)
+    restore_folder(target)
     if target.exists():
         _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,8 +183,15 @@ def _backup(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
-def _restore(target: Path) -> None:
-    """Finish what a replacement that was killed between its two renames had begun."""
+def restore_folder(folder: str | os.PathLike[str]) -> None:
+    """Put back the routers folder that a replacement killed between its two renames had moved away.
+
+    Only for who writes that folder: to a running replacement this is a disturbance.
+
+    Args:
+        folder: Where the routers belong; left as it is if it is there, or if nothing was moved.
+    """
+    target = Path(folder).resolve()
     backup = _backup(target)
     if backup.is_dir() and not target.exists():
         backup.rename(target)

@@ -141,6 +141,7 @@ def select_shrinkage(
     seed: int,
     unforced: Tensor | None = None,
     protect: Sequence[int] = (),
+    groups: Sequence[str] | None = None,
     folds: int = 5,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -166,7 +167,8 @@ def select_shrinkage(
             held-out prompts. States under a prompt's own label betray which layers it skipped, so without this
             the gain is flattered. Same shape as `features`; None takes `features`.
         protect: Layers that always run once.
-        folds: Parts of the prompts.
+        groups: Of each prompt the group with which it stays in one fold, such as its text; None: each prompt its own.
+        folds: Parts of the groups.
         device: Where to train; None: where the features are.
         progress: Called as `progress(fold, folds)` after each training.
 
@@ -174,14 +176,21 @@ def select_shrinkage(
         The choice and its evidence; shrinkage 0 without any evaluation if the front is the identity alone.
 
     Raises:
-        ConfigError: Fewer prompts than twice the folds, or features that `train_heads` refuses.
+        ConfigError: Fewer groups than twice the folds, not one for each prompt, or features that `train_heads`
+            refuses.
         PlanError: The plans are no front or skip a protected layer, or the actions are no plans.
     """
     count = len(features)
-    if folds < 2 or count < 2 * folds:
+    names = [str(index) for index in range(count)] if groups is None else groups
+    if len(names) != count:
         raise ConfigError(
-            f"{count} prompts cannot be cross-validated in {folds} folds; expected 2 folds or more with at "
-            f"least two prompts each"
+            f"groups has {len(names)} entries for {count} prompts; expected one for each"
+        )
+    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    if folds < 2 or len(number) < 2 * folds:
+        raise ConfigError(
+            f"{len(number)} prompts cannot be cross-validated in {folds} folds; expected 2 folds or more with at "
+            f"least two different prompts each"
         )
     rows = check_plans(front, config.num_layers)
     labels = check_plans(actions, config.num_layers, num_rows=count)
@@ -189,7 +198,11 @@ def select_shrinkage(
         return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=count, evaluations=0)
     decided = features if unforced is None else unforced
     rng = np.random.default_rng(seed)
-    parts = np.array_split(rng.permutation(count), folds)
+    group = np.array([number[name] for name in names])
+    parts = [
+        np.flatnonzero(np.isin(group, drawn))
+        for drawn in np.array_split(rng.permutation(len(number)), folds)
+    ]
     pairs = _Pairs(config.num_layers)
     cells: list[_Cell] = []
     for fold, held_out in enumerate(parts):

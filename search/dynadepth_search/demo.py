@@ -4,6 +4,7 @@ Owns the order of the steps and the sizes of a demo. Every step is a function th
 command.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from dynadepth import __version__
 from dynadepth.checkpoint import Routers, load_routers
 from dynadepth.errors import ConfigError
+from dynadepth.families import layer_stack
 from dynadepth.files import sha256_file
+from dynadepth.folders import restore_folder
 from dynadepth.forest import SearchConfig
 from dynadepth.loading import load_model, load_tokenizer
 from dynadepth.plans import plan_depth, plan_text
@@ -28,7 +31,7 @@ from dynadepth_search.labels import read_labels
 from dynadepth_search.measuring import wrapped
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.report import write_report
-from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.scoring import Scorer, check_answers, check_objective
 from dynadepth_search.search_spec import SearchSpec
 from dynadepth_search.searching import run_search
 from dynadepth_search.splitting import split_examples, write_task
@@ -38,6 +41,8 @@ from dynadepth_search.tasks import Task, read_task
 __all__ = ["DemoConfig", "card_table", "run_demo"]
 
 _ANSWER_TOKENS = 40
+# The front of a full run ends here, or deeper down if a budget asks for it.
+_FRONT_DEPTH = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +85,28 @@ class DemoConfig:
     def search(self) -> SearchSpec:
         """What is searched."""
         forest = SearchConfig(
-            max_evaluations=self.evaluations, probe_trees=2 if self.quick else 8, round_size=8
+            max_evaluations=self.evaluations, probe_trees=2 if self.quick else 16, round_size=4
         )
         return SearchSpec(config=forest, objective=check_objective(self.objective), seed=self.seed)
 
-    @property
-    def front(self) -> FrontSpec:
-        """How the static front is searched."""
-        full = FrontSpec(objective=check_objective(self.objective), seed=self.seed)
+    def front(self, num_layers: int) -> FrontSpec:
+        """Say how the static front is searched: down to less than every budget.
+
+        Args:
+            num_layers: Of the base model.
+        """
+        # One layer fewer than the lowest budget allows, so that no budget is the front's end.
+        fewest = max(1, math.floor(min(self.budgets) * num_layers + 1e-9) - 1)
+        reach = fewest / num_layers
+        full = FrontSpec(
+            objective=check_objective(self.objective),
+            seed=self.seed,
+            min_depth=min(_FRONT_DEPTH, reach),
+        )
         if not self.quick:
             return full
         return replace(
-            full, min_depth=0.76, num_prompts=8, num_screened=4, num_candidates=6, num_finalists=2
+            full, min_depth=reach, num_prompts=8, num_screened=4, num_candidates=6, num_finalists=2
         )
 
     @property
@@ -152,22 +167,25 @@ class _Demo:
         config, steps = self._config, self._steps
         source = config.model
         if source is None:
-            steps.run("fetch the model", self._fetch_model)
+            steps.run("fetch the model", self._fetch_model, write=False)
             # It may have left the cache since.
             source = str(fetch_model(config.cache))
-        steps.run("fetch the questions", self._split)
-        train, heldout = (self._task(name) for name in ("train", "heldout"))
         self._progress("load the model", 0, 1)
         model, tokenizer = load_model(source), load_tokenizer(source)
+        layer_stack(model)
         self._progress("load the model", 1, 1)
+        # The first step that writes: a run folder is bound to what was asked for, so whatever can
+        # be refused has been by then.
+        steps.run("fetch the questions", lambda: self._split(model, tokenizer))
+        train, heldout = (self._task(name) for name in ("train", "heldout"))
         searched = steps.run("search plans", lambda: self._search(model, tokenizer, train))
         steps.run("search static plans", lambda: self._search_front(model, tokenizer, train))
         trained = steps.run("train routers", lambda: self._train(model, tokenizer, "dynadepth"))
         presets = {}
         if not config.quick:
             steps.run("train drllm", lambda: self._train(model, tokenizer, "drllm"))
-            presets["drllm"] = load_routers(self._out / "drllm", model=model)
-        routers = load_routers(self._out / "routers", model=model)
+            presets["drllm"] = self._routers(model, "drllm")
+        routers = self._routers(model, "routers")
         steps.run(
             "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, routers, presets)
         )
@@ -202,16 +220,21 @@ class _Demo:
         self._progress("fetch the model", 1, 1)
         return {"folder": str(folder)}
 
-    def _split(self) -> dict[str, Any]:
+    def _split(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         config = self._config
         self._progress("fetch the questions", 0, 1)
         if config.task is None:
             examples = fetch_piqa(config.cache)
         else:
-            examples = list(read_task(config.task, scoring=config.scoring).examples)
+            task = read_task(config.task, scoring=config.scoring)
+            check_answers(task, check_objective(config.objective))
+            examples = list(task.examples)
         train, heldout = split_examples(
             examples, train=config.prompts, heldout=config.prompts, seed=config.seed
         )
+        scorer = Scorer(model, tokenizer, config.scoring)
+        for example in (*train, *heldout):
+            scorer.encode(example)
         write_task(self._out / "train.jsonl", train)
         write_task(self._out / "heldout.jsonl", heldout)
         self._progress("fetch the questions", 1, 1)
@@ -233,8 +256,8 @@ class _Demo:
             "labels": len(labels),
             "evaluations per label": labels.evaluations,
             "probe evaluations": summary.probe_evaluations,
-            # Of the run that finished the search; 0 if an earlier one had made all visits.
-            "sharing factor": summary.sharing_factor if summary.executed_visits else 0.0,
+            # Of the run that finished the search; unknown if an earlier one had made all visits.
+            "sharing factor": summary.sharing_factor if summary.executed_visits else None,
             "depth penalty": summary.depth_penalty,
             "identity rate of the labels": labels.identity_rate,
             "mean depth of the labels": float(labels.depths.mean()),
@@ -244,9 +267,8 @@ class _Demo:
         folder = self._out / "labels"
         prior = read_labels(folder, model=model).manifest.prior
         scorer = Scorer(model, tokenizer, train.scoring)
-        front = search_front(
-            scorer, train, folder, self._config.front, prior=prior, progress=self._progress
-        )
+        spec = self._config.front(scorer.num_layers)
+        front = search_front(scorer, train, folder, spec, prior=prior, progress=self._progress)
         return {"plans": len(front.plans), "evaluations": front.evaluations}
 
     def _train(self, model: Any, tokenizer: Any, preset: str) -> dict[str, Any]:
@@ -271,6 +293,11 @@ class _Demo:
             "validation prompts": routers.training["validation_prompts"],
             "trials": [] if choice is None else choice["trials"],
         }
+
+    def _routers(self, model: Any, name: str) -> Routers:
+        """Load routers of this run, also after a kill in the middle of their saving."""
+        restore_folder(self._out / name)
+        return load_routers(self._out / name, model=model)
 
     def _evaluate(
         self,

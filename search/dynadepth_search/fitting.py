@@ -4,6 +4,7 @@ Owns the order of these steps and the split of validation prompts. What each ste
 `dynadepth.shrinkage` and `dynadepth.budget`; how prompts are scored is `scoring`.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,9 +41,10 @@ __all__ = ["fit_routers", "write_routers"]
 _VALIDATION = 0.2
 _FEWEST_PROMPTS = 16
 _BATCH = 16
-# A budget is met on the validation prompts within half of this.
+# Penalties nearer in depth are not told apart; a budget is met on the validation prompts within half a step, of this
+# size or, when the passes run out first, of the coarser ones reached by then.
 _RESOLUTION = 0.01
-_CALIBRATION_PASSES = 40
+_CALIBRATION_PASSES = 30
 
 
 def fit_routers(
@@ -59,7 +61,9 @@ def fit_routers(
 ) -> Routers:
     """Train routers on labels and calibrate their budget.
 
-    A fifth of the labelled prompts, drawn by the seed, calibrates the budget and takes part in nothing else. The
+    A fifth of the different labelled prompts, drawn by the seed, calibrates the budget and takes no part in training
+    the routers or choosing how far they may leave the static front. It is not unseen: the front, the probe and the
+    labels' depth penalty were found on all labelled prompts. Rows of one prompt text are on one side. The
     routers learn from states under each prompt's own label; how far they may leave the static front is chosen, and
     their logits are centred, on states under the front's middle plan, which betray no label. The preset `drllm` has no
     static part and no choice to make. The budget is measured with the policy as `wrap_model` runs it.
@@ -81,7 +85,7 @@ def fit_routers(
 
     Raises:
         ConfigError: Unknown preset, or states or rewards that are not finite.
-        LabelError: Too few prompts, or labels or a front of another number of layers.
+        LabelError: Too few different prompts, or labels or a front of another number of layers.
         PlanError: The front is none, or skips a layer that the search protected.
         WrapError: The model is wrapped.
     """
@@ -153,7 +157,8 @@ class _Fitter:
         batch_size: int,
         progress: Progress,
     ) -> None:
-        self.train, self.validation = _split(len(labels), seed)
+        self._texts = [example.prompt.strip() for example in labels.examples]
+        self.train, self.validation = _split(self._texts, seed)
         self._model, self._labels, self._config, self._recipe = model, labels, config, recipe
         self._seed, self._batch_size, self._progress = seed, batch_size, progress
         self._objective = check_objective(labels.manifest.objective)
@@ -204,6 +209,7 @@ class _Fitter:
             seed=self._seed,
             unforced=unforced,
             protect=protect,
+            groups=[self._texts[index] for index in self.train],
             device=self._model.device,
             progress=lambda done, total: self._progress("cross-validating", done, total),
         )
@@ -245,6 +251,8 @@ class _Fitter:
         return {
             "preset": self._config.preset,
             "recipe": self._recipe.to_dict(),
+            "optimiser_steps": self._optimiser_steps(),
+            "warmup_steps": self._recipe.warmup_steps,
             "seed": self._seed,
             "train_prompts": len(self.train),
             "validation_prompts": len(self.validation),
@@ -258,6 +266,12 @@ class _Fitter:
             },
             "shrinkage": None if choice is None else choice.to_dict(),
         }
+
+    def _optimiser_steps(self) -> int:
+        """Return the steps of the final training; no more than the warm-up's means that it ended inside."""
+        recipe, count = self._recipe, len(self.train)
+        used = count - round(recipe.held_out * count)
+        return recipe.epochs * math.ceil(used / recipe.batch_size)
 
     def _rewards(self, prompts: npt.NDArray[np.int64], plans: Plans) -> npt.NDArray[np.float64]:
         """Return the objective's reward of pairs of training prompt and plan, prompts in blocks that share sweeps."""
@@ -290,9 +304,11 @@ def _checked(labels: Labels, front: Any, num_layers: int) -> tuple[Plans, tuple[
             f"the labels are for {labels.plans.shape[1]} layers, but the model has {num_layers} decoder layers; "
             "give the model that was searched"
         )
-    if len(labels) < _FEWEST_PROMPTS:
+    different = len({example.prompt.strip() for example in labels.examples})
+    if different < _FEWEST_PROMPTS:
         raise LabelError(
-            f"{len(labels)} labelled prompts cannot train and calibrate routers; label {_FEWEST_PROMPTS} or more"
+            f"{different} labelled prompts cannot train and calibrate routers; label {_FEWEST_PROMPTS} or more "
+            "different ones"
         )
     width = np.asarray(front).shape[-1]
     if width != num_layers:
@@ -307,8 +323,9 @@ def _checked(labels: Labels, front: Any, num_layers: int) -> tuple[Plans, tuple[
     return check_plans(front, num_layers), protect
 
 
-def _split(count: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the training and the validation prompts, each in the order of the labels."""
-    order = np.random.default_rng(seed).permutation(count)
-    cut = round(_VALIDATION * count)
-    return np.sort(order[cut:]), np.sort(order[:cut])
+def _split(texts: Sequence[str], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the training and the validation rows, each in the order of the labels; equal texts stay together."""
+    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    drawn = np.random.default_rng(seed).permutation(len(number))[: round(_VALIDATION * len(number))]
+    held_out = np.isin([number[text] for text in texts], drawn)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -57,8 +57,8 @@ class FrontSpec:
     seed: int = 0
     num_prompts: int = 32
     num_screened: int = 8
-    num_candidates: int = 12
-    num_finalists: int = 4
+    num_candidates: int = 9
+    num_finalists: int = 3
     protect: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

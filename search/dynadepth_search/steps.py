@@ -19,7 +19,8 @@ class Steps:
     """What a run has finished.
 
     A step leaves its products in files of its own; here is what it reported and how long it took. A
-    run that was killed goes on with the first step that had not finished.
+    run that was killed goes on with the first step that had not finished. Seconds are of the last
+    attempt at a step: what a killed one took is not counted.
 
     Args:
         path: Where the steps are remembered.
@@ -39,19 +40,23 @@ class Steps:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of each finished step, of the run that finished it."""
+        """Wall time of each finished step, of the attempt that finished it."""
         return {name: step["seconds"] for name, step in self._content["steps"].items()}
 
     def done(self, name: str) -> bool:
         """Say whether a step has finished."""
         return name in self._content["steps"]
 
-    def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(
+        self, name: str, work: Callable[[], dict[str, Any]], *, write: bool = True
+    ) -> dict[str, Any]:
         """Do a step, unless it is done.
 
         Args:
             name: Of the step.
             work: Does it, and returns what is to be remembered, as values that JSON knows.
+            write: False leaves the writing to the next step, and so leaves no file behind if what
+                was asked for turns out to be impossible before that.
 
         Returns:
             What the step reported, now or then.
@@ -61,6 +66,7 @@ class Steps:
             report = work()
             seconds = round(time.perf_counter() - started, 2)
             self._content["steps"][name] = {"seconds": seconds, "report": report}
-            write_json_atomic(self._path, self._content)
+            if write:
+                write_json_atomic(self._path, self._content)
         known: dict[str, Any] = self._content["steps"][name]["report"]
         return known

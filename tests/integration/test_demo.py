@@ -1,16 +1,26 @@
 """The demo on a tiny model and made-up questions: the whole way, killed and continued, and bad input."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynadepth import cli, load_routers
-from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth.errors import (
+    AssetError,
+    ConfigError,
+    LabelError,
+    TaskError,
+    UnsupportedModelError,
+)
 from dynadepth.files import sha256_file
+from dynadepth_search import demo
 from dynadepth_search.demo import DemoConfig, run_demo
 from dynadepth_search.progress import silent
+from tests.tiny_folder import save_tiny_base
 
 
 def write_questions(path: Path, count: int) -> Path:
@@ -157,6 +167,98 @@ def test_a_killed_demo_goes_on_and_ends_alike(
         result["evaluation"]["policies"], whole["evaluation"]["policies"], strict=True
     ):
         assert {**one, "time": None} == {**other, "time": None}
+
+
+def test_a_demo_killed_between_search_and_record_knows_no_sharing(
+    tiny_deep_base: Path, questions: Path, tmp_path: Path
+) -> None:
+    def kill(now: str, done: int, total: int) -> None:
+        if now == "search" and done == total:
+            raise _Killed
+
+    asked = config(tiny_deep_base, questions, tmp_path)
+    with pytest.raises(_Killed):
+        run_demo(asked, progress=kill)
+    result = run_demo(asked)
+    assert result["search"]["sharing factor"] is None
+    assert "sharing factor</dt><dd>0" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
+    finished: tuple[Path, dict[str, Any]], tiny_deep_base: Path, questions: Path, tmp_path: Path
+) -> None:
+    out, whole = finished
+    run = tmp_path / "run"
+    shutil.copytree(out, run)
+    steps = json.loads((run / "steps.json").read_text())
+    for later in ("write the model card", "generate"):
+        del steps["steps"][later]
+    (run / "steps.json").write_text(json.dumps(steps))
+    # What a kill between the two renames of a replacement leaves.
+    (run / "routers").rename(run / ".routers.replaced")
+    result = run_demo(config(tiny_deep_base, questions, run))
+    assert result["answer"] == whole["answer"]
+    assert (run / "routers" / "routers.onnx").is_file()
+    assert not (run / ".routers.replaced").exists()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(("num_layers", "fewest"), [(30, 23), (16, 11), (6, 3), (4, 2), (2, 1)])
+def test_the_front_goes_below_every_budget(
+    quick: bool, num_layers: int, fewest: int, tmp_path: Path
+) -> None:
+    asked = DemoConfig(out=tmp_path, cache=tmp_path, quick=quick)
+    spec = asked.front(num_layers)
+    # The smallest plan of a front, as the search of the front ends it.
+    smallest = math.ceil(spec.min_depth * num_layers - 1e-9)
+    assert smallest / num_layers < min(asked.budgets)
+    assert smallest == (fewest if quick else min(fewest, math.ceil(0.7 * num_layers - 1e-9)))
+
+
+def test_a_small_model_reaches_every_budget(questions: Path, tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", num_layers=6)
+    result = run_demo(config(base, questions, tmp_path / "run"))
+    assert result["train"]["budgets"][0] < 0.8
+
+
+@pytest.mark.parametrize("wrong", ["model", "objective", "long prompt"])
+def test_a_refused_demo_leaves_the_folder_free(
+    wrong: str, tiny_deep_base: Path, questions: Path, tmp_path: Path
+) -> None:
+    """A run folder remembers what it was asked for, so a mistake may not be the first it hears."""
+    run, task = tmp_path / "run", tmp_path / "other.jsonl"
+    if wrong == "model":
+        asked, error = config(tmp_path / "typo", questions, run), AssetError
+    elif wrong == "objective":
+        task.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(44)))
+        asked, error = config(tiny_deep_base, task, run, objective="reward"), TaskError
+    else:
+        lines = [{"prompt": f"Say {n}, {'very ' * 9999}so."} for n in range(44)]
+        task.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        asked, error = config(tiny_deep_base, task, run), TaskError
+    with pytest.raises(error):
+        run_demo(asked)
+    assert not run.exists()
+
+    def enough(now: str, done: int, total: int) -> None:
+        if now == "search":
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run_demo(config(tiny_deep_base, questions, run), progress=enough)
+
+
+def test_a_model_of_no_known_family_leaves_the_folder_free(
+    tiny_deep_base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any) -> None:
+        raise UnsupportedModelError("no such family")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(demo, "layer_stack", refuse)
+    with pytest.raises(UnsupportedModelError, match="no such family"):
+        run_demo(config(tiny_deep_base, questions, run))
+    assert not run.exists()
 
 
 def test_another_demo_in_the_same_folder_is_refused(

@@ -1,5 +1,6 @@
 """From labels to a routers folder that keeps its budget, on a tiny random model."""
 
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -128,6 +129,9 @@ def test_labels_become_a_folder_that_wraps_the_model(model, tokenizer, labels, t
     assert evidence["prompts"] == routers.training["train_prompts"] == 40
     assert routers.training["validation_prompts"] == 10
     assert routers.training["recipe"] == QUICK.to_dict()
+    # 40 prompts without the recipe's held-out fifth: one batch in each of four epochs, all in the warm-up.
+    assert routers.training["optimiser_steps"] == 4
+    assert routers.training["warmup_steps"] == 10
     assert routers.calibration.range[0] == pytest.approx(0.5)
     assert routers.calibration.range[1] == 1.0
 
@@ -165,7 +169,9 @@ def test_with_shrinkage_the_budget_is_that_of_the_policy_as_it_runs(
     force_shrinkage(monkeypatch, 1.0)
     routers = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
     assert routers.shrinkage == 1.0
-    validation = [labels.examples[i] for i in fitting._split(len(labels), 0)[1]]
+    validation = [
+        labels.examples[i] for i in fitting._split([item.prompt for item in labels.examples], 0)[1]
+    ]
     seen = set()
     for budget in (0.6, 0.7, 0.8, 0.9):
         plans = plans_at(model, tokenizer, routers, budget, validation)
@@ -193,12 +199,40 @@ def test_validation_prompts_take_no_part_in_training(model, tokenizer, labels, m
     force_shrinkage(monkeypatch, 0.0)
     first = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
     spoilt = make_labels(model)
-    validation = fitting._split(PROMPTS, 0)[1]
+    validation = fitting._split([item.prompt for item in spoilt.examples], 0)[1]
     assert len(validation) == 10
     spoilt.plans[validation] = [1, 1, 1, 1, 1, 0]
     second = fit_routers(model, tokenizer, spoilt, FRONT, training=QUICK)
     expected = first.heads.state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
+
+
+def test_rows_of_one_prompt_are_on_one_side_of_every_split(model, tokenizer, labels, monkeypatch):
+    """The same text with other choices is the same prompt to a router."""
+    texts = [f"prompt {index // 3}" for index in range(60)]
+    for seed in range(5):
+        train, validation = fitting._split(texts, seed)
+        assert sorted([*train, *validation]) == list(range(60))
+        assert len(validation) == 12
+        assert not {texts[i] for i in train} & {texts[i] for i in validation}
+
+    given = {}
+
+    def choose(*args, **kwargs):
+        given.update(kwargs)
+        return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=40, evaluations=1)
+
+    monkeypatch.setattr(fitting, "select_shrinkage", choose)
+    fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+    train = fitting._split([item.prompt for item in labels.examples], 0)[0]
+    assert given["groups"] == [labels.examples[i].prompt for i in train]
+
+
+def test_repeated_prompts_do_not_count_as_enough(model, tokenizer):
+    few = make_labels(model)
+    repeated = tuple(few.examples[index % 15] for index in range(PROMPTS))
+    with pytest.raises(LabelError, match="15 labelled prompts cannot .* 16 or more different ones"):
+        fit_routers(model, tokenizer, replace(few, examples=repeated), FRONT)
 
 
 def test_the_same_seed_gives_the_same_routers(model, tokenizer, labels):

@@ -210,6 +210,10 @@ class TestFiles:
         with pytest.raises(LabelError, match=r"front\.json is not JSON"):
             read_front(tmp_path)
 
+    def test_a_step_races_few_candidates_unless_asked(self):
+        spec = FrontSpec()
+        assert (spec.num_candidates, spec.num_finalists) == (9, 3)
+
     def test_prompts_alone_have_no_reward(self, scorer, tmp_path):
         with pytest.raises(TaskError, match="has prompts alone"):
             search_front(

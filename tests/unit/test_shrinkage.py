@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynadepth import shrinkage
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError, PlanError
 from dynadepth.plans import plan_depth
@@ -114,6 +115,32 @@ def test_protected_layers_run_once_in_every_plan():
     world.choose(protect=(6, 7))
     plans = np.array([list(plan) for _, plan in world.pairs])
     assert (plans[:, 6:] == 1).all()
+
+
+def test_a_group_is_in_one_fold(monkeypatch):
+    world = World(0, readable=True)
+    # The odd steps mix the groups over the rows.
+    groups = [str(index * 7 % 20) for index in range(PROMPTS)]
+    folds = []
+    compare = shrinkage._compare_fold
+
+    def watch(logits, held_logits, bias, prompts, front, pairs):
+        folds.append([groups[prompt] for prompt in prompts])
+        return compare(logits, held_logits, bias, prompts, front, pairs)
+
+    monkeypatch.setattr(shrinkage, "_compare_fold", watch)
+    world.choose(groups=groups)
+    assert [len(fold) for fold in folds] == [20] * 5
+    assert sum(len(set(fold)) for fold in folds) == len(set(groups)) == 20
+
+
+def test_groups_that_cannot_be_folded_are_refused():
+    world = World(0, readable=True)
+    with pytest.raises(ConfigError, match="9 prompts cannot be cross-validated in 5 folds"):
+        world.choose(groups=[str(index % 9) for index in range(PROMPTS)])
+    with pytest.raises(ConfigError, match="groups has 3 entries for 100 prompts"):
+        world.choose(groups=["a", "b", "c"])
+    assert world.calls == 0
 
 
 def test_the_choice_is_the_same_for_the_same_seed():
