@@ -28,6 +28,8 @@ RESAMPLES = 2000
 _LEVEL = 0.95
 # Memory of one block of resamples: 4 M indices are 32 MB.
 _BLOCK = 1 << 22
+# A mean depth over prompts is not exact to the last bit.
+_SLACK = 1e-9
 
 Floats = npt.NDArray[np.float64]
 
@@ -259,17 +261,16 @@ def bracket_depth(depths: Any, depth: float, among: Any) -> Mixture:
     """
     taken = np.asarray(among, dtype=np.int64)
     knots = np.asarray(depths, dtype=np.float64)[taken]
-    # A mean over prompts is not exact to the last bit.
-    slack = 1e-9
-    if not (taken.size and knots[0] - slack <= depth <= knots[-1] + slack):
+    if not (taken.size and knots[0] - _SLACK <= depth <= knots[-1] + _SLACK):
         reach = f"from {knots[0]:.4f} to {knots[-1]:.4f}" if taken.size else "of no depth at all"
         raise BudgetError(f"no mixture has mean depth {depth}; the static plans are {reach}")
     wanted = float(np.clip(depth, knots[0], knots[-1]))
+    met = np.flatnonzero(np.isclose(knots, wanted, rtol=0.0, atol=_SLACK))
+    if met.size:
+        one = int(taken[met[0]])
+        return Mixture(low=one, high=one, weight=1.0, depth=float(knots[met[0]]))
     right = int(np.searchsorted(knots, wanted))
-    high = int(taken[right])
-    if knots[right] == wanted:
-        return Mixture(low=high, high=high, weight=1.0, depth=wanted)
-    low = int(taken[right - 1])
+    low, high = int(taken[right - 1]), int(taken[right])
     weight = float((wanted - knots[right - 1]) / (knots[right] - knots[right - 1]))
     return Mixture(low=low, high=high, weight=weight, depth=wanted)
 

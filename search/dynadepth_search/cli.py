@@ -94,7 +94,7 @@ def _search(
 
     goal = check_objective(objective)
     forest = SearchConfig(
-        max_evaluations=evaluations, probe_trees=probe, protect=protected, round_size=8
+        max_evaluations=evaluations, probe_trees=probe, protect=protected, round_size=4
     )
     spec = SearchSpec(config=forest, objective=goal, depth_penalty=depth_penalty, seed=seed)
     static = FrontSpec(objective=goal, min_depth=min_depth, seed=seed, protect=protected)
@@ -196,12 +196,13 @@ def _eval(
     """Compare routers on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoint import load_routers
     from dynadepth_search.contest import Front
-    from dynadepth_search.evaluating import EvaluationConfig, evaluate
+    from dynadepth_search.evaluating import EvaluationConfig, check_trained_on, evaluate
     from dynadepth_search.front import read_front
     from dynadepth_search.labels import read_labels
     from dynadepth_search.report import write_report
     from dynadepth_search.tasks import Task, read_task
 
+    against = _named(preset or [])
     config = EvaluationConfig(budgets=tuple(budget or (0.9, 0.85, 0.8)), seed=seed)
     front = read_front(labels)
     base, tokenizer = _load(model, device)
@@ -210,7 +211,9 @@ def _eval(
     heldout = read_task(task, scoring=asked["scoring"], limit=limit)
     train = Task(asked["name"], found.examples, asked["scoring"])
     given = load_routers(routers, model=base)
-    others = {path.name: load_routers(path, model=base) for path in preset or []}
+    others = {name: load_routers(path, model=base) for name, path in against.items()}
+    check_trained_on({str(routers): given}, asked)
+    check_trained_on({str(against[name]): each for name, each in others.items()}, asked)
     with _display() as progress:
         content = evaluate(
             base,
@@ -243,12 +246,12 @@ def _report(
     """Draw the report of an evaluation again, or print its tables."""
     from dynadepth_search.evaluating import EVALUATION_NAME, read_evaluation
     from dynadepth_search.report import read_run, write_report
-    from dynadepth_search.tables import as_markdown, cost_table, quality_table
+    from dynadepth_search.tables import as_markdown, evaluation_tables
 
     inner = run / "evaluation"
     content = read_evaluation(inner if (inner / EVALUATION_NAME).is_file() else run)
     if markdown:
-        tables = [as_markdown(*table(content)) for table in (quality_table, cost_table)]
+        tables = [as_markdown(*table) for table in evaluation_tables(content)]
         findings = "\n".join(f"- {finding}" for finding in content["findings"])
         typer.echo("\n\n".join([*tables, findings]))
         return
@@ -330,6 +333,22 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def _named(folders: list[Path]) -> dict[str, Path]:
+    """Name routers after their folders, which have to differ in that."""
+    from dynadepth.errors import ConfigError
+
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.name or folder.resolve().name  # `.` has none
+        if name in named:
+            raise ConfigError(
+                f"--against gives {named[name]} and {folder}, which a report would both call {name!r}; "
+                "give folders with different names"
+            )
+        named[name] = folder
+    return named
+
+
 def _load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from dynadepth.loading import load_model, load_tokenizer
 
@@ -360,18 +379,16 @@ def _say(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _show(content: Mapping[str, Any], page: Path, *, as_json: bool) -> None:
-    """Print an evaluation: the table, what it says, and where the page is."""
-    from dynadepth_search.tables import as_text, cost_table, quality_table
+    """Print an evaluation: the tables, what they say, and where the page is."""
+    from dynadepth_search.tables import as_text, evaluation_tables
 
     if as_json:
         typer.echo(
             json.dumps({"evaluation": content, "report": str(page)}, indent=2, sort_keys=True)
         )
         return
-    typer.echo(as_text(*quality_table(content)))
-    typer.echo("")
-    typer.echo(as_text(*cost_table(content)))
-    typer.echo("")
+    for table in evaluation_tables(content):
+        typer.echo(as_text(*table) + "\n")
     for finding in content["findings"]:
         typer.echo(f"- {finding}")
     typer.echo(f"\nreport: {page}")

@@ -4,23 +4,43 @@ Collects the sets of plans that have to be scored and makes runs of their outcom
 knows nothing of models or files.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.errors import BudgetError
+from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.evaluation import Mixture, bracket_depth, concave_hull, mix_to_depth
 from dynadepth.plans import Plans, identity_plan, plan_depth, plan_text
 from dynadepth_search.baselines import random_plans, removal_plans
-from dynadepth_search.figures import PolicyRun, mix_runs, oracle_run
+from dynadepth_search.figures import PolicyRun, mix_runs, oracle_run, show_budget
 from dynadepth_search.outcomes import Table
 
-__all__ = ["Compared", "Contest", "Entrant", "Front"]
+__all__ = ["Compared", "Contest", "Entrant", "Front", "check_preset_names"]
 
 Floats = npt.NDArray[np.float64]
+
+# What the rows of a comparison that are no presets are called.
+_TAKEN = ("routed", "base", "static", "static mixture", "front", "shortgpt", "random", "oracle")
+
+
+def check_preset_names(names: Iterable[str]) -> None:
+    """Refuse presets that are named like something else in a comparison.
+
+    Args:
+        names: Of the presets.
+
+    Raises:
+        ConfigError: A name is taken.
+    """
+    for name in names:
+        if name.casefold() in _TAKEN:
+            raise ConfigError(
+                f"routers to compare are named {name!r}, as something else in the comparison is "
+                f"({', '.join(_TAKEN)}); rename their folder"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,9 @@ class Contest:
 
     Attributes:
         sets: Plans to be scored, by name. Shape (prompts, num_layers) each.
+
+    Raises:
+        ConfigError: Two entrants have one name, or an entrant has the name of a baseline.
     """
 
     entrants: Sequence[Entrant]
@@ -97,6 +120,10 @@ class Contest:
         self._add_static("base", identity_plan(len(self.influence)))
         self._add_front()
         for entrant in self.entrants:
+            if entrant.name in self.sets:
+                raise ConfigError(
+                    f"two policies of the comparison are named {entrant.name!r}; give each its own name"
+                )
             self.sets[entrant.name] = entrant.plans
             depth = entrant.mean_depth
             if entrant.kind != "routed":
@@ -131,7 +158,7 @@ class Contest:
             static = None
             if mixture is not None:
                 static = mix_runs(
-                    f"static mixture {budget:.2f}",
+                    f"static mixture {show_budget(budget)}",
                     "static",
                     mixture,
                     self.front.plans,
@@ -145,7 +172,7 @@ class Contest:
                 yield Compared(static)
             if (removal := self._removal(depth)) is not None:
                 shortgpt = mix_runs(
-                    f"ShortGPT {budget:.2f}",
+                    f"ShortGPT {show_budget(budget)}",
                     "shortgpt",
                     removal,
                     self._removed,
@@ -159,7 +186,7 @@ class Contest:
             stack = np.stack([self.sets[name] for name in names])
             yield Compared(
                 oracle_run(
-                    f"oracle {budget:.2f}",
+                    f"oracle {show_budget(budget)}",
                     headline,
                     depth,
                     stack,
@@ -212,7 +239,9 @@ class Contest:
         """Name the sets of random plans of an entrant's depth; none if that takes repeats."""
         if entrant.mean_depth > 1.0:
             return []
-        return [f"random {entrant.budget:g} draw {draw}" for draw in range(self.random_draws)]
+        return [
+            f"random {show_budget(entrant.budget)} draw {draw}" for draw in range(self.random_draws)
+        ]
 
     def _run(
         self,
@@ -236,7 +265,7 @@ class Contest:
         outcomes = [table.of(name) for name in draws]
         plans = [self.sets[name] for name in draws]
         return PolicyRun(
-            name=f"random {budget:.2f}",
+            name=f"random {show_budget(budget)}",
             kind="random",
             depth=np.mean([plan_depth(each) for each in plans], axis=0),
             metrics={

@@ -4,6 +4,7 @@ Plans come from the real runtime, outcomes from the sweep, and a sample is score
 `evaluation.json`. Knows nothing of how routers are trained or reports are drawn.
 """
 
+import math
 import os
 import platform
 import time
@@ -12,18 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 
 from dynadepth import __version__
 from dynadepth.checkpoint import Routers, base_model_name
-from dynadepth.errors import BudgetError, ConfigError, TaskError
+from dynadepth.config import TrainConfig
+from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import fingerprint, fingerprint_digest
-from dynadepth.plans import plan_text
+from dynadepth.plans import Plans, plan_text
 from dynadepth_search.baselines import mean_influence
-from dynadepth_search.contest import Compared, Contest, Entrant, Front
-from dynadepth_search.figures import action_shares, figures_of, findings
+from dynadepth_search.contest import Compared, Contest, Entrant, Front, check_preset_names
+from dynadepth_search.figures import PolicyRun, action_shares, figures_of, findings, show_budget
 from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
 from dynadepth_search.outcomes import score_plans
 from dynadepth_search.progress import Progress, silent
@@ -31,7 +34,13 @@ from dynadepth_search.resuming import dtype_name
 from dynadepth_search.scoring import Scorer, check_objective
 from dynadepth_search.tasks import Task
 
-__all__ = ["EVALUATION_NAME", "EvaluationConfig", "evaluate", "read_evaluation"]
+__all__ = [
+    "EVALUATION_NAME",
+    "EvaluationConfig",
+    "check_trained_on",
+    "evaluate",
+    "read_evaluation",
+]
 
 EVALUATION_NAME = "evaluation.json"
 SCHEMA_VERSION = 1
@@ -104,10 +113,13 @@ def evaluate(
 
     Raises:
         BudgetError: A budget is out of the routers' range.
-        ConfigError: The objective is unknown, or needs labels that the task does not have.
+        ConfigError: The objective is unknown, or needs labels that the task does not have; or a
+            preset has the name of something else in the comparison.
         TaskError: A held-out prompt is also a training prompt.
     """
     settings = config or EvaluationConfig()
+    check_preset_names(presets or {})
+    sources = {"routed": routers, **(presets or {})}
     headline = check_objective(objective)
     if headline == "reward" and heldout.kind == "prompt":
         raise ConfigError(
@@ -119,9 +131,7 @@ def evaluate(
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
     scorer = Scorer(model, tokenizer, heldout.scoring)
-    entrants, arguments, notes = _plan(
-        model, scorer, heldout, {"routed": routers, **(presets or {})}, settings, progress
-    )
+    entrants, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
     progress("measuring block influence", 0, 1)
     contest = Contest(
         entrants=entrants,
@@ -137,7 +147,8 @@ def evaluate(
         heldout,
         contest.sets,
         Path(folder) / "outcomes.jsonl",
-        spec=fingerprint_digest(fingerprint(model)),
+        # The fingerprint is the same in every dtype, the outcomes are not.
+        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)}",
         progress=lambda done, total: progress("scoring held-out prompts", done, total),
     )
     compared = list(contest.compared(table, headline))
@@ -182,7 +193,7 @@ def evaluate(
             "range": list(routers.calibration.range),
         },
         "policies": policies,
-        "findings": [*findings(policies, headline), *notes],
+        "findings": [*findings(policies, headline), *notes, *_warm_up_notes(sources)],
         "actions": [
             {"budget": entrant.budget, "shares": action_shares(entrant.plans)}
             for entrant in entrants
@@ -222,6 +233,53 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def check_trained_on(routers: Mapping[str, Routers], task: Mapping[str, Any]) -> None:
+    """Refuse routers that record another training task than that of the labels.
+
+    The held-out prompts are kept apart from those of the labels only, and the labels' static front
+    is the baseline.
+
+    Args:
+        routers: By what names them for the user.
+        task: `name` and `sha256` of the labels' task.
+
+    Raises:
+        LabelError: The tasks differ.
+    """
+    for name, each in routers.items():
+        trained = each.training.get("task")
+        if not isinstance(trained, Mapping) or "sha256" not in trained:
+            continue
+        if trained["sha256"] != task["sha256"]:
+            raise LabelError(
+                f"routers {name} were trained on task {trained.get('name')!r} (sha256 "
+                f"{str(trained['sha256'])[:12]}), but the labels are of task {task['name']!r} (sha256 "
+                f"{str(task['sha256'])[:12]}); give --labels the folder that these routers were trained "
+                "on, or routers that were trained on these labels"
+            )
+
+
+def _warm_up_notes(sources: Mapping[str, Routers]) -> list[str]:
+    """Say whose training ended inside its warm-up, from what the routers record of it."""
+    notes = []
+    for name, routers in sources.items():
+        prompts = routers.training.get("train_prompts")
+        try:
+            recipe = TrainConfig.from_dict(routers.training.get("recipe"))
+        except ConfigError:
+            continue  # routers need not record it
+        if not isinstance(prompts, int):
+            continue
+        used = prompts - round(recipe.held_out * prompts)
+        steps = recipe.epochs * math.ceil(used / recipe.batch_size)
+        if steps <= recipe.warmup_steps:
+            notes.append(
+                f"The training of {name} ended inside its warm-up: {steps} steps on {used} prompts, "
+                f"{recipe.warmup_steps} steps of warm-up."
+            )
+    return notes
+
+
 def _check_apart(train: Task, heldout: Task) -> None:
     """Refuse a comparison on prompts that the routers were trained on."""
     seen = {example.prompt.strip() for example in train.examples}
@@ -249,7 +307,7 @@ def _plan(
     first = next(iter(sources))
     for step, (source, budget) in enumerate(wanted):
         progress("planning held-out prompts", step, len(wanted))
-        name = f"{source} {budget:.2f}"
+        name = f"{source} {show_budget(budget)}"
         try:
             with wrapped(model, budget=budget, routers=sources[source]):
                 plans = planned(model, scorer, task.examples, batch_size=config.batch_size)
@@ -273,11 +331,15 @@ def _time(
     config: EvaluationConfig,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """Time the entrants and the plans of the static mixtures; a mixture takes the time of its parts."""
+    """Time the entrants and the plans of their baselines; a mixture takes the time of its parts."""
     policies: dict[str, Mapping[str, Any]] = dict(arguments)
-    mixtures = [item.run for item in compared if item.run.kind == "static"]
-    for run in mixtures:
-        policies |= {plan_text(plan): {"plan": plan} for plan in run.plans}
+    mixtures = {
+        item.run.name: _timed_parts(item.run)
+        for item in compared
+        if item.run.kind in ("static", "shortgpt", "random")
+    }
+    for plans, _ in mixtures.values():
+        policies |= {plan_text(plan): {"plan": plan} for plan in plans}
     progress("timing prefills", 0, 1)
     examples = task.examples[: config.timing_prompts]
     ratios, base_milliseconds = time_prefill(
@@ -285,15 +347,23 @@ def _time(
     )
     progress("timing prefills", 1, 1)
     times = {name: ratios[name].to_dict() for name in arguments}
-    for run in mixtures:
-        parts = [ratios[plan_text(plan)].to_dict() for plan in run.plans]
-        weights = [1.0] if run.weights is None else run.weights.tolist()
+    for name, (plans, weights) in mixtures.items():
+        parts = [ratios[plan_text(plan)].to_dict() for plan in plans]
         mixed = {
             key: sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
             for key in ("median", "low", "high", "milliseconds")
         }
-        times[run.name] = parts[0] | mixed
+        times[name] = parts[0] | mixed
     return times, base_milliseconds
+
+
+def _timed_parts(run: PolicyRun) -> tuple[Plans, list[float]]:
+    """Return the plans whose times make up a baseline's, and their shares."""
+    if run.weights is not None:
+        return run.plans, run.weights.tolist()
+    # Random plans have one of two numbers of visits; one plan stands for all of its number.
+    _, first, counts = np.unique(run.plans.sum(axis=1), return_index=True, return_counts=True)
+    return run.plans[first], (counts / counts.sum()).tolist()
 
 
 def _batches(

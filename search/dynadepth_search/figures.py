@@ -29,6 +29,7 @@ __all__ = [
     "findings",
     "mix_runs",
     "oracle_run",
+    "show_budget",
     "show_interval",
     "show_number",
 ]
@@ -44,6 +45,8 @@ METRIC_LABELS = {
 }
 # Shares of prompts, shown in points of a hundred.
 SHARES = ("agreement", "accuracy")
+# A mean depth that is further from its budget is said so.
+_BUDGET_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,8 +235,20 @@ def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
         said.append(
             f"{who} {'; '.join(verdicts)}. It keeps the identity plan for {figures['identity_rate']:.0%} of "
             f"the prompts and uses {figures['distinct_plans']} different plan{'s' if several else ''}."
+            f"{_missed(figures['budget'], figures['depth'])}"
         )
     return said
+
+
+def _missed(budget: float | None, depth: float) -> str:
+    """Return the sentence for a budget that was not kept; empty for one that was."""
+    # A distance of exactly the tolerance is not exact to the last bit.
+    if budget is None or abs(depth - budget) <= _BUDGET_TOLERANCE + 1e-9:
+        return ""
+    return (
+        f" It missed its budget by more than {_BUDGET_TOLERANCE}: budget {show_budget(budget)}, "
+        f"measured {depth:.3f}."
+    )
 
 
 def _verdicts(against_static: Mapping[str, Mapping[str, Any]], headline: str) -> list[str]:
@@ -257,6 +272,12 @@ def show_number(metric: str, value: float) -> str:
     factor, digits = _format(metric)
     # Adding zero takes the sign off what rounds to nothing.
     return f"{round(factor * value, digits) + 0.0:.{digits}f}"
+
+
+def show_budget(budget: float) -> str:
+    """Write a budget with two decimals if that is exact, else with all it takes to tell it from others."""
+    short = f"{budget:.2f}"
+    return short if float(short) == budget else str(float(budget))
 
 
 def show_interval(metric: str, interval: Mapping[str, float]) -> str:

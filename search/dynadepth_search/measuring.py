@@ -30,7 +30,7 @@ class RuntimeCheck:
 
     Args:
         prompts: Prompts checked.
-        choices: Scores compared.
+        choices: Scores compared; 0 for prompts alone, whose differences are then 0 and mean nothing.
         mean_difference: Mean difference of a choice's score without its sign, in nats.
         max_difference: Largest one. Half-precision logits are rounded to steps of 1/16, so a score
             that sums twenty of them may be off by half a nat.

@@ -197,7 +197,7 @@ def _timing_note(evaluation: Mapping[str, Any]) -> str:
     note = (
         "Depth is the mean share of layers that run. Time is that of a prefill with a cache, one prompt at a "
         "time, median (fastest to slowest) of rounds in which base and policies take turns; the base takes "
-        f"{evaluation['base_prefill_milliseconds']:.1f} ms."
+        f"{evaluation['base_prefill_milliseconds']:.1f} ms. Random plans are timed by one plan of each depth."
     )
     checks = evaluation["runtime_check"].values()
     if checks:
@@ -206,11 +206,13 @@ def _timing_note(evaluation: Mapping[str, Any]) -> str:
         count = sum(check["choices"] for check in checks)
         changed = sum(check["plans_differing"] for check in checks)
         prompts = sum(check["prompts"] for check in checks)
-        note += (
-            f" The wrapped model itself scored {count} answers of a sample: its scores differ from the "
-            f"sweep's by {mean:.4f} nats on average and {worst:.4f} at most ({evaluation['dtype']}), and "
-            f"{changed} of {prompts} plans changed in another batch."
-        )
+        # Prompts alone have no answers whose scores could be compared.
+        if count:
+            note += (
+                f" The wrapped model itself scored {count} answers of a sample: its scores differ from "
+                f"the sweep's by {mean:.4f} nats on average and {worst:.4f} at most ({evaluation['dtype']})."
+            )
+        note += f" Of a sample, {changed} of {prompts} plans changed in another batch."
     return note
 
 

@@ -9,17 +9,20 @@ from typing import Any
 from dynadepth_search.figures import show_interval, show_number
 
 __all__ = [
+    "AGAINST_BASE",
     "AGAINST_STATIC",
     "against_base_table",
     "as_markdown",
     "as_text",
     "cost_table",
+    "evaluation_tables",
     "quality_table",
 ]
 
 Row = list[str]
 
 AGAINST_STATIC = "against static [95 %]"
+AGAINST_BASE = "against base [95 %]"
 
 _SHORT = {
     "reward": "graded reward",
@@ -71,7 +74,7 @@ def against_base_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         for policy in evaluation["policies"]
         if policy["kind"] != "base"
     ]
-    return ["policy", *(_SHORT[metric] for metric in metrics)], rows
+    return [AGAINST_BASE, *(_SHORT[metric] for metric in metrics)], rows
 
 
 def cost_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -98,6 +101,11 @@ def cost_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         )
     head = ["policy", "n", "depth", "identity plan", "different plans", "prefill time / base's"]
     return head, rows
+
+
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """Return head and rows of all tables, in the order in which they are shown."""
+    return [table(evaluation) for table in (quality_table, against_base_table, cost_table)]
 
 
 def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

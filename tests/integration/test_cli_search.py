@@ -146,6 +146,7 @@ def test_a_report_is_drawn_again_alike_and_as_markdown(
     assert code == 0, err
     assert out.startswith("| policy | depth | fidelity (-KL) | against static [95 %] |")
     assert "| routed 0.80 |" in out
+    assert "| against base [95 %] | fidelity (-KL) |" in out
 
 
 def test_other_routers_can_be_compared(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +156,41 @@ def test_other_routers_can_be_compared(made: Path, capsys: pytest.CaptureFixture
     assert code == 0, err
     policies = {policy["name"]: policy for policy in json.loads(out)["evaluation"]["policies"]}
     assert policies["twin 0.90"]["metrics"] == policies["routed 0.90"]["metrics"]
+
+
+def test_routers_to_compare_need_names_of_their_own(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = made / "my-model" / "routers"
+    one, two = tmp_path / "a" / "routers", tmp_path / "b" / "routers"
+    for folder in (one, two, tmp_path / "routed"):
+        shutil.copytree(source, folder)
+    new = tmp_path / "new"
+    both = evaluation(made, "--against", one, "--against", two, out=str(new))
+    code, out, err = run(capsys, *both)
+    assert (code, out) == (1, "")
+    assert f"--against gives {one} and {two}, which a report would both call 'routers'" in err
+    code, out, err = run(capsys, *evaluation(made, "--against", tmp_path / "routed", out=str(new)))
+    assert (code, out) == (1, "")
+    assert "are named 'routed'" in err
+    assert not new.exists()
+
+
+def test_routers_that_were_trained_on_other_labels(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(made / "my-model" / "routers", tmp_path / "other")
+    config = json.loads((other / "router_config.json").read_text())
+    config["training"]["task"]["sha256"] = "0" * 64
+    (other / "router_config.json").write_text(json.dumps(config))
+    argv = evaluation(made, "--budget", 0.9, out=str(tmp_path / "new"))
+    argv[argv.index("--routers") + 1] = other
+    for words in (argv, evaluation(made, "--against", other, out=str(tmp_path / "new"))):
+        code, out, err = run(capsys, *words)
+        assert (code, out) == (1, "")
+        assert f"routers {other} were trained on task 'train' (sha256 000000000000)" in err
+        assert "give --labels the folder" in err
+        assert not (tmp_path / "new").exists()
 
 
 BROKEN = {

@@ -1,6 +1,7 @@
 """Evaluation of random routers on a tiny model: every part runs, agrees with a recount, and goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import pytest
 import torch
 
 from dynadepth.budget import Calibration
-from dynadepth.errors import BudgetError, ConfigError, SearchError, TaskError
+from dynadepth.config import TrainConfig
+from dynadepth.errors import BudgetError, ConfigError, LabelError, SearchError, TaskError
 from dynadepth.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
 from dynadepth.wrap import unwrap_model, wrap_model
 from dynadepth_search.contest import Front
-from dynadepth_search.evaluating import EvaluationConfig, evaluate, read_evaluation
+from dynadepth_search.evaluating import (
+    EvaluationConfig,
+    check_trained_on,
+    evaluate,
+    read_evaluation,
+)
 from dynadepth_search.outcomes import score_plans
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example, Task
@@ -42,7 +49,7 @@ def model() -> Any:
 def routers(model: Any) -> Any:
     calibration = Calibration(
         lambdas=(2.0, 1.0, 0.5, 0.0, -1.0),
-        depths=(0.4, 0.6, 0.8, 0.95, 1.2),
+        depths=(0.4, 0.7, 0.8, 0.95, 1.2),
         lowest=0.4,
         highest=1.0,
     )
@@ -148,9 +155,9 @@ def test_the_wrapped_model_scores_as_the_sweep(result: dict[str, Any]) -> None:
 
 
 def test_times_and_findings_are_there(result: dict[str, Any]) -> None:
-    for name in ("routed 0.90", "static mixture 0.90"):
+    for name in ("routed 0.90", "static mixture 0.90", "ShortGPT 0.90", "random 0.90"):
         assert _policy(result, name)["time"]["median"] > 0
-    assert _policy(result, "random 0.90")["time"] is None
+    assert _policy(result, "oracle 0.90")["time"] is None
     sentences = [finding for finding in result["findings"] if finding.startswith("routed 0.90")]
     assert len(sentences) == 1
     for words in ("fidelity", "agreement", "accuracy", "graded reward", "identity plan"):
@@ -187,6 +194,63 @@ def test_an_evaluation_goes_on_where_it_stopped(
         assert one["metrics"]["preserve"]["mean"] == pytest.approx(
             other["metrics"]["preserve"]["mean"], abs=1e-5
         )
+
+
+def test_outcomes_of_another_dtype_are_not_taken(
+    routers: Any, front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[str] = []
+
+    def stop(*arguments: Any, spec: str, **others: Any) -> Any:
+        specs.append(spec)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynadepth_search.evaluating.score_plans", stop)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        model = tiny_model(num_layers=LAYERS, dtype=torch.float32).to(dtype)
+        with pytest.raises(KeyboardInterrupt):
+            _evaluate(model, routers, front, tmp_path)
+    assert specs[0] == specs[1]
+    assert specs[0] != specs[2]
+
+
+@pytest.mark.parametrize("name", ["routed", "Random", "ShortGPT"])
+def test_a_preset_cannot_take_the_name_of_something_else(
+    name: str, model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"routers to compare are named '{name}'.*rename"):
+        _evaluate(model, routers, front, tmp_path, presets={name: routers})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_routers_of_another_task_than_the_labels(routers: Any) -> None:
+    task = {"name": "piqa", "sha256": "a" * 64}
+    check_trained_on({"a/routers": routers}, task)  # records nothing
+    own = replace(routers, training={"task": dict(task)})
+    check_trained_on({"a/routers": own}, task)
+    other = replace(routers, training={"task": {"name": "arc", "sha256": "b" * 64}})
+    with pytest.raises(
+        LabelError,
+        match="routers b were trained on task 'arc' .sha256 bbbbbbbbbbbb., but .* 'piqa'.*give --labels",
+    ):
+        check_trained_on({"a/routers": own, "b": other}, task)
+
+
+def test_training_that_ended_in_its_warm_up_is_said_so(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    def trained(prompts: int) -> Any:
+        recipe = TrainConfig.for_preset("drllm").to_dict()
+        return replace(routers, training={"recipe": recipe, "train_prompts": prompts})
+
+    # 25 epochs of 16 prompts a step: 320 prompts are 500 steps, one more is 525.
+    presets = {"few": trained(320), "many": trained(321)}
+    config = replace(CONFIG, budgets=(0.9,))
+    result = _evaluate(model, routers, front, tmp_path, presets=presets, config=config)
+    notes = [finding for finding in result["findings"] if "warm-up" in finding]
+    assert notes == [
+        "The training of few ended inside its warm-up: 500 steps on 320 prompts, 500 steps of warm-up."
+    ]
 
 
 def test_outcomes_of_other_plans_are_not_taken(model: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynadepth.errors import BudgetError
+from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.plans import Plans, identity_plan, plan_depth
 from dynadepth_search.baselines import random_plans, removal_plans
 from dynadepth_search.contest import Compared, Contest, Entrant, Front
@@ -96,6 +96,49 @@ def test_the_mixture_is_made_of_the_hull_and_weighs_outcomes() -> None:
     figures = figures_of(static, static, None, seed=0)
     assert figures["plans"] == ["101001", "111011"]
     assert figures["weights"] == pytest.approx([0.25, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("layers", "prompts", "visits"), [(10, 18, 9), (30, 100, 24), (28, 200, 25)]
+)
+def test_prompts_of_one_depth_have_a_mixture_that_was_scored(
+    layers: int, prompts: int, visits: int
+) -> None:
+    plans = np.tril(np.ones((layers, layers), dtype=np.uint8))[::-1]
+    routed = np.tile(plans[layers - visits], (prompts, 1))
+    contest = Contest(
+        entrants=[Entrant(name="routed 0.80", kind="routed", budget=0.8, plans=routed)],
+        front=Front(plans, -((1.0 - plan_depth(plans)) ** 2)),
+        influence=np.arange(layers, dtype=np.float64),
+        num_prompts=prompts,
+        random_draws=1,
+        seed=0,
+    )
+    stack = np.stack(list(contest.sets.values()))
+    rows = {name: row for row, name in enumerate(contest.sets)}
+    table = Table(rows=rows, values={"preserve": stack.sum(axis=-1).astype(np.float64)})
+    for item in contest.compared(table, "preserve"):
+        assert item.run.metrics["preserve"] == pytest.approx(item.run.depth * layers), item.run.name
+
+
+def test_budgets_that_differ_little_keep_their_own_rows() -> None:
+    entrants = [
+        Entrant(name=f"routed {budget}", kind="routed", budget=budget, plans=_plans([visits] * 8))
+        for budget, visits in ((0.801, 5), (0.804, 4))
+    ]
+    found = _by_name(_contest(*entrants))
+    assert [name for name in found if name.endswith("0.801")] == [
+        f"{kind} 0.801" for kind in ("routed", "static mixture", "ShortGPT", "random", "oracle")
+    ]
+    assert found["random 0.801"].run.mean_depth != found["random 0.804"].run.mean_depth
+
+
+@pytest.mark.parametrize("name", ["routed 0.80", "base"])
+def test_two_policies_of_one_name_are_refused(name: str) -> None:
+    first = _entrant(_plans([5] * PROMPTS))
+    second = Entrant(name=name, kind="preset", budget=0.8, plans=_plans([4] * PROMPTS))
+    with pytest.raises(ConfigError, match=f"two policies of the comparison are named '{name}'"):
+        _contest(first, second)
 
 
 def test_front_plans_deeper_than_any_policy_are_scored_for_the_line_of_the_plot() -> None:

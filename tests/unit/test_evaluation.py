@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dynadepth.errors import BudgetError
 from dynadepth.evaluation import (
     best_under_depth,
+    bracket_depth,
     concave_hull,
     mean_interval,
     mix_to_depth,
@@ -62,6 +63,34 @@ def test_a_mixture_of_a_known_front() -> None:
     assert (mixture.low, mixture.high) == (2, 0)
     assert mixture.weight == pytest.approx(0.75)
     assert mixture.expected([[1, 0], [9, 9], [0, 4], [9, 9]]) == pytest.approx([0.75, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "prompts", "visits"), [(10, 18, 9), (30, 100, 24), (28, 200, 25)]
+)
+def test_a_mean_depth_a_rounding_away_from_a_plan_is_that_plan(
+    layers: int, prompts: int, visits: int
+) -> None:
+    depths = np.arange(1, layers + 1) / layers
+    depth = float(np.full(prompts, visits / layers).mean())
+    mixture = bracket_depth(depths, depth, np.arange(layers))
+    assert (mixture.low, mixture.high, mixture.weight) == (visits - 1, visits - 1, 1.0)
+    assert mixture.depth == depths[visits - 1]
+
+
+@given(st.integers(1, 60), st.integers(1, 300), st.data())
+def test_prompts_of_one_depth_are_mixed_of_one_plan(
+    layers: int, prompts: int, data: st.DataObject
+) -> None:
+    visits = data.draw(st.integers(1, layers))
+    depths = np.arange(1, layers + 1) / layers
+    for depth in (
+        float(np.full(prompts, visits / layers).mean()),
+        float(np.nextafter(visits / layers, 0.0)),
+        float(np.nextafter(visits / layers, 2.0)),
+    ):
+        mixture = bracket_depth(depths, depth, np.arange(layers))
+        assert mixture.low == mixture.high == visits - 1
 
 
 def test_a_depth_outside_the_plans_is_an_error_that_names_their_range() -> None:

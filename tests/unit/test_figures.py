@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dynadepth.plans import identity_plan
-from dynadepth_search.figures import PolicyRun, figures_of, findings, show_interval, show_number
+from dynadepth_search.figures import (
+    PolicyRun,
+    figures_of,
+    findings,
+    show_budget,
+    show_interval,
+    show_number,
+)
 
 N = 60
 
@@ -51,8 +58,31 @@ def test_two_that_do_the_same_are_no_gain() -> None:
     assert finding == (
         "routed 0.80 (mean depth 1.000, n = 60) does not beat the static mixture of equal depth in graded reward "
         "(log-prob of the right answer), +0.0000 [+0.0000, +0.0000] and agreement with the base's own answer (%), "
-        "+0.0 [+0.0, +0.0]. It keeps the identity plan for 100% of the prompts and uses 1 different plan."
+        "+0.0 [+0.0, +0.0]. It keeps the identity plan for 100% of the prompts and uses 1 different plan. "
+        "It missed its budget by more than 0.02: budget 0.80, measured 1.000."
     )
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        (0.74, "budget 0.80, measured 0.740."),
+        (0.83, "budget 0.80, measured 0.830."),
+        (0.82, None),
+        (0.78, None),
+    ],
+)
+def test_a_budget_that_was_missed_is_said_so(depth: float, words: str | None) -> None:
+    figures = figures_of(_run("routed", "routed", 0.0), _run("b", "base", 0.0), None, seed=0)
+    (finding,) = findings([{**figures, "depth": depth}], "reward")
+    assert ("missed its budget" in finding) == (words is not None)
+    assert finding.endswith(words or "different plan.")
+
+
+def test_budgets_that_differ_are_shown_apart() -> None:
+    budgets = (0.8, 0.801, 0.804, 0.85, 1.0, 0.8000001, 0.8000002)
+    shown = [show_budget(budget) for budget in budgets]
+    assert shown == ["0.80", "0.801", "0.804", "0.85", "1.00", "0.8000001", "0.8000002"]
 
 
 def test_shares_are_shown_in_points_and_nothing_has_no_sign() -> None:

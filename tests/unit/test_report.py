@@ -16,7 +16,13 @@ from dynadepth_search.figures import action_shares, figures_of, findings
 from dynadepth_search.outcomes import Table
 from dynadepth_search.plots import pareto_plot
 from dynadepth_search.report import report_html, write_report
-from dynadepth_search.tables import as_markdown, as_text, cost_table, quality_table
+from dynadepth_search.tables import (
+    against_base_table,
+    as_markdown,
+    as_text,
+    cost_table,
+    quality_table,
+)
 
 LAYERS, PROMPTS = 6, 12
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -207,6 +213,16 @@ def test_a_task_without_labels_has_no_accuracy() -> None:
     assert page.tags["svg"] == 3
 
 
+def test_nothing_is_said_of_scores_that_were_not_compared() -> None:
+    evaluation = made_up(labels=False)
+    check = evaluation["runtime_check"]["routed 0.70"]
+    check |= {"choices": 0, "mean_difference": 0.0, "max_difference": 0.0, "plans_differing": 1}
+    text = _Page(report_html(evaluation)).text
+    assert "nats" not in text
+    assert "scored 0 answers" not in text
+    assert "1 of 2 plans changed in another batch" in text
+
+
 def test_page_and_json_are_written_together(tmp_path: Path, evaluation: dict[str, Any]) -> None:
     page = write_report(tmp_path, evaluation, {"seconds": {"search": 1.0}})
     assert page == tmp_path / "report.html"
@@ -234,6 +250,10 @@ def test_tables_have_a_cell_for_every_title(evaluation: dict[str, Any]) -> None:
     for head, rows in (quality_table(evaluation), cost_table(evaluation)):
         assert len(rows) == len(evaluation["policies"])
         assert {len(row) for row in rows} == {len(head)}
+    head, rows = against_base_table(evaluation)
+    assert head[:2] == ["against base [95 %]", "fidelity (-KL)"]
+    assert len(rows) == len(evaluation["policies"]) - 1
+    assert all(all(row) and len(row) == len(head) for row in rows)
     head, rows = quality_table(evaluation)
     assert head[:4] == ["policy", "depth", "fidelity (-KL)", "against static [95 %]"]
     assert [row[3] == "" for row in rows][:4] == [True, False, True, False]
