@@ -47,6 +47,8 @@ METRIC_LABELS = {
 SHARES = ("agreement", "accuracy")
 # A mean depth that is further from its budget is said so.
 _BUDGET_TOLERANCE = 0.02
+_ROUNDING = 1e-9
+_ONE_PLAN = " One plan for all prompts is itself static: any difference to the mixture is one between static plans."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +237,7 @@ def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
         said.append(
             f"{who} {'; '.join(verdicts)}. It keeps the identity plan for {figures['identity_rate']:.0%} of "
             f"the prompts and uses {figures['distinct_plans']} different plan{'s' if several else ''}."
-            f"{_missed(figures['budget'], figures['depth'])}"
+            f"{'' if several else _ONE_PLAN}{_missed(figures['budget'], figures['depth'])}"
         )
     return said
 
@@ -256,9 +258,10 @@ def _verdicts(against_static: Mapping[str, Mapping[str, Any]], headline: str) ->
     words: dict[str, list[str]] = {}
     for metric in sorted(against_static, key=lambda name: (name != headline, name)):
         difference = Interval(**against_static[metric])
-        if difference.low > 0.0:
+        # What differs by rounding alone does not differ.
+        if difference.low > _ROUNDING:
             verdict = "beats the static mixture of equal depth in"
-        elif difference.high < 0.0:
+        elif difference.high < -_ROUNDING:
             verdict = "is worse than the static mixture of equal depth in"
         else:
             verdict = "does not beat the static mixture of equal depth in"

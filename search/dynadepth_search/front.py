@@ -28,6 +28,8 @@ __all__ = ["FRONT", "FrontSpec", "StaticFront", "read_front", "search_front"]
 
 FRONT = "front.json"
 SCHEMA_VERSION = 1
+# Prompts of the final measurement between two writes.
+_CONFIRMED_BLOCK = 32
 
 _Floats = npt.NDArray[np.float64]
 
@@ -46,6 +48,8 @@ class FrontSpec:
         num_candidates: Layers that are screened in a step: those whose removal looked best in the step before, or to
             the probe. The first step without a probe screens all.
         num_finalists: Candidates that are compared on all prompts.
+        num_confirmed: Further training prompts, which chose nothing, on which the front's plans are measured in the
+            end.
         protect: Layers that are never removed.
 
     Raises:
@@ -59,6 +63,7 @@ class FrontSpec:
     num_screened: int = 8
     num_candidates: int = 9
     num_finalists: int = 3
+    num_confirmed: int = 160
     protect: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,6 +75,10 @@ class FrontSpec:
         for name in ("num_prompts", "num_screened", "num_candidates", "num_finalists"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"FrontSpec.{name} is {getattr(self, name)}; expected 1 or more")
+        if self.num_confirmed < 0:
+            raise ConfigError(
+                f"FrontSpec.num_confirmed is {self.num_confirmed}; expected 0 or more"
+            )
         if self.seed < 0:
             raise ConfigError(f"FrontSpec.seed is {self.seed}; expected 0 or more")
 
@@ -80,7 +89,8 @@ class StaticFront:
 
     Args:
         plans: The identity first, then each with one more layer skipped. Shape (K + 1, layers), uint8.
-        rewards: Mean reward of each plan. Shape (K + 1,), float64.
+        rewards: Mean reward of each plan, on prompts that took no part in choosing it where the task has any. Shape
+            (K + 1,), float64.
         standard_errors: Of the mean change of reward against the identity plan. Shape (K + 1,), float64.
         prompts: Prompts in these means.
         objective: What the reward is.
@@ -111,11 +121,19 @@ def read_front(folder: str | os.PathLike[str]) -> StaticFront:
     try:
         steps = content["steps"]
         plans = np.stack([parse_plan(step["plan"], len(steps[0]["plan"])) for step in steps])
+        rewards = np.array([step["reward"] for step in steps], dtype=np.float64)
+        errors = np.array([step["standard_error"] for step in steps], dtype=np.float64)
+        prompts = len(content["prompts"])
+        # One row for each prompt, one column for each plan.
+        if content["confirmed"]:
+            confirmed = np.array(content["confirmed"], dtype=np.float64).reshape(-1, len(steps))
+            prompts, rewards = len(confirmed), confirmed.mean(axis=0)
+            errors = np.array([_error(column - confirmed[:, 0]) for column in confirmed.T])
         return StaticFront(
             plans=plans,
-            rewards=np.array([step["reward"] for step in steps], dtype=np.float64),
-            standard_errors=np.array([step["standard_error"] for step in steps], dtype=np.float64),
-            prompts=len(content["prompts"]),
+            rewards=rewards,
+            standard_errors=errors,
+            prompts=prompts,
             objective=content["asked"]["front"]["objective"],
             seed=content["asked"]["front"]["seed"],
             evaluations=content["evaluations"],
@@ -138,8 +156,8 @@ def search_front(
     """Find the static front of a task, or go on with a search that was interrupted.
 
     From the identity plan down, each step removes the layer whose removal leaves the highest mean reward. Candidates
-    are raced: all on a few prompts, the best of them on all prompts. Ties go to the lowest layer. The means of the
-    chosen plans are those that chose them, so they flatter a little.
+    are raced: all on a few prompts, the best of them on all prompts. Ties go to the lowest layer. The means that chose
+    a plan flatter it, so at the end the front is measured on other prompts of the task.
 
     Args:
         scorer: Of the base model, with the task's scoring.
@@ -173,8 +191,10 @@ class _FrontSearch:
     def __init__(self, scorer: Scorer, task: Task, path: Path, spec: FrontSpec) -> None:
         self._scorer, self._path, self._spec = scorer, path, spec
         count = min(spec.num_prompts, len(task.examples))
-        order = np.random.default_rng(spec.seed).permutation(len(task.examples))[:count]
-        self._examples = [task.examples[index] for index in np.sort(order).tolist()]
+        order = np.random.default_rng(spec.seed).permutation(len(task.examples))
+        self._examples = [task.examples[index] for index in np.sort(order[:count]).tolist()]
+        others = np.sort(order[count : count + spec.num_confirmed]).tolist()
+        self._others = [task.examples[index] for index in others]
         self._asked = {
             "base_model": fingerprint_digest(fingerprint(scorer.model)),
             "dtype": dtype_name(scorer.model),
@@ -199,6 +219,7 @@ class _FrontSearch:
         while len(self._content["steps"]) <= total and self._content["ranking"]:
             progress("front", len(self._content["steps"]) - 1, total)
             self._step(base)
+        self._confirm(progress)
         self._content["complete"] = True
         write_json_atomic(self._path, self._content)
         progress("front", total, total)
@@ -219,6 +240,8 @@ class _FrontSearch:
             # Layers that may be removed, the most promising first.
             "ranking": ranking,
             "steps": [],
+            # Rewards of the front's plans on other prompts, a row for each prompt.
+            "confirmed": [],
         }
         self._add(identity_plan(num_layers), base, base)
 
@@ -248,6 +271,26 @@ class _FrontSearch:
         content["screen_all"] = False
         self._add(_without(plan, layer), rewards[best], base)
 
+    def _confirm(self, progress: Progress) -> None:
+        """Measure the front on prompts that chose nothing."""
+        content, confirmed = self._content, self._content["confirmed"]
+        plans = np.stack(
+            [parse_plan(step["plan"], self._scorer.num_layers) for step in content["steps"]]
+        )
+        total = len(self._others)
+        while len(confirmed) < total:
+            progress("front, measured on other prompts", len(confirmed), total)
+            block = self._others[len(confirmed) : len(confirmed) + _CONFIRMED_BLOCK]
+            # Scored anew, or sweeps would differ from those of a resumed run.
+            self._scorer.forget()
+            outcomes = self._scorer.outcomes(
+                block, np.tile(plans, (len(block), 1)), np.repeat(np.arange(len(block)), len(plans))
+            )
+            rewards = outcomes.of(self._spec.objective).reshape(len(block), len(plans))
+            confirmed.extend(rewards.tolist())
+            content["evaluations"] += rewards.size
+            write_json_atomic(self._path, content)
+
     def _rewards(self, plan: Plans, layers: list[int], prompts: npt.NDArray[np.int64]) -> _Floats:
         """Rewards of the plan without each layer. Shape (layers, prompts)."""
         plans = np.stack([_without(plan, layer) for layer in layers])
@@ -260,17 +303,20 @@ class _FrontSearch:
         return outcomes.of(self._spec.objective).reshape(len(layers), len(examples))
 
     def _add(self, plan: Plans, rewards: _Floats, base: _Floats) -> None:
-        changes = rewards - base
-        error = float(changes.std(ddof=1) / np.sqrt(len(changes))) if len(changes) > 1 else 0.0
         self._content["steps"].append(
             {
                 "plan": plan_text(plan),
                 "depth": float(plan_depth(plan)),
                 "reward": float(rewards.mean()),
-                "standard_error": error,
+                "standard_error": _error(rewards - base),
             }
         )
         write_json_atomic(self._path, self._content)
+
+
+def _error(changes: _Floats) -> float:
+    """Return the standard error of a mean; 0 if it cannot be told."""
+    return float(changes.std(ddof=1) / np.sqrt(len(changes))) if len(changes) > 1 else 0.0
 
 
 def _without(plan: Plans, layer: int) -> Plans:

@@ -59,8 +59,15 @@ def test_two_that_do_the_same_are_no_gain() -> None:
         "routed 0.80 (mean depth 1.000, n = 60) does not beat the static mixture of equal depth in graded reward "
         "(log-prob of the right answer), +0.0000 [+0.0000, +0.0000] and agreement with the base's own answer (%), "
         "+0.0 [+0.0, +0.0]. It keeps the identity plan for 100% of the prompts and uses 1 different plan. "
+        "One plan for all prompts is itself static: any difference to the mixture is one between static plans. "
         "It missed its budget by more than 0.02: budget 0.80, measured 1.000."
     )
+
+
+def test_rounding_is_no_difference() -> None:
+    for shift in (1e-13, -1e-13):
+        (finding,) = _say(shift, 0.0)
+        assert "does not beat the static mixture of equal depth in graded reward" in finding
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_a_budget_that_was_missed_is_said_so(depth: float, words: str | None) ->
     figures = figures_of(_run("routed", "routed", 0.0), _run("b", "base", 0.0), None, seed=0)
     (finding,) = findings([{**figures, "depth": depth}], "reward")
     assert ("missed its budget" in finding) == (words is not None)
-    assert finding.endswith(words or "different plan.")
+    assert finding.endswith(words or "between static plans.")
 
 
 def test_budgets_that_differ_are_shown_apart() -> None:

@@ -24,6 +24,7 @@ SPEC = {
     "num_screened": 3,
     "num_candidates": 4,
     "num_finalists": 2,
+    "num_confirmed": 0,
 }
 
 
@@ -56,6 +57,47 @@ def greedy(scorer, examples, steps, objective="preserve", protect=()):
         rewards.append(best[1].mean())
         errors.append((best[1] - base).std(ddof=1) / np.sqrt(count))
     return np.stack(plans), np.array(rewards), np.array(errors)
+
+
+class TestConfirmation:
+    def test_the_means_are_those_of_prompts_that_chose_nothing(self, scorer, tmp_path):
+        task = tiny_task(20)
+        front = search_front(scorer, task, tmp_path, FrontSpec(**{**SPEC, "num_confirmed": 9}))
+        chosen = json.loads((tmp_path / FRONT).read_text())["prompts"]
+        order = np.random.default_rng(0).permutation(20)[8:17]
+        others = [task.examples[index] for index in np.sort(order)]
+        assert not {item.prompt_id for item in others} & set(chosen)
+        assert front.prompts == 9
+        rewards = np.stack(
+            [
+                scorer.outcomes(others, np.tile(plan, (9, 1)), np.arange(9)).of("preserve")
+                for plan in front.plans
+            ]
+        )
+        np.testing.assert_allclose(front.rewards, rewards.mean(axis=1), atol=1e-4)
+        changes = rewards - rewards[0]
+        errors = changes.std(axis=1, ddof=1) / 3
+        np.testing.assert_allclose(front.standard_errors, errors, atol=1e-4)
+        assert front.evaluations == 8 + (6 + 4 + 4) * 3 + 3 * 2 * 5 + 9 * 4
+
+    def test_killed_between_its_blocks_it_goes_on_to_the_same_file(
+        self, scorer, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("dynadepth_search.front._CONFIRMED_BLOCK", 4)
+        task, spec = tiny_task(20), FrontSpec(**{**SPEC, "num_confirmed": 12})
+        search_front(scorer, task, tmp_path / "whole", spec)
+
+        def strike(stage, done, total):
+            if stage.startswith("front, measured") and done == 8:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search_front(scorer, task, tmp_path / "killed", spec, progress=strike)
+        with pytest.raises(LabelError, match="unfinished"):
+            read_front(tmp_path / "killed")
+        search_front(scorer, task, tmp_path / "killed", spec)
+        whole, killed = ((tmp_path / name / FRONT).read_bytes() for name in ("whole", "killed"))
+        assert whole == killed
 
 
 class TestChoices:
