@@ -31,6 +31,7 @@ from dynadepth.families import LayerStack, layer_stack
 from dynadepth.plans import EXECUTE, REPEAT, Plans, check_plans
 from dynadepth.policies import Policy
 from dynadepth.rows import RowPlans
+from dynadepth.tokens import real_tokens
 
 __all__ = ["Controller"]
 
@@ -261,12 +262,7 @@ class Controller:
     def prompt_mask(self, scope: "PlanScope", call: LayerCall) -> torch.Tensor:
         """Return which tokens of the batch are the prompt. Shape (rows, tokens), bool."""
         rows, tokens = call.hidden_states.shape[:2]
-        device = call.hidden_states.device
-        if scope.attention_mask is not None:
-            mask = scope.attention_mask[:, :tokens].to(device=device, dtype=torch.bool)
-        else:
-            mask = _mask_from_layer(call.attention_mask, rows, tokens, device)
-        _check_unpacked(call, mask)
+        mask = real_tokens(call, scope.attention_mask)
         frames = self._frames()
         lengths = next(
             (frame.prompt_lengths for frame in frames if frame.prompt_lengths is not None), None
@@ -281,7 +277,7 @@ class Controller:
                 raise PlanError(
                     f"{lengths.numel()} prompt lengths were given for a batch of {rows} rows"
                 )
-            mask = mask & (mask.long().cumsum(dim=1) <= lengths.to(device).unsqueeze(1))
+            mask = mask & (mask.long().cumsum(dim=1) <= lengths.to(mask.device).unsqueeze(1))
         elif width is not None and width < tokens:
             mask = mask.clone()
             mask[:, width:] = False
@@ -382,43 +378,6 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
     leave_scope(module.__dict__[_CONTROLLER])
-
-
-def _check_unpacked(call: LayerCall, mask: torch.Tensor) -> None:
-    """Refuse rows that hold several prompts: one row has one plan.
-
-    Raises:
-        UnsupportedModelError: Positions start again between real tokens, or lengths of packed prompts were given.
-    """
-    packed = any(
-        name.startswith("cu_seq_len") and value is not None
-        for name, value in call.arguments.items()
-    )
-    positions = call.arguments.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.shape[-1:] == mask.shape[-1:]:
-        falls = positions[..., 1:] < positions[..., :-1]
-        packed = packed or bool((falls & mask[:, 1:] & mask[:, :-1]).any())
-    if packed:
-        raise UnsupportedModelError(
-            "positions start again within a row, so it packs several prompts, which cannot have plans of their own; "
-            "give each prompt a row of a padded batch"
-        )
-
-
-def _mask_from_layer(mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Read from a layer's own first-forward mask which tokens are real: each real token attends to itself."""
-    if mask is None:
-        return torch.ones(rows, tokens, dtype=torch.bool, device=device)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
-        raise UnsupportedModelError(
-            f"the model was given no 2-D attention mask, and its layers a {type(mask).__name__}, from which the "
-            "padding cannot be read; pass attention_mask of shape (batch, tokens)"
-        )
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :tokens]
-    real = (
-        diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-    )
-    return real.expand(rows, tokens).to(device)
 
 
 def controller_of(model: nn.Module) -> Controller:
