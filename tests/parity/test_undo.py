@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from dynadepth.errors import (
@@ -381,3 +382,16 @@ def test_two_threads_on_one_model_do_not_mix():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_hooks_of_accelerate_run_the_plan_and_survive_the_undo():
+    model, base = tiny_model("llama"), tiny_model("llama")
+    for layer in model.model.layers:
+        add_hook_to_module(layer, ModelHook())
+    ids, mask = random_batch([9])
+    (expected,) = baked_rows(base, PLAN[None], ids, mask, padded=False)
+    wrap_model(model, plan=PLAN)
+    assert (drive(model, ids, mask, 5, "steps")[0] - expected).abs().max() < 1e-9
+    unwrap_model(model)
+    assert torch.equal(drive(model, ids, mask, 5, "full"), drive(base, ids, mask, 5, "full"))
+    assert all(hasattr(layer, "_hf_hook") for layer in model.model.layers)
