@@ -165,3 +165,8 @@ def test_the_pipeline_runs_as_it_stands(capsys):
         code = cli.main(step[1:])
         captured = capsys.readouterr()
         assert code == 0, f"{shlex.join(step)}\n{captured.err}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_figure_is_left_to_be_filled_in(page):
+    assert not re.search(r"(?m)^(RESULTS|SWEEP|TODO|TBD)\b", PAGES[page])
