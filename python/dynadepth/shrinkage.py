@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError
+from dynadepth.evaluation import concave_hull
 from dynadepth.fronts import front_bias, removed_layers
 from dynadepth.plans import EXECUTE, Plans, check_plans, plan_depth
 from dynadepth.policies import actions_of
@@ -139,6 +140,7 @@ def select_shrinkage(
     config: RouterConfig,
     training: TrainConfig,
     seed: int,
+    front_rewards: Any = None,
     unforced: Tensor | None = None,
     protect: Sequence[int] = (),
     groups: Sequence[str] | None = None,
@@ -150,8 +152,8 @@ def select_shrinkage(
 
     For each fold, routers are trained on the other prompts; for each s and for three depths inside the front's range
     lambda is set on those other prompts; then every held-out prompt's reward is compared with the expected reward of
-    the two neighbouring front plans mixed to the same mean depth. The largest s whose gain is more than one standard
-    error is chosen, else 0.
+    the best static mixture of the same mean depth. The largest s whose gain is more than one standard error is chosen,
+    else 0.
 
     Args:
         features: As `train_heads` takes them, under each prompt's own label. Shape (prompts, num_layers, views,
@@ -163,6 +165,8 @@ def select_shrinkage(
         config: Shape of the routers.
         training: The recipe.
         seed: Of the folds and the training.
+        front_rewards: Mean reward of each front plan, so that the mixture is made of the plans on their concave hull,
+            as in the evaluation; None: of the two neighbouring front plans. Shape (plans,), float64.
         unforced: Features of the same prompts under a plan that does not depend on the label, for what is decided about
             held-out prompts. States under a prompt's own label betray which layers it skipped, so without this
             the gain is flattered. Same shape as `features`; None takes `features`.
@@ -205,6 +209,7 @@ def select_shrinkage(
     ]
     pairs = _Pairs(config.num_layers)
     cells: list[_Cell] = []
+    static = rows if front_rewards is None else _on_hull(rows, front_rewards)
     for fold, held_out in enumerate(parts):
         rest = np.sort(np.concatenate([part for i, part in enumerate(parts) if i != fold]))
         heads = train_heads(
@@ -218,7 +223,7 @@ def select_shrinkage(
         logits = logits_of(heads, decided)
         logits = logits - logits[rest].mean(dim=0)
         bias = front_bias(rows, scale=logit_scale(logits[rest]), protect=protect).to(logits.device)
-        cells += _compare_fold(logits[rest], logits[held_out], bias, held_out, rows, pairs)
+        cells += _compare_fold(logits[rest], logits[held_out], bias, held_out, static, pairs)
         if progress is not None:
             progress(fold + 1, folds)
     rewards = pairs.rewards(evaluate)
@@ -230,6 +235,17 @@ def select_shrinkage(
         prompts=count,
         evaluations=len(rewards),
     )
+
+
+def _on_hull(front: Plans, front_rewards: Any) -> Plans:
+    """Return the front's plans that the best mixtures are made of, the deepest first."""
+    rewards = np.asarray(front_rewards, dtype=np.float64)
+    if rewards.shape != (len(front),) or not np.isfinite(rewards).all():
+        raise ConfigError(
+            f"front_rewards has shape {rewards.shape}; expected one finite number for each of {len(front)} plans"
+        )
+    chosen: Plans = front[concave_hull(plan_depth(front), rewards)[::-1]]
+    return chosen
 
 
 class _Pairs:

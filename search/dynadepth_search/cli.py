@@ -150,7 +150,14 @@ def _train(
     found = read_labels(labels, model=base)
     with _display() as progress:
         routers = fit_routers(
-            base, tokenizer, found, front.plans, preset=preset, seed=seed, progress=progress
+            base,
+            tokenizer,
+            found,
+            front.plans,
+            front_rewards=front.rewards,
+            preset=preset,
+            seed=seed,
+            progress=progress,
         )
         write_routers(out, routers)
     lowest, highest = routers.calibration.range

@@ -279,6 +279,7 @@ class _Demo:
             tokenizer,
             labels,
             front.plans,
+            front_rewards=front.rewards,
             preset=preset,
             seed=self._config.seed,
             progress=self._progress,

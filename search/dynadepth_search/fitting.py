@@ -53,6 +53,7 @@ def fit_routers(
     labels: Labels,
     front: Any,
     *,
+    front_rewards: Any = None,
     preset: str = "dynadepth",
     training: TrainConfig | None = None,
     seed: int = 0,
@@ -74,6 +75,7 @@ def fit_routers(
         labels: Of the training prompts.
         front: Static plans found on them: the identity first, each with one more layer skipped. Shape (plans,
             num_layers), uint8.
+        front_rewards: Mean reward of each of these plans on training prompts, see `select_shrinkage`. Shape (plans,).
         preset: `"dynadepth"` or `"drllm"`.
         training: The recipe; None takes the preset's.
         seed: Of the split, the folds and the training.
@@ -103,7 +105,7 @@ def fit_routers(
     else:
         middle = np.tile(rows[len(rows) // 2], (len(fitter.train), 1))
         unforced = fitter.features(middle, "reading states under the static front")
-        choice = fitter.choose(forced, unforced, rows, protect)
+        choice = fitter.choose(forced, unforced, rows, front_rewards, protect)
         heads = centre_heads(fitter.train_final(forced), unforced)
         scale = logit_scale(logits_of(heads, unforced))
         bias, shrinkage = front_bias(rows, scale=scale, protect=protect), choice.shrinkage
@@ -196,7 +198,12 @@ class _Fitter:
         )
 
     def choose(
-        self, forced: Tensor, unforced: Tensor, front: Plans, protect: tuple[int, ...]
+        self,
+        forced: Tensor,
+        unforced: Tensor,
+        front: Plans,
+        front_rewards: Any,
+        protect: tuple[int, ...],
     ) -> ShrinkageChoice:
         """Choose the shrinkage by cross-validation on the training prompts."""
         return select_shrinkage(
@@ -207,6 +214,7 @@ class _Fitter:
             config=self._config,
             training=self._recipe,
             seed=self._seed,
+            front_rewards=front_rewards,
             unforced=unforced,
             protect=protect,
             groups=[self._texts[index] for index in self.train],

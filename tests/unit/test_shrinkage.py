@@ -199,3 +199,16 @@ def test_the_scale_is_the_spread_of_the_lead_where_there_is_any():
 def test_a_plan_without_layers_runs_the_last():
     plans = plans_of(torch.zeros(1, 3, 3), torch.zeros(3, 3), shrinkage=1.0, penalty=9.0)
     assert plans.tolist() == [[0, 0, 1]]
+
+
+def test_the_mixture_is_made_of_the_plans_on_the_hull():
+    front = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=np.uint8)
+    assert shrinkage._on_hull(front, [0.0, -5.0, -1.0, -4.0]).tolist() == front[[0, 2, 3]].tolist()
+    assert (
+        shrinkage._on_hull(front, [0.0, -1.0, -2.0, -3.0])[[0, -1]].tolist()
+        == front[[0, -1]].tolist()
+    )
+    with pytest.raises(
+        ConfigError, match=r"front_rewards has shape \(2,\); expected one finite number"
+    ):
+        shrinkage._on_hull(front, [0.0, 1.0])
