@@ -15,6 +15,7 @@ from dynadepth.errors import DynadepthError
 
 __all__ = [
     "read_json",
+    "sha256_bytes",
     "sha256_file",
     "sha256_text",
     "write_bytes_atomic",
@@ -83,6 +84,11 @@ def read_json(path: str | os.PathLike[str], error: type[DynadepthError]) -> dict
     if not isinstance(content, dict):
         raise error(f"{file} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_text(text: str) -> str:

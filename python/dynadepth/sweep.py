@@ -4,9 +4,10 @@ Rust plans which distinct states to visit at each layer; here that plan is execu
 family's own masks and positions gathered for the rows. Knows nothing of rewards, tasks or policies.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from dynadepth.executor import (
 from dynadepth.families import layer_stack
 from dynadepth.plans import check_plans
 
-__all__ = ["SweepResult", "Sweeper"]
+__all__ = ["StateObserver", "SweepResult", "Sweeper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,27 @@ class SweepResult:
     logits: torch.Tensor
     naive_visits: int
     executed_visits: int
+
+
+class StateObserver(Protocol):
+    """Is shown the states that enter some layers during a sweep.
+
+    Attributes:
+        layers: The layers.
+    """
+
+    layers: Collection[int]
+
+    def observe(
+        self, layer_idx: int, states: torch.Tensor, entering: npt.NDArray[np.int64]
+    ) -> None:
+        """Look at the distinct states that enter a layer.
+
+        Args:
+            layer_idx: The layer.
+            states: Shape (states, tokens, hidden), model dtype and device.
+            entering: Row of `states` that each plan of the sweep is in. Shape (plans,).
+        """
 
 
 class Sweeper:
@@ -98,6 +120,7 @@ class Sweeper:
         example: Any,
         *,
         score: torch.Tensor,
+        observer: StateObserver | None = None,
     ) -> SweepResult:
         """Run every plan on its prompt, each distinct prefix of visits once.
 
@@ -108,6 +131,7 @@ class Sweeper:
             example: The prompt of each plan. Shape (N,), integer.
             score: Pairs (plan, position) to score; the logits at position t predict token t + 1. Shape (positions, 2),
                 int64.
+            observer: Shown the states that enter some layers.
 
         Returns:
             The logits and the cost.
@@ -127,7 +151,7 @@ class Sweeper:
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         flat = score.to(device)
         handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
-        enter_scope(_SweepScope(self, plan, num_examples, device))
+        enter_scope(_SweepScope(self, plan, num_examples, device, observer))
         try:
             with torch.inference_mode():
                 logits = self._model(
@@ -156,18 +180,28 @@ class _SweepScope:
     """One sweep: from E prompts before the first layer to N plans after the last."""
 
     def __init__(
-        self, owner: Sweeper, plan: SweepPlan, num_examples: int, device: torch.device
+        self,
+        owner: Sweeper,
+        plan: SweepPlan,
+        num_examples: int,
+        device: torch.device,
+        observer: StateObserver | None,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._plan = plan
         self._num_examples = num_examples
+        self._observer = observer
         # The prompt whose masks and positions each state has.
         self._example = torch.arange(num_examples, device=device)
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """Visit each distinct state once, some of the results again, and gather the next layer's states."""
         states, example = call.hidden_states, self._example
+        if self._observer is not None and call.layer_idx in self._observer.layers:
+            self._observer.observe(
+                call.layer_idx, states, self._plan.entering(call.layer_idx)
+            )
         first, second, gather, following = (
             torch.from_numpy(array).to(states.device) for array in self._plan.layer(call.layer_idx)
         )

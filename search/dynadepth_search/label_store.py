@@ -8,8 +8,7 @@ search was killed.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,31 +28,7 @@ from dynadepth_search.labels import (
     shard_name,
 )
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LabelStore", "locked"]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other searches out of a folder, where the system can; a killed process leaves no lock.
-
-    Raises:
-        LabelError: Another process is writing there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LabelError(
-                    f"another search is writing to {folder}; wait for it, or use another folder"
-                ) from error
-        yield
+__all__ = ["LabelStore"]
 
 
 class LabelStore:

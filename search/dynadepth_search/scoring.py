@@ -19,6 +19,7 @@ from dynadepth.families import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
 from dynadepth.sweep import Sweeper
 from dynadepth_search.prompts import EncodedExample, check_tokenizer, encode_example
+from dynadepth_search.states import PromptStates
 from dynadepth_search.sweeping import Answered, Work, pack, pad_left, run_sweep
 from dynadepth_search.tasks import Example, Scoring, Task, check_scoring
 
@@ -72,6 +73,11 @@ class Outcomes:
         correct: `choices`: the answer is the right one. `completion`: greedy decoding gives it. A
             prompt alone: as `agrees`. Shape (N,), bool.
         agrees: The answer is the identity plan's. Shape (N,), bool.
+        agreement: As `agrees`; for a completion the share of its tokens at which the best token is the identity
+            plan's. Shape (N,), float64.
+        divergence: KL(base, plan) in nats: over the choices, or else over the vocabulary, for a completion the mean
+            over its tokens. Shape (N,), float64.
+        total_variation: Half the sum of absolute differences of probability, over the same. Shape (N,), float64.
         naive_visits: Visits of token rows to layers, had every plan that was run been run by itself.
         executed_visits: Visits that were run.
     """
@@ -82,6 +88,9 @@ class Outcomes:
     answer: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
     agrees: npt.NDArray[np.bool_]
+    agreement: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64]
+    total_variation: npt.NDArray[np.float64]
     naive_visits: int
     executed_visits: int
 
@@ -181,7 +190,12 @@ class Scorer:
         self._base_bytes = 0
 
     def outcomes(
-        self, examples: Sequence[Example], plans: Any, example: npt.NDArray[np.integer[Any]]
+        self,
+        examples: Sequence[Example],
+        plans: Any,
+        example: npt.NDArray[np.integer[Any]],
+        *,
+        states: PromptStates | None = None,
     ) -> Outcomes:
         """Score N pairs of example and plan.
 
@@ -191,6 +205,8 @@ class Scorer:
             examples: The examples, all of one kind.
             plans: One plan for each pair. Shape (N, layers), uint8.
             example: Index into `examples` for each pair. Shape (N,), whole numbers.
+            states: Collects the states of these examples' prompts; call `forget` before, since nothing is swept of what
+                is known.
 
         Returns:
             The outcomes, in the order of the pairs.
@@ -211,7 +227,7 @@ class Scorer:
             ):
                 next_tokens = examples[group[0].example].kind != "choices"
                 answers, naive, executed = run_sweep(
-                    sweeper, group, device, next_tokens=next_tokens
+                    sweeper, group, device, next_tokens=next_tokens, states=states
                 )
                 sheet.naive_visits += naive
                 sheet.executed_visits += executed
@@ -303,6 +319,9 @@ class _Sheet:
         self.answer = np.full(count, -1, dtype=np.int64)
         self.correct = np.zeros(count, dtype=np.bool_)
         self.agrees = np.zeros(count, dtype=np.bool_)
+        self.agreement = np.full(count, np.nan)
+        self.divergence = np.full(count, np.nan)
+        self.total_variation = np.full(count, np.nan)
         # The identity plan's answers, and the rows that wait for them, by number of the example.
         self.bases: dict[int, Answered] = {}
         self.waiting: dict[int, npt.NDArray[np.int64]] = {}
@@ -316,25 +335,32 @@ class _Sheet:
         base = self.bases[number]
         if item.kind == "choices":
             log_probs, base_log_probs = _log_softmax(given.scores), _log_softmax(base.scores)
-            divergence = _divergence(base_log_probs, log_probs)
-            answer, base_answer = given.scores.argmax(axis=1), base.scores.argmax(axis=1)
+            divergence = _divergence(base_log_probs, log_probs)[:, None]
+            variation = _variation(base_log_probs, log_probs)[:, None]
+            answers = given.scores.argmax(axis=1)[:, None]
+            base_answers = base.scores.argmax(axis=1)[:, None]
+            answer = answers[:, 0]
             reward = log_probs[:, item.answer]
             correct = answer == item.answer
         else:
-            divergence = _divergence_of_next(base, given)
-            answer, base_answer = given.next_token, base.next_token
+            divergence, variation = _next_differences(base, given)
+            answers, base_answers = given.next_token, base.next_token
+            answer = answers[:, 0]
             alone = item.kind == "prompt"
             reward = np.full(len(answer), np.nan) if alone else given.scores[:, 0]
-            correct = answer == base_answer if alone else given.greedy
+            correct = answer == base_answers[:, 0] if alone else given.greedy
         wanted = np.flatnonzero(rows >= 0)
         to = rows[wanted]
         taken = wanted if len(given.scores) == len(rows) else np.zeros_like(wanted)
         # From 0, not negated: the identity plan's is 0, not -0.
-        self.preserve[to] = 0.0 - divergence[taken]
+        self.preserve[to] = 0.0 - divergence[taken, 0]
+        self.divergence[to] = divergence.mean(axis=1)[taken]
+        self.total_variation[to] = variation.mean(axis=1)[taken]
+        self.agreement[to] = (answers == base_answers).mean(axis=1)[taken]
         self.reward[to] = reward[taken]
         self.answer[to] = answer[taken]
         self.correct[to] = correct[taken]
-        self.agrees[to] = (answer == base_answer)[taken]
+        self.agrees[to] = (answer == base_answers[:, 0])[taken]
         for row, index in zip(to.tolist(), taken.tolist(), strict=True):
             self.scores[row] = given.scores[index]
 
@@ -346,6 +372,9 @@ class _Sheet:
             answer=self.answer,
             correct=self.correct,
             agrees=self.agrees,
+            agreement=self.agreement,
+            divergence=self.divergence,
+            total_variation=self.total_variation,
             naive_visits=self.naive_visits,
             executed_visits=self.executed_visits,
         )
@@ -380,15 +409,31 @@ def _divergence(
     return result
 
 
-def _divergence_of_next(base: Answered, given: Answered) -> npt.NDArray[np.float64]:
+def _variation(
+    base: npt.NDArray[np.float64], given: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Total variation of log-probabilities, (1, C) and (K, C)."""
+    result: npt.NDArray[np.float64] = np.abs(np.exp(base) - np.exp(given)).sum(axis=1) / 2
+    return result
+
+
+def _next_differences(
+    base: Answered, given: Answered
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return KL(base, given) and the total variation of next tokens, plan by plan and place by place."""
     if base.next_log_probs is None or given.next_log_probs is None:
         raise TaskError(
             "examples of different kinds were scored in one call; call once for each kind"
         )
-    terms = base.next_log_probs.exp() * (base.next_log_probs - given.next_log_probs)
-    # A token the base rules out (log-probability minus infinity) adds nothing.
-    terms = torch.where(base.next_log_probs.isfinite(), terms, torch.zeros_like(terms))
-    result: npt.NDArray[np.float64] = (
-        terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0).cpu().numpy()
-    )
-    return result
+    divergence, variation = [], []
+    base_probs = base.next_log_probs.exp()
+    # Plan by plan: a completion has a vocabulary for each of its tokens.
+    for log_probs in given.next_log_probs.split(1):
+        # A token the base rules out (log-probability minus infinity) adds nothing.
+        terms = torch.where(
+            base.next_log_probs.isfinite(), base_probs * (base.next_log_probs - log_probs), 0.0
+        )
+        divergence.append(terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0))
+        changes = (base_probs - log_probs.exp()).abs()
+        variation.append(changes.sum(dim=-1, dtype=torch.float64) / 2)
+    return torch.cat(divergence).cpu().numpy(), torch.cat(variation).cpu().numpy()

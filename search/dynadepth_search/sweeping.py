@@ -14,6 +14,7 @@ import torch
 from dynadepth.plans import Plans
 from dynadepth.sweep import Sweeper
 from dynadepth_search.prompts import EncodedExample
+from dynadepth_search.states import PromptStates, SweptPrompt
 
 __all__ = ["Answered", "Work", "pack", "pad_left", "run_sweep"]
 
@@ -46,10 +47,11 @@ class Answered:
         scores: Summed log-probabilities of each answer's tokens, divided as the example asks.
             Shape (K, answers), float64.
         greedy: Every scored token is the model's own choice. Shape (K,), bool; empty if it was not read.
-        next_token: The model's choice after the prompt; ties go to the lowest. Shape (K,), int64; empty
-            if it was not read.
-        next_log_probs: Log-probabilities of the token after the prompt. Shape (K, vocabulary), float32
-            (float64 if the model is), on the model's device; None if they were not read.
+        next_token: The model's choice at each place where the vocabulary is compared: after the prompt and, for a
+            completion, before each of its other tokens. Ties go to the lowest. Shape (K, compared), int64; empty if it
+            was not read.
+        next_log_probs: Log-probabilities there. Shape (K, compared, vocabulary), float32 (float64 if the model is), on
+            the model's device; None if they were not read.
     """
 
     scores: npt.NDArray[np.float64]
@@ -122,7 +124,12 @@ def pack(
 
 
 def run_sweep(
-    sweeper: Sweeper, works: list[Work], device: torch.device, *, next_tokens: bool
+    sweeper: Sweeper,
+    works: list[Work],
+    device: torch.device,
+    *,
+    next_tokens: bool,
+    states: PromptStates | None = None,
 ) -> tuple[list[Answered], int, int]:
     """Run work in one sweep.
 
@@ -131,6 +138,7 @@ def run_sweep(
         works: What `pack` put together.
         device: Of the model.
         next_tokens: Also read the vocabulary: `greedy`, `next_token` and `next_log_probs`.
+        states: Collects states of the prompts on the way.
 
     Returns:
         One answer for each piece of work; naive visits; executed visits.
@@ -141,6 +149,7 @@ def run_sweep(
     plans: list[Plans] = []
     example: list[npt.NDArray[np.int64]] = []
     score: list[npt.NDArray[np.int64]] = []
+    swept: list[SweptPrompt] = []
     first_token_row = first_plan_row = 0
     for work in works:
         encoded, count = work.encoded, len(work.plans)
@@ -153,6 +162,11 @@ def run_sweep(
         pairs[..., 0] = first_plan_row + np.arange(count)[:, None] * num_rows + row
         pairs[..., 1] = width - lengths[row] + offset
         score.append(pairs.reshape(-1, 2))
+        start = width - int(lengths[0])
+        # Every row of an example begins with the prompt; its first one will do.
+        firsts = first_plan_row + np.arange(count) * num_rows
+        after = start + len(encoded.prompt_ids)
+        swept.append(SweptPrompt(work.example, work.plans, firsts, start, after))
         first_token_row += num_rows
         first_plan_row += count * num_rows
     result = sweeper.sweep(
@@ -161,6 +175,7 @@ def run_sweep(
         np.concatenate(plans),
         np.concatenate(example).astype(np.int32),
         score=torch.from_numpy(np.concatenate(score)).to(device),
+        observer=None if states is None else states.watch(swept),
     )
     answers = _read(works, result.logits, next_tokens=next_tokens)
     return answers, result.naive_visits, result.executed_visits
@@ -170,16 +185,16 @@ def run_sweep(
 def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list[Answered]:
     places: list[npt.NDArray[np.int64]] = []
     tokens: list[npt.NDArray[np.int64]] = []
-    prompt_ends: list[npt.NDArray[np.int64]] = []
+    compared: list[npt.NDArray[np.int64]] = []
     first = 0
     for work in works:
         encoded = work.encoded
         starts = first + np.arange(len(work.plans)) * len(encoded.places)
         places.append((starts[:, None] + encoded.entry_place).reshape(-1))
         tokens.append(np.tile(encoded.entry_token, len(work.plans)))
-        prompt_ends.append(starts)
+        compared.append((starts[:, None] + _compared_places(encoded)).reshape(-1))
         first += len(work.plans) * len(encoded.places)
-    ends = np.concatenate(prompt_ends) if next_tokens else np.empty(0, dtype=np.int64)
+    ends = np.concatenate(compared) if next_tokens else np.empty(0, dtype=np.int64)
     table = _Vocabulary(logits, np.concatenate(places), np.concatenate(tokens), ends)
     answers: list[Answered] = []
     entry = end = 0
@@ -187,7 +202,8 @@ def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list
         encoded, count = work.encoded, len(work.plans)
         shape = (count, len(encoded.entry_token))
         here = slice(entry, entry + shape[0] * shape[1])
-        after = slice(end, end + count) if next_tokens else slice(0)
+        shown = (count, len(_compared_places(encoded)) if next_tokens else 0)
+        after = slice(end, end + shown[0] * shown[1])
         entry, end = here.stop, after.stop
         scores = np.empty((count, 0))
         if encoded.num_answers:
@@ -199,11 +215,18 @@ def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list
                 greedy=np.logical_and.reduce(table.greedy[here].reshape(shape), axis=1)
                 if next_tokens
                 else table.greedy,
-                next_token=table.best[after],
-                next_log_probs=table.next_log_probs[after] if next_tokens else None,
+                next_token=table.best[after].reshape(shown),
+                next_log_probs=table.next_log_probs[after].unflatten(0, shown)
+                if next_tokens
+                else None,
             )
         )
     return answers
+
+
+def _compared_places(encoded: EncodedExample) -> npt.NDArray[np.int64]:
+    """Return the places where whole vocabularies are compared, ascending; the first is the prompt's end."""
+    return encoded.entry_place if encoded.num_answers == 1 else np.zeros(1, dtype=np.int64)
 
 
 class _Vocabulary:

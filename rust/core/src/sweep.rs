@@ -23,6 +23,8 @@ pub struct LayerStep {
     pub gather: Vec<u32>,
     /// The prompt of each next state.
     pub example: Vec<u32>,
+    /// The state that each plan is in before the layer.
+    pub entering: Vec<u32>,
 }
 
 /// One pass over the layers that yields the last hidden state of every plan.
@@ -178,7 +180,10 @@ impl Rows {
         for (&state, action) in self.state.iter().zip(actions()) {
             wanted[state as usize][usize::from(action)] = true;
         }
-        let mut step = LayerStep::default();
+        let mut step = LayerStep {
+            entering: self.state.clone(),
+            ..LayerStep::default()
+        };
         // Where the outcome of each action lies among [states, first results, second results].
         let mut source = vec![[ABSENT; 3]; num_states];
         let (mut row, mut num_first) = (0_u32, 0_u32);

@@ -1,6 +1,6 @@
 //! `plan_sweep` and `SweepPlan`.
 
-use dynadepth_core::SweepPlan;
+use dynadepth_core::{LayerStep, SweepPlan};
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
@@ -43,21 +43,22 @@ impl PySweepPlan {
 
     /// Return the index arrays of a layer: `(first, second, gather, example)`.
     fn layer<'py>(&self, py: Python<'py>, layer_idx: usize) -> PyResult<Step<'py>> {
-        let step = self.plan.step(layer_idx).ok_or_else(|| {
-            let num_layers = self.plan.num_layers();
-            PyIndexError::new_err(format!(
-                "layer {layer_idx} is not in the sweep; expected an index below {num_layers}"
-            ))
-        })?;
-        let array = |indices: &[u32]| {
-            PyArray1::from_iter(py, indices.iter().map(|&index| i64::from(index)))
-        };
+        let step = self.step(layer_idx)?;
         Ok((
-            array(&step.first),
-            array(&step.second),
-            array(&step.gather),
-            array(&step.example),
+            indices(py, &step.first),
+            indices(py, &step.second),
+            indices(py, &step.gather),
+            indices(py, &step.example),
         ))
+    }
+
+    /// Return the state that each plan is in before a layer.
+    fn entering<'py>(
+        &self,
+        py: Python<'py>,
+        layer_idx: usize,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(indices(py, &self.step(layer_idx)?.entering))
     }
 
     fn __repr__(&self) -> String {
@@ -68,6 +69,21 @@ impl PySweepPlan {
             self.plan.executed_visits()
         )
     }
+}
+
+impl PySweepPlan {
+    fn step(&self, layer_idx: usize) -> PyResult<&LayerStep> {
+        self.plan.step(layer_idx).ok_or_else(|| {
+            let num_layers = self.plan.num_layers();
+            PyIndexError::new_err(format!(
+                "layer {layer_idx} is not in the sweep; expected an index below {num_layers}"
+            ))
+        })
+    }
+}
+
+fn indices<'py>(py: Python<'py>, rows: &[u32]) -> Bound<'py, PyArray1<i64>> {
+    PyArray1::from_iter(py, rows.iter().map(|&row| i64::from(row)))
 }
 
 /// Plan one pass over the layers for many plans of many prompts.

@@ -1,0 +1,447 @@
+"""Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
+
+Owns the search and the file `menu.json`. The beam is the look-ahead: a plan that is not the best of its depth may lead to
+the best one below. Knows nothing of policies that choose from a menu.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.config import check_fields, config_to_dict
+from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth.files import read_json, write_json_atomic
+from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.menu_training import MenuData, choose_plans
+from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
+from dynadepth_search.damage import DamageTable, score_damage
+from dynadepth_search.locking import locked
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.resuming import check_asked, dtype_name, task_fields
+from dynadepth_search.scoring import Objective, Scorer, check_answers, check_objective
+from dynadepth_search.states import prefix_numbers
+from dynadepth_search.tasks import Task
+
+__all__ = ["MENU", "SharedPlans", "SharedSpec", "menu_data", "read_shared", "search_shared"]
+
+MENU = "menu.json"
+_POOL = "pool"
+SCHEMA_VERSION = 1
+_FEWEST_PROMPTS = 40
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSpec:
+    """How plans for all prompts are searched.
+
+    Args:
+        objective: What plans are compared by: `preserve`, or `reward` for the right answers.
+        from_layer: No plan edits a layer before this one.
+        min_depth: No plan falls below this depth.
+        size: Plans on the menu, the identity included.
+        beam: Plans of each depth that are carried on.
+        num_candidates: Layers that plans are made of: those whose removal alone costs least.
+        num_prompts: Prompts on which the plans of a depth are compared.
+        num_screened: How many of these all of them are compared on; half a beam more than is carried on goes on to the
+            rest.
+        num_confirmed: Other prompts, on which the pool of plans is measured and the menu is chosen.
+        protect: Layers that are never removed.
+        seed: Of the choice of prompts.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range.
+    """
+
+    objective: Objective = "preserve"
+    from_layer: int = 0
+    min_depth: float = 0.75
+    size: int = 16
+    beam: int = 6
+    num_candidates: int = 12
+    num_prompts: int = 48
+    num_screened: int = 16
+    num_confirmed: int = 200
+    protect: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_objective(self.objective)
+        if not 0 < self.min_depth < 1:
+            raise ConfigError(
+                f"SharedSpec.min_depth is {self.min_depth}; expected more than 0 and less than 1"
+            )
+        ranges = {
+            "from_layer": 0,
+            "size": 2,
+            "beam": 1,
+            "num_candidates": 1,
+            "num_prompts": 1,
+            "num_screened": 1,
+            "num_confirmed": 20,
+            "seed": 0,
+        }
+        for name, lowest in ranges.items():
+            if getattr(self, name) < lowest:
+                raise ConfigError(
+                    f"SharedSpec.{name} is {getattr(self, name)}; expected {lowest} or more"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SharedPlans:
+    """What a shared search found.
+
+    Args:
+        menu: Plans to choose from by the prompt: the identity first, then by falling depth. Shape (K, layers), uint8.
+        front: Nested plans for all prompts: the identity first, each with one more layer skipped. Shape (F, layers).
+        front_values: Mean of each of these on prompts that chose none of them: of the agreement for `preserve`, of the
+            graded reward for `reward`. Shape (F,).
+        front_errors: Standard errors of these, against the identity. Shape (F,).
+        pool: Every plan that was measured there, the identity first. Shape (P, layers).
+        pool_values: Their means. Shape (P,).
+        objective: What plans were compared by.
+        prompts: Prompts in these means.
+        evaluations: Plans evaluated on prompts in all.
+        asked: What the search was asked for.
+    """
+
+    menu: Plans
+    front: Plans
+    front_values: _Floats
+    front_errors: _Floats
+    pool: Plans
+    pool_values: _Floats
+    objective: Objective
+    prompts: int
+    evaluations: int
+    asked: dict[str, Any]
+
+
+def search_shared(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    folder: str | os.PathLike[str],
+    spec: SharedSpec,
+    *,
+    progress: Progress = silent,
+) -> SharedPlans:
+    """Search plans for all prompts of a task, or go on with a search that was interrupted.
+
+    Every layer is removed alone; of the best ones, sets are grown one layer at a time, the best few of each size being
+    carried on. All of these are the pool. Prompts that took no part measure it and, by cross-fitting, choose the menu. The
+    front is the chain of nested plans within the pool with the highest sum of means on the first prompts.
+
+    Args:
+        model: The unwrapped base model; left as it was.
+        tokenizer: Of the base model.
+        task: Training prompts; a sample of them is used.
+        folder: `menu.json` and the pool's damage table go there.
+        spec: How to search.
+        progress: Called with the stage, how much of it is done, and of how much.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`.
+        LabelError: The folder holds a search that was asked for otherwise, or is in use.
+        TaskError: Too few prompts, or the objective needs answers that the task has not.
+
+    Source:
+        Removal by measured damage as in SLEB (arXiv 2402.09025); deviation: a beam in place of a greedy chain, and the
+        model's own answers in place of perplexity.
+    """
+    check_answers(task, spec.objective)
+    if len(task.examples) < _FEWEST_PROMPTS:
+        raise TaskError(
+            f"{len(task.examples)} prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
+        )
+    place = Path(folder)
+    with locked(place):
+        search = _SharedSearch(model, tokenizer, task, place, spec, progress)
+        search.run()
+    return read_shared(place)
+
+
+def read_shared(folder: str | os.PathLike[str], *, model: Any = None) -> SharedPlans:
+    """Read what a shared search found.
+
+    Args:
+        folder: Where it was written.
+        model: The base model; its fingerprint is compared if it is given.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        LabelError: It is damaged, unfinished or of another base model.
+    """
+    path = Path(folder) / MENU
+    content = _read(path)
+    if not content.get("complete"):
+        raise LabelError(f"the search of {path} is unfinished: run it again to go on")
+    try:
+        if model is not None:
+            differences = compare_fingerprints(fingerprint(model), content["base_model"])
+            if differences:
+                raise LabelError(
+                    f"{path} belongs to another base model than this {type(model).__name__}: {'; '.join(differences)}; "
+                    "search with this model"
+                )
+        width = len(content["pool"][0]["plan"])
+        pool = np.stack([parse_plan(item["plan"], width) for item in content["pool"]])
+        front = content["front"]
+        return SharedPlans(
+            menu=pool[content["menu"]],
+            front=pool[front],
+            front_values=np.array([content["pool"][row]["value"] for row in front]),
+            front_errors=np.array([content["pool"][row]["standard_error"] for row in front]),
+            pool=pool,
+            pool_values=np.array([item["value"] for item in content["pool"]]),
+            objective=check_objective(content["asked"]["search"]["objective"]),
+            prompts=content["confirmed"],
+            evaluations=content["evaluations"],
+            asked=content["asked"],
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise LabelError(
+            f"{path} is damaged ({error!r}): delete it and search again"
+        ) from error
+
+
+def menu_data(table: DamageTable, columns: Any = None) -> MenuData:
+    """Return a damage table, or some of its plans, as what a menu is trained on.
+
+    Args:
+        table: The table.
+        columns: Plans to take, in their order on the menu; None takes all.
+    """
+    taken = np.arange(len(table.plans)) if columns is None else np.asarray(columns)
+    plans = table.plans[taken]
+    views = {}
+    for layer, view in table.views.items():
+        old, new = prefix_numbers(table.plans, layer)[taken], prefix_numbers(plans, layer)
+        # The first plan of each new prefix says which of the old ones it was.
+        first = [int(old[np.flatnonzero(new == number)[0]]) for number in range(int(new.max()) + 1)]
+        views[layer] = view[:, first]
+    reward = np.exp(np.minimum(table.reward, 0.0))[:, taken] if table.graded else None
+    return MenuData(
+        plans=plans,
+        views=views,
+        agreement=table.agreement[:, taken],
+        total_variation=table.total_variation[:, taken],
+        reward=reward,
+        groups=[example.prompt.strip() for example in table.examples],
+    )
+
+
+class _SharedSearch:
+    """One run; `_content` is what is on disk."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        folder: Path,
+        spec: SharedSpec,
+        progress: Progress,
+    ) -> None:
+        self._model, self._tokenizer, self._task = model, tokenizer, task
+        self._folder, self._spec, self._progress = folder, spec, progress
+        self._scorer = Scorer(model, tokenizer, task.scoring)
+        self._num_layers = self._scorer.num_layers
+        order = np.random.default_rng(spec.seed).permutation(len(task.examples))
+        # Two thirds at most choose the beam: the menu needs prompts that did not.
+        count = min(spec.num_prompts, len(order) // 3)
+        self._examples = [task.examples[index] for index in order[:count].tolist()]
+        others = np.sort(order[count : count + spec.num_confirmed]).tolist()
+        self._others = [task.examples[index] for index in others]
+        self._asked = {
+            "base_model": fingerprint_digest(fingerprint(model)),
+            "dtype": dtype_name(model),
+            "task": task_fields(task),
+            "search": config_to_dict(spec),
+        }
+        self._path = folder / MENU
+        self._content: dict[str, Any] = {}
+
+    def run(self) -> None:
+        if self._path.exists():
+            self._content = _read(self._path)
+            check_asked(self._path, self._asked, self._content["asked"])
+            if self._content["complete"]:
+                return
+        else:
+            self._content = {
+                "schema_version": SCHEMA_VERSION,
+                "asked": self._asked,
+                "base_model": fingerprint(self._model),
+                "complete": False,
+                "evaluations": 0,
+                # Layers that plans are made of, the cheapest first.
+                "candidates": [],
+                # Plans carried on, by the number of layers skipped, with their mean on the first prompts.
+                "levels": [],
+            }
+        most = self._most_skipped()
+        if not self._content["candidates"]:
+            self._progress("removing single layers", 0, 1)
+            self._open()
+        while len(self._content["levels"]) < most:
+            self._progress("growing plans", len(self._content["levels"]), most)
+            self._grow()
+        self._measure()
+        self._content["complete"] = True
+        write_json_atomic(self._path, self._content)
+
+    def _most_skipped(self) -> int:
+        spec = self._spec
+        free = [
+            layer
+            for layer in range(spec.from_layer, self._num_layers)
+            if layer not in spec.protect
+        ]
+        fewest = max(1, int(np.ceil(spec.min_depth * self._num_layers - 1e-9)))
+        most = min(self._num_layers - fewest, len(free), spec.num_candidates)
+        if most < 1:
+            raise ConfigError(
+                f"nothing can be removed: {len(free)} of {self._num_layers} layers are free from layer "
+                f"{spec.from_layer} on, and min_depth {spec.min_depth} keeps {fewest}; free more layers or lower it"
+            )
+        return most
+
+    def _open(self) -> None:
+        """Remove every free layer alone."""
+        spec = self._spec
+        layers = [
+            layer
+            for layer in range(spec.from_layer, self._num_layers)
+            if layer not in spec.protect
+        ]
+        few = min(spec.num_screened, len(self._examples))
+        values = self._values([frozenset([layer]) for layer in layers], range(few))
+        order = np.argsort(-values.mean(axis=1), kind="stable")
+        self._content["candidates"] = [layers[index] for index in order[: spec.num_candidates]]
+        write_json_atomic(self._path, self._content)
+
+    def _grow(self) -> None:
+        """Add the plans that skip one more layer."""
+        spec, content = self._spec, self._content
+        known = [frozenset(item["skips"]) for item in content["levels"][-1]] if content["levels"] else []
+        grown = {
+            before | {layer}
+            for before in known or [frozenset()]
+            for layer in content["candidates"]
+            if layer not in before
+        }
+        plans = sorted(grown, key=sorted)
+        count = len(self._examples)
+        few = min(spec.num_screened, count)
+        screened = self._values(plans, range(few))
+        order = np.argsort(-screened.mean(axis=1), kind="stable")
+        kept = sorted(order[: spec.beam + -(-spec.beam // 2)].tolist())
+        values = np.empty((len(kept), count))
+        values[:, :few] = screened[kept]
+        if few < count:
+            values[:, few:] = self._values([plans[index] for index in kept], range(few, count))
+        best = np.argsort(-values.mean(axis=1), kind="stable")[: spec.beam]
+        content["levels"].append(
+            [
+                {"skips": sorted(plans[kept[row]]), "value": float(values[row].mean())}
+                for row in best.tolist()
+            ]
+        )
+        write_json_atomic(self._path, content)
+
+    def _measure(self) -> None:
+        """Measure the pool on other prompts, and choose front and menu."""
+        spec, content = self._spec, self._content
+        pool: list[frozenset[int]] = [frozenset()]
+        pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
+        plans = np.stack([self._plan(skips) for skips in pool])
+        first = int(np.flatnonzero((plans != 1).any(axis=0))[0])
+        task = Task(f"{self._task.name}, pool", tuple(self._others), self._task.scoring)
+        table = score_damage(
+            self._model,
+            self._tokenizer,
+            task,
+            plans,
+            self._folder / _POOL,
+            layers=[first],
+            progress=self._progress,
+        )
+        content["evaluations"] += len(self._others) * len(pool)
+        values = table.agreement if spec.objective == "preserve" else table.reward
+        means, changes = values.mean(axis=0), values - values[:, :1]
+        content["pool"] = [
+            {
+                "plan": plan_text(plan),
+                "value": float(mean),
+                "standard_error": float(change.std(ddof=1) / np.sqrt(len(change))),
+                "agreement": float(agreement),
+            }
+            for plan, mean, change, agreement in zip(
+                plans, means, changes.T, table.agreement.mean(axis=0), strict=True
+            )
+        ]
+        content["confirmed"] = len(self._others)
+        content["front"] = self._chain(pool)
+        content["menu"] = choose_plans(
+            menu_data(table), spec.size, objective=spec.objective, seed=spec.seed
+        ).tolist()
+
+    def _chain(self, pool: list[frozenset[int]]) -> list[int]:
+        """Return the nested plans with the highest sum of values on the prompts that grew them."""
+        total: dict[frozenset[int], float] = {frozenset(): 0.0}
+        before: dict[frozenset[int], frozenset[int]] = {}
+        for level in self._content["levels"]:
+            for item in level:
+                skips = frozenset(item["skips"])
+                under = [known for known in total if len(known) == len(skips) - 1 and known < skips]
+                best = max(under, key=lambda known: (total[known], sorted(known)))
+                before[skips], total[skips] = best, total[best] + item["value"]
+        deepest = max(len(skips) for skips in total)
+        at = max((s for s in total if len(s) == deepest), key=lambda s: (total[s], sorted(s)))
+        chain = [at]
+        while at:
+            at = before[at]
+            chain.append(at)
+        return [pool.index(skips) for skips in reversed(chain)]
+
+    def _values(self, skips: list[frozenset[int]], prompts: Iterable[int]) -> _Floats:
+        """Return the objective's reward of plans on some of the first prompts. Shape (plans, prompts)."""
+        examples = [self._examples[index] for index in prompts]
+        plans = np.stack([self._plan(each) for each in skips])
+        # A step's rewards depend on nothing that was scored before it.
+        self._scorer.forget()
+        rewards, _, _ = self._scorer.rewards(
+            examples,
+            np.repeat(plans, len(examples), axis=0),
+            np.tile(np.arange(len(examples)), len(plans)),
+            self._spec.objective,
+        )
+        self._content["evaluations"] += rewards.size
+        return rewards.reshape(len(plans), len(examples))
+
+    def _plan(self, skips: Iterable[int]) -> Plans:
+        plan = identity_plan(self._num_layers)
+        plan[list(skips)] = int(SKIP)
+        return plan
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path, LabelError)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise LabelError(
+            f"{path} has schema version {content.get('schema_version')!r}; this one reads {SCHEMA_VERSION}: search "
+            "again, or install the dynadepth-search that wrote it"
+        )
+    return content
