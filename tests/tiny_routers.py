@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from dynadepth.budget import Calibration
 from dynadepth.checkpoint import Routers
 from dynadepth.config import RouterConfig
+from dynadepth.prompts import PromptBatch
 from dynadepth.routers import RouterHeads
 
 CALIBRATION = Calibration(
@@ -15,6 +17,12 @@ CALIBRATION = Calibration(
     lowest=0.5,
     highest=1.0,
 )
+
+
+def seen(mask: torch.Tensor, num_layers: int = 4) -> PromptBatch:
+    """Return prompts of which nothing has been decided yet."""
+    plans = np.ones((len(mask), num_layers), dtype=np.uint8)
+    return PromptBatch(mask.bool(), plans)
 
 
 def random_heads(config: RouterConfig, *, seed: int = 0) -> RouterHeads:

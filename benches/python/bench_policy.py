@@ -10,7 +10,6 @@ comes from packages; `--quick` is `smollm2` with few prompts and only shows that
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 import time
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
 from dynadepth.loading import load_model, load_tokenizer
 from dynadepth.menu_training import MenuData, MenuFit, fit_menu, walk_budget
 from dynadepth.plans import plan_depth, plan_text
 from dynadepth_search.assets import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.chat import as_chat
-from dynadepth_search.damage import DamageTable, read_damage, score_damage
+from dynadepth_search.damage import DamageTable, score_damage
 from dynadepth_search.questions import QUESTION_SETS, fetch_questions
 from dynadepth_search.shared import SharedSpec, menu_data, search_shared
 from dynadepth_search.tasks import Example, Task
@@ -36,7 +36,9 @@ LONGEST = 700
 SYSTEM = "Answer with one letter."
 
 
-def lettered(tokenizer: Any, cache: Path, train: int, heldout: int) -> tuple[Task, Task, list[str], list[str]]:
+def lettered(
+    tokenizer: Any, cache: Path, train: int, heldout: int
+) -> tuple[Task, Task, list[str], list[str]]:
     """Return questions of six sets, about equally many of each, and the set of each question."""
     parts: dict[str, list[Example]] = {}
     for name in QUESTION_SETS:
@@ -45,15 +47,16 @@ def lettered(tokenizer: Any, cache: Path, train: int, heldout: int) -> tuple[Tas
             for question in fetch_questions(cache, name)
             if len(question.text) + sum(map(len, question.options)) <= LONGEST
         ]
-        random.Random(f"0 {name}").shuffle(found)
-        parts[name] = found
+        parts[name] = _shuffled(found, len(parts))
     first, second = {}, {}
     for name, found in parts.items():
         first[name] = found[: train // len(parts)]
         second[name] = found[train // len(parts) :]
     return (
-        *(_chat_task(tokenizer, title, part, count) for title, part, count in
-          (("train", first, train), ("heldout", second, heldout))),
+        *(
+            _chat_task(tokenizer, title, part, count)
+            for title, part, count in (("train", first, train), ("heldout", second, heldout))
+        ),
         *(_interleaved(part, count)[1] for part, count in ((first, train), (second, heldout))),
     )
 
@@ -61,6 +64,10 @@ def lettered(tokenizer: Any, cache: Path, train: int, heldout: int) -> tuple[Tas
 def _chat_task(tokenizer: Any, title: str, parts: dict[str, list[Example]], count: int) -> Task:
     examples = tuple(_interleaved(parts, count)[0])
     return as_chat(Task(f"six sets, {title}", examples, "letter"), tokenizer, system=SYSTEM)
+
+
+def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+    return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
 
 
 def _interleaved(parts: dict[str, list[Example]], count: int) -> tuple[list[Example], list[str]]:
@@ -75,12 +82,14 @@ def _interleaved(parts: dict[str, list[Example]], count: int) -> tuple[list[Exam
     return [example for example, _ in turns], [name for _, name in turns]
 
 
-def several_kinds(tokenizer: Any, cache: Path, train: int, heldout: int) -> tuple[Task, Task, list[str], list[str]]:
+def several_kinds(
+    _tokenizer: Any, cache: Path, train: int, heldout: int
+) -> tuple[Task, Task, list[str], list[str]]:
     """Return prompts without answers: questions, passages to go on with, instructions."""
     questions = fetch_questions(cache, "CommonsenseQA")
     passages = fetch_questions(cache, "BoolQ")
     goals = fetch_questions(cache, "PIQA")
-    rng = random.Random("kinds")
+    rng = np.random.default_rng(0)
     parts = {
         "question": [f"Question: {each.text}\nAnswer:" for each in questions],
         "passage": [_beginning(each.text, rng) for each in passages],
@@ -89,8 +98,7 @@ def several_kinds(tokenizer: Any, cache: Path, train: int, heldout: int) -> tupl
     examples: dict[str, list[Example]] = {}
     for name, texts in parts.items():
         distinct = list(dict.fromkeys(text for text in texts if 20 <= len(text) <= LONGEST))
-        rng.shuffle(distinct)
-        examples[name] = [Example(prompt=text) for text in distinct]
+        examples[name] = _shuffled([Example(prompt=text) for text in distinct], len(examples))
     first = {name: part[: train // 3] for name, part in examples.items()}
     second = {name: part[train // 3 :] for name, part in examples.items()}
     made = []
@@ -100,10 +108,10 @@ def several_kinds(tokenizer: Any, cache: Path, train: int, heldout: int) -> tupl
     return made[0][0], made[1][0], made[0][1], made[1][1]
 
 
-def _beginning(passage: str, rng: random.Random) -> str:
+def _beginning(passage: str, rng: np.random.Generator) -> str:
     """Cut a passage somewhere between words of its second half."""
     words = passage.rsplit("\n", 1)[0].split(" ")
-    return " ".join(words[: rng.randint(max(1, len(words) // 2), max(1, len(words) - 1))])
+    return " ".join(words[: int(rng.integers(len(words) // 2, len(words))) or 1])
 
 
 def _instruction(goal: str) -> str:
@@ -111,7 +119,11 @@ def _instruction(goal: str) -> str:
 
 
 def depth_rows(
-    fit: MenuFit, chosen_scores: list[np.ndarray], train: MenuData, table: DamageTable, columns: np.ndarray
+    fit: MenuFit,
+    chosen_scores: list[np.ndarray],
+    train: MenuData,
+    table: DamageTable,
+    columns: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Return what the policy and the static mixture of its mean depth do on held-out prompts, for each budget."""
     plans, depths = fit.menu.plans, fit.menu.depths
@@ -136,7 +148,9 @@ def depth_rows(
         low, high, share = penalties_for(fit, budget)
         # A prompt's hash, in place of a draw: uniform and fixed.
         mix = (np.arange(len(table)) * 0.6180339887498949) % 1.0
-        rows_of = [walk_budget(chosen_scores, plans, fit.recipe.layers, penalty) for penalty in (low, high)]
+        rows_of = [
+            walk_budget(chosen_scores, plans, fit.recipe.layers, penalty) for penalty in (low, high)
+        ]
         choice = np.where(mix < share, rows_of[1], rows_of[0])
         depth = float(depths[choice].mean())
         row: dict[str, Any] = {"budget": budget, "depth": depth, "n": len(table)}
@@ -160,7 +174,11 @@ def penalties_for(fit: MenuFit, budget: float) -> tuple[float, float, float]:
     from dynadepth.menu_training import PENALTIES
 
     means = np.minimum.accumulate([fit.menu.depths[fit.choices(p)].mean() for p in PENALTIES])
-    after = int(np.argmax(means <= budget + 1e-12)) if (means <= budget + 1e-12).any() else len(means) - 1
+    after = (
+        int(np.argmax(means <= budget + 1e-12))
+        if (means <= budget + 1e-12).any()
+        else len(means) - 1
+    )
     if after == 0:
         return float(PENALTIES[0]), float(PENALTIES[0]), 0.0
     high, low = means[after - 1], means[after]
@@ -178,7 +196,9 @@ def main() -> None:
     parser.add_argument("--from-layer", type=int, help="no plan edits a layer before this one")
     parser.add_argument("--min-depth", type=float, default=0.8)
     parser.add_argument("--size", type=int, default=16, help="plans on the menu")
-    parser.add_argument("--out", type=Path, help="folder of the run [default: runs/bench-policy/MODEL]")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the run [default: runs/bench-policy/MODEL]"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stop-after", choices=["search", "train", "heldout"])
     parser.add_argument(
@@ -205,10 +225,16 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     if from_layer is None:
         from_layer = 20 if options.model == "qwen" else 0
     spec = SharedSpec(
-        from_layer=from_layer, min_depth=options.min_depth, size=options.size, num_prompts=32, num_screened=12
+        from_layer=from_layer,
+        min_depth=options.min_depth,
+        size=options.size,
+        num_prompts=32,
+        num_screened=12,
     )
     if options.quick:
-        spec = SharedSpec(min_depth=0.9, size=4, beam=2, num_candidates=3, num_prompts=6, num_screened=2)
+        spec = SharedSpec(
+            min_depth=0.9, size=4, beam=2, num_candidates=3, num_prompts=6, num_screened=2
+        )
     found = search_shared(model, tokenizer, train, folder / "shared", spec, progress=say)
     for plan in found.menu:
         say(f"{plan_text(plan)} {float(plan_depth(plan)):.3f}", 1, 1)
@@ -216,11 +242,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         return None
     first = int(np.flatnonzero((found.menu != 1).any(axis=0))[0])
     last = int(np.flatnonzero((found.menu != 1).any(axis=0))[-1])
-    layers = sorted({first // 2, 3 * first // 4, first, *range(first + 2, last, 2 if first > 9 else 4)})
+    layers = sorted(
+        {first // 2, 3 * first // 4, first, *range(first + 2, last, 2 if first > 9 else 4)}
+    )
     tables = []
     for name, task in (("train", train), ("heldout", heldout)):
         tables.append(
-            score_damage(model, tokenizer, task, found.menu, folder / name, layers=layers, progress=say)
+            score_damage(
+                model, tokenizer, task, found.menu, folder / name, layers=layers, progress=say
+            )
         )
         if options.stop_after == name:
             return None
@@ -266,8 +296,8 @@ def held_out_scores(fit: MenuFit, table: DamageTable) -> list[np.ndarray]:
 
 def show(report: dict[str, Any]) -> None:
     sys.stdout.write(
-        f"{report['train_prompts']} prompts to train, {report['heldout_prompts']} held out, {len(report['plans'])} plans; "
-        f"recipe {report['recipe']}\n"
+        f"{report['train_prompts']} prompts to train, {report['heldout_prompts']} held out, "
+        f"{len(report['plans'])} plans; recipe {report['recipe']}\n"
     )
     for row in report["rows"]:
         line = f"{row['budget']:.3f} -> {row['depth']:.3f}"

@@ -17,12 +17,27 @@ import numpy as np
 from dynadepth.config import check_fields, config_from_dict, config_to_dict
 from dynadepth.errors import BudgetError, ConfigError
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "PenaltyMix", "calibrate"]
 
 # Lambdas this close, relative to the larger or to a thousandth, count as the same.
 _LAMBDA_TOLERANCE = 1e-4
 # Logits are of order 1 to 100; a policy that a penalty of this size cannot move cannot be moved.
 _LARGEST_LAMBDA = 4.0**8
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyMix:
+    """Two neighbouring penalties, one for each prompt.
+
+    Args:
+        shallow: The larger penalty, of the lower mean depth.
+        deep: The smaller penalty.
+        share: Prompts whose number in [0, 1) is below this take `deep`, the others `shallow`.
+    """
+
+    shallow: float
+    deep: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +97,33 @@ class Calibration:
             BudgetError: The budget is not a number or lies outside the calibrated range.
         """
         return self.lambdas[self._entry(budget)]
+
+    def mix_for(self, budget: Any) -> PenaltyMix:
+        """Return the two penalties, and their shares of the prompts, that have the budget as their mean depth.
+
+        Computed in float32, as the exported graph does it.
+
+        Args:
+            budget: As in `penalty_for`.
+
+        Returns:
+            Neighbours of the table; twice the same penalty for an entry's own depth at the lower end.
+
+        Raises:
+            BudgetError: As in `penalty_for`.
+
+        Example:
+            >>> table = Calibration(lambdas=(2.0, 1.0), depths=(0.5, 1.0), lowest=0.5, highest=1.0)
+            >>> table.mix_for(0.75)
+            PenaltyMix(shallow=2.0, deep=1.0, share=0.5)
+        """
+        number = np.float32(self._checked(budget))
+        depths = np.asarray(self.depths, dtype=np.float32)
+        after = min(int((depths < number).sum()), len(depths) - 1)
+        before = max(after - 1, 0)
+        gap = depths[after] - depths[before]
+        share = float((number - depths[before]) / gap) if gap > 0 else 1.0
+        return PenaltyMix(self.lambdas[before], self.lambdas[after], share)
 
     def depth_for(self, budget: Any) -> float:
         """Return the mean depth that the calibration prompts had under `penalty_for(budget)`.

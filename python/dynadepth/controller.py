@@ -30,6 +30,7 @@ from dynadepth.executor import (
 from dynadepth.families import LayerStack, layer_stack
 from dynadepth.plans import EXECUTE, REPEAT, Plans, check_plans
 from dynadepth.policies import Policy
+from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
 from dynadepth.tokens import real_tokens
 
@@ -205,6 +206,7 @@ class Controller:
         layer_idx: int,
         hidden_states: torch.Tensor,
         prompt_mask: torch.Tensor,
+        tokens: torch.Tensor | None,
     ) -> None:
         """Ask the policy for the actions of the layers from `layer_idx` to its next decision.
 
@@ -213,11 +215,13 @@ class Controller:
             layer_idx: The layer that the states enter.
             hidden_states: Shape (rows, tokens, hidden).
             prompt_mask: True for the prompt's tokens. Shape (rows, tokens), bool.
+            tokens: Token ids or embeddings of the batch, if they are known.
         """
         reads = self.policy.decision_layers
         end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
+        prompts = PromptBatch(prompt_mask, plans.plans, tokens)
         with torch.no_grad():
-            given = self.policy.decide(layer_idx, hidden_states, prompt_mask)
+            given = self.policy.decide(layer_idx, hidden_states, prompts)
         actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
         plans.decide(layer_idx, self._limit(actions, layer_idx, visits))
@@ -312,10 +316,16 @@ class PlanScope:
         attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
     """
 
-    def __init__(self, owner: Controller, attention_mask: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        owner: Controller,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor | None = None,
+    ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._controller = owner
+        self._tokens = tokens
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         # The same at every layer, so it is made once.
@@ -336,7 +346,9 @@ class PlanScope:
         if layer_idx >= plans.num_decided:
             if self._prompt_mask is None:
                 self._prompt_mask = self._controller.prompt_mask(self, call)
-            self._controller.decide(plans, layer_idx, states, self._prompt_mask)
+            self._controller.decide(
+                plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
+            )
         cache, num_rows = self._cache, plans.num_rows
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -354,6 +366,13 @@ class PlanScope:
         if cache is not None:
             cache.advance(layer_idx, states.shape[1])
         return states
+
+    def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
+        tokens = self._tokens
+        if tokens is None or tokens.shape[:2] != states.shape[:2]:
+            return None
+        return tokens.to(states.device)
 
     def _begin(self, call: LayerCall) -> RowPlans:
         states = call.hidden_states
@@ -373,7 +392,10 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         mask = None
-    enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask))
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
 
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:

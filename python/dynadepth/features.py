@@ -14,6 +14,7 @@ from dynadepth.errors import WrapError
 from dynadepth.families import layer_stack
 from dynadepth.plans import Plans, check_plans
 from dynadepth.policies import Policy
+from dynadepth.prompts import PromptBatch
 from dynadepth.routers import last_token_state, window_means
 from dynadepth.wrap import unwrap_model, wrap_model
 
@@ -33,9 +34,9 @@ class _TeacherPolicy(Policy):
         plans: Plans = self._plans[:num_rows].copy()
         return plans
 
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
-        means = window_means(hidden_states, prompt_mask, self._num_windows)
-        last = last_token_state(hidden_states, prompt_mask).unsqueeze(1)
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
+        means = window_means(hidden_states, prompts.mask, self._num_windows)
+        last = last_token_state(hidden_states, prompts.mask).unsqueeze(1)
         self.pooled.append(torch.cat([means, last], dim=1).cpu())
         return self._plans[:, layer_idx : layer_idx + 1]
 

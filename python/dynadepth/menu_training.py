@@ -1,7 +1,7 @@
 """Training of a menu's heads on a damage table: arrays in, a menu out.
 
-Owns the fit (standardise, principal components, ridge, folded into one matrix), the cross-validation that chooses between
-recipes, and the choice of a menu from a pool of plans. Knows nothing of models, prompts or files.
+Owns the fit (standardise, principal components, ridge, folded into one matrix), the cross-validation that chooses
+between recipes, and the choice of a menu from a pool of plans. Knows nothing of models, prompts or files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +52,8 @@ class MenuData:
 
     Args:
         plans: The identity first. Shape (K, num_layers), uint8.
-        views: By layer, what a head reads of each prompt that comes there under each distinct prefix of the plans, prefixes
-            numbered in the order in which plans first show them. Shape (N, prefixes, views, hidden), floating.
+        views: By layer, what a head reads of each prompt that comes there under each distinct prefix of the plans,
+            prefixes numbered in the order in which plans first show them. Shape (N, prefixes, views, hidden), floating.
         agreement: 1 where a plan keeps the base model's answer. Shape (N, K).
         total_variation: Between base and plan, 0 to 1. Shape (N, K).
         reward: Probability of the right answer; None where there is none. Shape (N, K).
@@ -113,7 +113,8 @@ class MenuData:
         names = list(self.groups) if self.groups is not None else list(range(len(self.agreement)))
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
         drawn = np.random.default_rng(seed).permutation(len(number)) % _FOLDS
-        return drawn[[number[name] for name in names]]
+        folds: Indices = drawn[[number[name] for name in names]]
+        return folds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,8 +210,8 @@ def fit_menu(
     Recipes are compared by what they gain over the best mixture of the menu's own plans of equal depth, averaged over
     four depths: in agreement for `preserve`, in the probability of the right answer for `reward`. A perceptron, and a
     decision in several steps, is taken only if it gains more by at least one standard error of the paired difference.
-    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain is more than one standard error, else 0: then all prompts are
-    treated alike.
+    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain is more than one standard error, else 0: then all prompts
+    are treated alike.
 
     Args:
         data: Prompts under plans.
@@ -227,8 +228,8 @@ def fit_menu(
         ConfigError: An unknown objective, or layers that the data has no states of.
 
     Source:
-        Own. CARROT (arXiv 2502.03261) scores each choice with a head of its own and subtracts cost; deviation: targets are
-        the frozen model's own answers, so that no labels are needed.
+        Own. CARROT (arXiv 2502.03261) scores each choice with a head of its own and subtracts cost; deviation: targets
+        are the frozen model's own answers, so that no labels are needed.
     """
     if objective not in ("preserve", "reward"):
         raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
@@ -284,9 +285,9 @@ def choose_plans(
 ) -> Indices:
     """Choose a menu from a pool of plans, so that choosing among them by the prompt gains most.
 
-    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still has
-    those. Each step adds the plan with which a policy that was trained on other prompts does best, averaged over four
-    depths. What an oracle would gain is not asked: most of that is luck.
+    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still
+    has those. Each step adds the plan with which a policy that was trained on other prompts does best, averaged over
+    four depths. What an oracle would gain is not asked: most of that is luck.
 
     Args:
         data: The pool.
@@ -607,18 +608,18 @@ class _Perceptron:
         own = torch.from_numpy(self._numbers)
         for _ in range(self._EPOCHS):
             with torch.no_grad():
-                loss = float((self._forward(parameters, inputs[held], own) - wanted[held]).square().mean())
+                loss = float(
+                    (self._forward(parameters, inputs[held], own) - wanted[held]).square().mean()
+                )
             if loss < best:
                 best, kept = loss, [part.detach().clone() for part in parameters]
             shuffled = used[torch.randperm(len(used), generator=generator)]
             for batch in shuffled.split(self._BATCH):
                 optimizer.zero_grad(set_to_none=True)
                 error = self._forward(parameters, inputs[batch], own) - wanted[batch]
-                error.square().mean().backward()  # type: ignore[no-untyped-call]
+                error.square().mean().backward()
                 optimizer.step()
-        self.inner_weight, self.inner_bias, self.weight, self.bias = (
-            part.numpy() for part in kept
-        )
+        self.inner_weight, self.inner_bias, self.weight, self.bias = (part.numpy() for part in kept)
 
     def scores(self, rows: Indices) -> Floats:
         """Return the scores of prompts. Shape (rows, K)."""
@@ -668,7 +669,7 @@ def walk_budget(
 def _choose(
     scores: Sequence[Floats], numbers: Sequence[Indices], depths: Floats, penalty: float
 ) -> Indices:
-    chosen = (scores[0] - penalty * depths).argmax(axis=1)
+    chosen: Indices = (scores[0] - penalty * depths).argmax(axis=1)
     for later, prefix in zip(scores[1:], numbers[1:], strict=True):
         still_open = prefix[None, :] == prefix[chosen][:, None]
         chosen = np.where(still_open, later - penalty * depths, -np.inf).argmax(axis=1)

@@ -52,7 +52,9 @@ class MenuHead:
                 f"a menu head reads layer {self.layer_idx} with {self.num_windows} windows; expected 0 or more of both"
             )
         if (self.inner_weight is None) != (self.inner_bias is None):
-            raise ConfigError("a menu head has one of inner_weight and inner_bias; give both or neither")
+            raise ConfigError(
+                "a menu head has one of inner_weight and inner_bias; give both or neither"
+            )
         for name, tensor in self.tensors().items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
                 raise ConfigError(
@@ -216,9 +218,9 @@ class Menu:
             Shape (batch, K), bool.
         """
         layer = self.heads[step].layer_idx
-        same: npt.NDArray[np.bool_] = (
-            self.plans[None, :, :layer] == so_far[:, None, :layer]
-        ).all(axis=2)
+        same: npt.NDArray[np.bool_] = (self.plans[None, :, :layer] == so_far[:, None, :layer]).all(
+            axis=2
+        )
         return same
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -12,11 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynadepth.budget import PenaltyMix
 from dynadepth.errors import ConfigError, PlanError
+from dynadepth.menus import Menu
 from dynadepth.plans import EXECUTE, NUM_ACTIONS, Plans, check_plans
+from dynadepth.prompts import PromptBatch
 from dynadepth.routers import RouterHeads, pool
 
-__all__ = ["LayerwisePolicy", "Policy", "RouterPolicy", "StaticPolicy", "actions_of", "undecidable"]
+__all__ = [
+    "LayerwisePolicy",
+    "MenuPolicy",
+    "Policy",
+    "RouterPolicy",
+    "StaticPolicy",
+    "actions_of",
+    "undecidable",
+]
 
 
 _UNDECIDED = 255
@@ -47,13 +58,13 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Decide the actions of a layer, and perhaps of layers right after it.
 
         Args:
             layer_idx: One of `decision_layers`.
             hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
-            prompt_mask: True for the prompt's real tokens. Shape (batch, tokens), bool, same device.
+            prompts: Which tokens are the prompt's, and what has been decided before.
 
         Returns:
             Actions of the layers layer_idx .. layer_idx + k - 1, on the host. Shape (batch, k), uint8.
@@ -89,7 +100,7 @@ class StaticPolicy(Policy):
         """Return the plan for each row."""
         return np.tile(self.plan, (num_rows, 1))
 
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:  # noqa: ARG002
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:  # noqa: ARG002
         """Raise: a static policy has nothing to decide.
 
         Raises:
@@ -116,7 +127,7 @@ class LayerwisePolicy(Policy):
 
     @abstractmethod
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
-        """Return the actions of one layer, on the host. Shape (batch,), uint8. Arguments as `decide`."""
+        """Return the actions of one layer, on the host. Shape (batch,), uint8; `prompt_mask` is `PromptBatch.mask`."""
 
     def initial_plans(self, num_rows: int) -> Plans:
         """Return the fixed actions; layers that are decided later run once."""
@@ -124,14 +135,14 @@ class LayerwisePolicy(Policy):
         plans[:, list(self.decision_layers)] = int(EXECUTE)
         return plans
 
-    def decide(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Return the actions of one layer and the fixed ones up to the next decision.
 
         Shape (batch, layers up to the next of `decision_layers`), uint8.
         """
         end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
         decided: Plans = np.tile(self._static_plan[layer_idx:end], (len(hidden_states), 1))
-        decided[:, 0] = self.actions_at(layer_idx, hidden_states, prompt_mask)
+        decided[:, 0] = self.actions_at(layer_idx, hidden_states, prompts.mask)
         return decided
 
 
@@ -207,6 +218,96 @@ class RouterPolicy(LayerwisePolicy):
     def _moved_to(self, device: torch.device) -> tuple[RouterHeads, Tensor]:
         if device not in self._on_device:
             self._on_device[device] = (self.heads.to(device), self.bias.to(device))
+        return self._on_device[device]
+
+
+class MenuPolicy(Policy):
+    """Gives each prompt one of a few plans: the one whose score less the price of its depth is highest.
+
+    Rows of a batch that get equal plans run together, and there are few plans. A prompt's own number says which of two
+    neighbouring penalties it is charged, so that a budget is met exactly on the prompts it was calibrated on, and no
+    prompt's plan depends on its batch. One small product for each head, and one transfer to the host: that of the
+    chosen plans.
+
+    Args:
+        menu: The plans and the heads that score them.
+        penalty: What a depth of 1 costs, in scores; one number for all prompts, or two and their shares.
+
+    Raises:
+        ConfigError: A penalty that is not finite.
+
+    Example:
+        >>> from dynadepth.menus import Menu, MenuHead
+        >>> head = MenuHead(1, 0, torch.zeros(2, 4), torch.tensor([1.0, 0.9]))
+        >>> policy = MenuPolicy(Menu(np.array([[1, 1, 1], [1, 1, 0]]), (head,)), 0.5)
+        >>> states, mask = torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)
+        >>> policy.decide(1, states, PromptBatch(mask, policy.initial_plans(1)))
+        array([[1, 0]], dtype=uint8)
+    """
+
+    def __init__(self, menu: Menu, penalty: float | PenaltyMix = 0.0) -> None:
+        mix = penalty if isinstance(penalty, PenaltyMix) else PenaltyMix(penalty, penalty, 1.0)
+        if not math.isfinite(mix.shallow) or not math.isfinite(mix.deep):
+            raise ConfigError(f"the penalty is {penalty}; expected finite numbers")
+        self.menu = menu
+        self.penalty = mix
+        self.num_layers = menu.num_layers
+        self.decision_layers = menu.decision_layers
+        self._depths = torch.from_numpy(menu.depths).to(torch.float32)
+        self._on_device: dict[torch.device, tuple[Menu, Tensor]] = {}
+
+    def initial_plans(self, num_rows: int) -> Plans:
+        """Return what all plans of the menu begin with, and EXECUTE from the first decision on."""
+        plans = np.full((num_rows, self.num_layers), int(EXECUTE), dtype=np.uint8)
+        first = self.decision_layers[0]
+        plans[:, :first] = self.menu.plans[0, :first]
+        return plans
+
+    @torch.no_grad()
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
+        """Choose a plan for each prompt and return it up to the next decision.
+
+        Raises:
+            ConfigError: The states have another width than the heads, or hold NaN at a prompt's token; or two penalties
+                are mixed and the prompts' tokens are not known.
+        """
+        if hidden_states.shape[-1] != self.menu.hidden_size:
+            raise ConfigError(
+                f"layer {layer_idx} has states of width {hidden_states.shape[-1]}; this menu reads width "
+                f"{self.menu.hidden_size}"
+            )
+        step = self.decision_layers.index(layer_idx)
+        menu, depths = self._moved_to(hidden_states.device)
+        head = menu.heads[step]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = head.scores(head.read(hidden_states, prompts.mask))
+            priced = scores - self._prices(prompts).unsqueeze(-1) * depths
+        if step:
+            # Known on the host, and small: it goes to the device without anyone waiting.
+            still_open = torch.from_numpy(menu.open_plans(step, prompts.plans))
+            priced = priced.masked_fill(~still_open.to(priced.device), -math.inf)
+        chosen = priced.argmax(dim=-1)
+        # One transfer tells both; argmax alone would turn NaN into a plan.
+        chosen = chosen.masked_fill(scores.isnan().any(dim=-1), -1)
+        rows = chosen.cpu().numpy()
+        if (rows < 0).any():
+            raise undecidable(layer_idx)
+        end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
+        decided: Plans = menu.plans[rows, layer_idx:end]
+        return decided
+
+    def _prices(self, prompts: PromptBatch) -> Tensor:
+        """Return the penalty of each prompt. Shape (batch,) or (1,), float32."""
+        mix = self.penalty
+        if mix.shallow == mix.deep:
+            return torch.full((1,), mix.deep, device=prompts.mask.device)
+        numbers = prompts.mix
+        deep = torch.full_like(numbers, mix.deep)
+        return torch.where(numbers < mix.share, deep, torch.full_like(numbers, mix.shallow))
+
+    def _moved_to(self, device: torch.device) -> tuple[Menu, Tensor]:
+        if device not in self._on_device:
+            self._on_device[device] = (self.menu.to(device), self._depths.to(device))
         return self._on_device[device]
 
 

@@ -1,7 +1,7 @@
 """What a policy is told of the prompts besides their states.
 
-Owns the number in [0, 1) that stands for a prompt: it depends on the prompt's token ids alone, so that two penalties can
-be mixed over prompts without a draw and without regard to who shares a batch.
+Owns the number in [0, 1) that stands for a prompt: it depends on the prompt's token ids alone, so that two penalties
+can be mixed over prompts without a draw and without regard to who shares a batch.
 """
 
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ class PromptBatch:
 
     Args:
         mask: True for the prompt's real tokens. Shape (batch, tokens), bool, on the states' device.
-        plans: What has been decided so far; layers that are not decided yet hold a policy's initial plans. Shape (batch,
-            num_layers), uint8, on the host. Not to be written to.
-        tokens: What the model was given: token ids (batch, tokens) or embeddings (batch, tokens, hidden); None if neither
-            is known.
+        plans: What has been decided so far; layers that are not decided yet hold a policy's initial plans. Shape
+            (batch, num_layers), uint8, on the host. Not to be written to.
+        tokens: What the model was given: token ids (batch, tokens) or embeddings (batch, tokens, hidden); None if
+            neither is known.
     """
 
     mask: Tensor
@@ -58,9 +58,9 @@ class PromptBatch:
 def prompt_mix(tokens: Tensor, mask: Tensor) -> Tensor:
     """Return a number in [0, 1) for each prompt that depends on its real tokens alone.
 
-    With the n real tokens t_0 .. t_{n-1} of a prompt: h = sum over i of (t_i + 1) * 1103515245^i modulo 2^31 - 1, and the
-    number is (48271 * h modulo 2^31 - 1) / 2^31, cut to 24 bits so that float32 holds it exactly. Padding has no effect.
-    Nothing waits for the device.
+    With the n real tokens t_0 .. t_{n-1} of a prompt: h = sum over i of (t_i + 1) * 1103515245^i modulo 2^31 - 1, and
+    the number is (48271 * h modulo 2^31 - 1) / 2^31, cut to 24 bits so that float32 holds it exactly. Padding has no
+    effect. Nothing waits for the device.
 
     Args:
         tokens: Token ids, shape (batch, tokens), integer; or embeddings, shape (batch, tokens, hidden), whose bfloat16

@@ -50,7 +50,11 @@ def last_token_state(hidden_states: Tensor, prompt_mask: Tensor) -> Tensor:
     Returns:
         States; zeros for a row without real tokens. Shape (batch, hidden), float32.
     """
-    return _average(hidden_states, prompt_mask, _last_member(prompt_mask))[:, 0]
+    real = prompt_mask.to(torch.bool)
+    column = torch.arange(real.shape[1], device=real.device)
+    last = (column * real).amax(dim=1)
+    states = hidden_states[torch.arange(len(last), device=real.device), last].to(torch.float32)
+    return states.masked_fill(real.any(dim=1).logical_not().unsqueeze(1), 0.0)
 
 
 def pool(hidden_states: Tensor, prompt_mask: Tensor, config: RouterConfig) -> Tensor:

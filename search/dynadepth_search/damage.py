@@ -65,7 +65,8 @@ class DamageTable:
     Args:
         plans: The identity first. Shape (K, layers), uint8.
         examples: The prompts with what their answers are judged by, in the order of the task.
-        given: The answer under each plan: the best choice, or else the best token after the prompt. Shape (N, K), int64.
+        given: The answer under each plan: the best choice, or else the best token after the prompt. Shape (N, K),
+            int64.
         agreement: 1 where it is the base model's; for a completion the share of its tokens. Shape (N, K), float64.
         total_variation: Between base and plan, over the choices or else the vocabulary. Shape (N, K), float64.
         divergence: KL(base, plan) in nats over the same. Shape (N, K), float64.
@@ -228,7 +229,7 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
     if not columns["prompt"]:
         raise LabelError(f"{place} holds no scored prompts yet: run the scoring first")
     width = len(asked["plans"][0])
-    figures = {name: np.array(columns[name], dtype=np.float64) for name in _FIGURES}
+    arrays = {name: np.array(columns[name], dtype=np.float64) for name in _FIGURES}
     return DamageTable(
         plans=np.stack([parse_plan(text, width) for text in asked["plans"]]),
         examples=tuple(
@@ -246,7 +247,7 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
         given=np.array(columns["given"], dtype=np.int64),
         views={layer: torch.cat(listed) for layer, listed in views.items()},
         manifest=manifest,
-        **figures,
+        **arrays,
     )
 
 

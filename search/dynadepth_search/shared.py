@@ -1,7 +1,7 @@
 """Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
 
-Owns the search and the file `menu.json`. The beam is the look-ahead: a plan that is not the best of its depth may lead to
-the best one below. Knows nothing of policies that choose from a menu.
+Owns the search and the file `menu.json`. The beam is the look-ahead: a plan that is not the best of its depth may lead
+to the best one below. Knows nothing of policies that choose from a menu.
 """
 
 import os
@@ -137,8 +137,8 @@ def search_shared(
     """Search plans for all prompts of a task, or go on with a search that was interrupted.
 
     Every layer is removed alone; of the best ones, sets are grown one layer at a time, the best few of each size being
-    carried on. All of these are the pool. Prompts that took no part measure it and, by cross-fitting, choose the menu. The
-    front is the chain of nested plans within the pool with the highest sum of means on the first prompts.
+    carried on. All of these are the pool. Prompts that took no part measure it and, by cross-fitting, choose the menu.
+    The front is the chain of nested plans within the pool with the highest sum of means on the first prompts.
 
     Args:
         model: The unwrapped base model; left as it was.
@@ -211,9 +211,7 @@ def read_shared(folder: str | os.PathLike[str], *, model: Any = None) -> SharedP
             asked=content["asked"],
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise LabelError(
-            f"{path} is damaged ({error!r}): delete it and search again"
-        ) from error
+        raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
 
 
 def menu_data(table: DamageTable, columns: Any = None) -> MenuData:
@@ -305,9 +303,7 @@ class _SharedSearch:
     def _most_skipped(self) -> int:
         spec = self._spec
         free = [
-            layer
-            for layer in range(spec.from_layer, self._num_layers)
-            if layer not in spec.protect
+            layer for layer in range(spec.from_layer, self._num_layers) if layer not in spec.protect
         ]
         fewest = max(1, int(np.ceil(spec.min_depth * self._num_layers - 1e-9)))
         most = min(self._num_layers - fewest, len(free), spec.num_candidates)
@@ -322,9 +318,7 @@ class _SharedSearch:
         """Remove every free layer alone."""
         spec = self._spec
         layers = [
-            layer
-            for layer in range(spec.from_layer, self._num_layers)
-            if layer not in spec.protect
+            layer for layer in range(spec.from_layer, self._num_layers) if layer not in spec.protect
         ]
         few = min(spec.num_screened, len(self._examples))
         values = self._values([frozenset([layer]) for layer in layers], range(few))
@@ -335,7 +329,11 @@ class _SharedSearch:
     def _grow(self) -> None:
         """Add the plans that skip one more layer."""
         spec, content = self._spec, self._content
-        known = [frozenset(item["skips"]) for item in content["levels"][-1]] if content["levels"] else []
+        known = (
+            [frozenset(item["skips"]) for item in content["levels"][-1]]
+            if content["levels"]
+            else []
+        )
         grown = {
             before | {layer}
             for before in known or [frozenset()]

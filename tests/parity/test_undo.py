@@ -80,7 +80,7 @@ class Failing(Policy):
     def initial_plans(self, num_rows):
         return np.tile(identity_plan(4), (num_rows, 1))
 
-    def decide(self, layer_idx, hidden_states, prompt_mask):
+    def decide(self, layer_idx, hidden_states, prompts):
         raise ZeroDivisionError
 
 
@@ -239,9 +239,9 @@ class Reading(Policy):
     def initial_plans(self, num_rows):
         return np.tile(identity_plan(4), (num_rows, 1))
 
-    def decide(self, layer_idx, hidden_states, prompt_mask):
-        self.masks.append(prompt_mask.clone())
-        total = (hidden_states * prompt_mask.unsqueeze(-1)).sum(dim=(1, 2))
+    def decide(self, layer_idx, hidden_states, prompts):
+        self.masks.append(prompts.mask.clone())
+        total = (hidden_states * prompts.mask.unsqueeze(-1)).sum(dim=(1, 2))
         return np.asarray((total * 10).long().remainder(3).to(torch.uint8)).reshape(-1, 1)
 
 
@@ -302,7 +302,7 @@ class Greedy(Policy):
     def initial_plans(self, num_rows):
         return np.tile(identity_plan(4), (num_rows, 1))
 
-    def decide(self, layer_idx, hidden_states, prompt_mask):
+    def decide(self, layer_idx, hidden_states, prompts):
         return np.full((len(hidden_states), 1), self.action, dtype=np.uint8)
 
 
@@ -334,7 +334,7 @@ def test_the_negative_prompt_of_guidance_is_planned_from_all_its_own_tokens():
 @pytest.mark.parametrize("actions", [[[3]], [[2.7]], [[257]], [[-1]], [[1, 1]]])
 def test_a_policy_that_gives_no_actions_is_refused(actions):
     class Wrong(Reading):
-        def decide(self, layer_idx, hidden_states, prompt_mask):
+        def decide(self, layer_idx, hidden_states, prompts):
             return np.asarray(actions)
 
     model = tiny_model("llama")

@@ -18,7 +18,7 @@ from dynadepth.fingerprint import fingerprint
 from dynadepth.onnx import OnnxRouterPolicy, export_onnx
 from dynadepth.policies import RouterPolicy
 from tests.tiny import tiny_model
-from tests.tiny_routers import CALIBRATION, random_routers
+from tests.tiny_routers import CALIBRATION, random_routers, seen
 
 METRICS = {
     "table": [
@@ -93,7 +93,9 @@ def test_loaded_routers_decide_as_saved_ones(folder, routers):
         assert isinstance(loaded, RouterPolicy)
         assert loaded.penalty == CALIBRATION.penalty_for(budget)
         for layer in range(4):
-            assert (kept.decide(layer, hidden, mask) == loaded.decide(layer, hidden, mask)).all()
+            assert (
+                kept.decide(layer, hidden, seen(mask)) == loaded.decide(layer, hidden, seen(mask))
+            ).all()
 
 
 def test_a_budget_out_of_range_is_refused(routers):
@@ -417,10 +419,12 @@ def test_the_onnx_backend_takes_the_file_beside_or_makes_one(folder, routers):
     read = loaded.policy(0.7, backend="onnx")
     protected = dict.fromkeys(loaded.protect)
     for layer in range(4):
-        assert (made.decide(layer, hidden, mask) == read.decide(layer, hidden, mask)).all()
+        assert (
+            made.decide(layer, hidden, seen(mask)) == read.decide(layer, hidden, seen(mask))
+        ).all()
         if layer not in protected:
-            torch_actions = loaded.policy(0.7).decide(layer, hidden, mask)
-            assert (torch_actions == read.decide(layer, hidden, mask)).all()
+            torch_actions = loaded.policy(0.7).decide(layer, hidden, seen(mask))
+            assert (torch_actions == read.decide(layer, hidden, seen(mask))).all()
     export_onnx(random_routers(seed=9), folder / "routers.onnx")
     with pytest.raises(CheckpointError, match=r"routers\.onnx was made from other routers"):
         loaded.policy(0.7, backend="onnx")

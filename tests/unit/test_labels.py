@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dynadepth.errors import LabelError
-from dynadepth_search.locking import locked
 from dynadepth_search.labels import MANIFEST, read_labels
+from dynadepth_search.locking import locked
 from dynadepth_search.searching import run_search
 from dynadepth_search.tasks import Task
 from tests.tiny import tiny_model

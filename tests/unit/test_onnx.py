@@ -16,7 +16,7 @@ from dynadepth.budget import Calibration
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError, ExportError
 from dynadepth.onnx import OnnxRouterPolicy, export_onnx
 from dynadepth.onnx_graph import build_onnx, routers_digest
-from tests.tiny_routers import random_routers
+from tests.tiny_routers import random_routers, seen
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +143,12 @@ def test_the_policy_is_a_policy(content):
     assert (policy.num_layers, policy.decision_layers) == (4, (0, 1, 2, 3))
     assert policy.initial_plans(2).tolist() == [[1] * 4] * 2
     hidden, mask = batch()
-    actions = policy.decide(2, hidden, mask)
+    actions = policy.decide(2, hidden, seen(mask))
     assert actions.shape == (4, 1)
     assert actions.dtype == np.uint8
-    assert (copy.deepcopy(policy).decide(2, hidden, mask) == actions).all()
-    assert (policy.decide(1, hidden, mask) == 1).all()
-    half = policy.decide(2, hidden.to(torch.bfloat16).requires_grad_(), mask)
+    assert (copy.deepcopy(policy).decide(2, hidden, seen(mask)) == actions).all()
+    assert (policy.decide(1, hidden, seen(mask)) == 1).all()
+    half = policy.decide(2, hidden.to(torch.bfloat16).requires_grad_(), seen(mask))
     assert half.shape == (4, 1)
 
 
@@ -171,12 +171,12 @@ def test_states_of_another_model_are_refused(content):
     policy = OnnxRouterPolicy(content, 0.8)
     hidden, mask = batch()
     with pytest.raises(ConfigError, match=r"states of shape \(4, 6, 31\); these routers read"):
-        policy.decide(0, hidden[..., :31], mask)
+        policy.decide(0, hidden[..., :31], seen(mask))
     hidden[2, 3] = math.nan
     with pytest.raises(ConfigError, match="states entering layer 0 hold NaN"):
-        policy.decide(0, hidden, mask)
+        policy.decide(0, hidden, seen(mask))
     mask[2, 3] = False
-    assert policy.decide(0, hidden, mask).shape == (4, 1)
+    assert policy.decide(0, hidden, seen(mask)).shape == (4, 1)
 
 
 def test_a_file_that_is_none_is_refused(content, tmp_path):

@@ -11,6 +11,7 @@ from dynadepth.errors import ConfigError, PlanError
 from dynadepth.plans import identity_plan
 from dynadepth.policies import RouterPolicy, StaticPolicy, actions_of
 from dynadepth.routers import RouterHeads, pool
+from tests.tiny_routers import seen
 
 CONFIG = RouterConfig(num_layers=4, hidden_size=6, num_windows=3, bottleneck=5)
 
@@ -59,7 +60,7 @@ def test_a_static_policy_refuses_what_is_no_plan(plan, message):
 
 def test_a_static_policy_decides_nothing(batch):
     with pytest.raises(PlanError, match="static policy was asked to decide layer 1"):
-        StaticPolicy([1, 1]).decide(1, *batch)
+        StaticPolicy([1, 1]).decide(1, batch[0], seen(batch[1]))
 
 
 def test_actions_follow_the_formula_and_ties_go_down():
@@ -77,15 +78,15 @@ def test_a_router_policy_decides_by_the_formula(heads, batch, shrinkage, penalty
     policy = RouterPolicy(heads, bias, shrinkage=shrinkage, penalty=penalty)
     assert policy.decision_layers == (0, 1, 2, 3)
     hidden, mask = batch
-    seen = set()
+    given = set()
     for layer_idx in policy.decision_layers:
-        actions = policy.decide(layer_idx, hidden, mask)
+        actions = policy.decide(layer_idx, hidden, seen(mask))
         h = heads.logits(layer_idx, pool(hidden, mask, CONFIG))
         scores = bias[layer_idx] + shrinkage * h - penalty * torch.tensor([0.0, 1.0, 2.0])
         assert actions.dtype == np.uint8
         assert actions[:, 0].tolist() == scores.argmax(dim=1).tolist()
-        seen |= set(actions[:, 0].tolist())
-    assert len(seen) > 1, "the case must tell actions apart"
+        given |= set(actions[:, 0].tolist())
+    assert len(given) > 1, "the case must tell actions apart"
 
 
 def test_without_shrinkage_no_state_is_read_and_the_plan_is_static(heads):
@@ -111,7 +112,7 @@ def test_layers_with_a_constant_router_are_not_read(heads, batch):
     policy = RouterPolicy(constant, bias, shrinkage=0.5, penalty=0.2)
     assert policy.decision_layers == (1,)
     plans = policy.initial_plans(len(batch[0]))
-    plans[:, 1:] = policy.decide(1, *batch)
+    plans[:, 1:] = policy.decide(1, batch[0], seen(batch[1]))
     for layer_idx in range(4):
         h = constant.logits(layer_idx, pool(*batch, CONFIG))
         scores = bias[layer_idx] + 0.5 * h - 0.2 * torch.tensor([0.0, 1.0, 2.0])
@@ -121,25 +122,25 @@ def test_layers_with_a_constant_router_are_not_read(heads, batch):
 def test_states_that_hold_nan_are_no_ground_for_a_decision(heads, batch):
     hidden, mask = batch
     with pytest.raises(ConfigError, match="entering layer 2 hold NaN, so no router can decide"):
-        RouterPolicy(heads).decide(2, torch.full_like(hidden, torch.nan), mask)
+        RouterPolicy(heads).decide(2, torch.full_like(hidden, torch.nan), seen(mask))
 
 
 def test_a_deep_copy_decides_alike_and_shares_no_state(heads, batch):
     policy = RouterPolicy(heads, shrinkage=0.5, penalty=0.3)
     with torch.inference_mode():
-        before = [policy.decide(layer_idx, *batch) for layer_idx in range(4)]
+        before = [policy.decide(layer_idx, batch[0], seen(batch[1])) for layer_idx in range(4)]
     twin = copy.deepcopy(policy)
     policy.bias += 100.0 * torch.tensor([1.0, 0.0, 0.0])
     for layer_idx in range(4):
-        assert np.array_equal(twin.decide(layer_idx, *batch), before[layer_idx])
+        assert np.array_equal(twin.decide(layer_idx, batch[0], seen(batch[1])), before[layer_idx])
 
 
 def test_half_precision_and_autocast_decide_as_float32_of_the_same_states(heads, batch):
     policy = RouterPolicy(heads, shrinkage=1.0)
     hidden, mask = batch[0].to(torch.bfloat16), batch[1]
-    expected = policy.decide(0, hidden.float(), mask)
+    expected = policy.decide(0, hidden.float(), seen(mask))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert np.array_equal(policy.decide(0, hidden, mask), expected)
+        assert np.array_equal(policy.decide(0, hidden, seen(mask)), expected)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +164,6 @@ def test_the_formula_holds_on_a_device_with_the_decision_on_the_host(heads, batc
         pytest.skip("no accelerator")
     policy = RouterPolicy(heads, penalty=0.2)
     hidden, mask = batch[0].cuda(), batch[1].cuda()
-    assert np.array_equal(policy.decide(1, hidden, mask), policy.decide(1, *batch))
+    assert np.array_equal(
+        policy.decide(1, hidden, seen(mask)), policy.decide(1, batch[0], seen(batch[1]))
+    )
