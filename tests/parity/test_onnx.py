@@ -9,7 +9,7 @@ from dynadepth.onnx import OnnxRouterPolicy
 from dynadepth.onnx_graph import build_onnx
 from dynadepth.policies import RouterPolicy
 from dynadepth.routers import pool
-from tests.tiny_routers import CALIBRATION, random_routers
+from tests.tiny_routers import CALIBRATION, random_routers, seen
 
 TOLERANCE = 1e-5
 LAYERS = (0, 2, 5)
