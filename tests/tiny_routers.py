@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from dynadepth.budget import Calibration
-from dynadepth.checkpoint import Routers
 from dynadepth.config import RouterConfig
 from dynadepth.prompts import PromptBatch
 from dynadepth.routers import RouterHeads
+from dynadepth.trained import Routers
 
 CALIBRATION = Calibration(
     lambdas=(3.0, 1.0, 0.25, -0.5),

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
 from dynadepth.loading import load_model, load_tokenizer
-from dynadepth.menu_training import MenuData, MenuFit, fit_menu, walk_budget
+from dynadepth.menu_training import decision_layers
 from dynadepth.plans import plan_depth, plan_text
 from dynadepth_search.assets import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.chat import as_chat
 from dynadepth_search.damage import DamageTable, score_damage
+from dynadepth_search.menu_fitting import fit_trained_menu
+from dynadepth_search.menu_outcomes import compare_menu, table_mix
 from dynadepth_search.questions import QUESTION_SETS, fetch_questions
-from dynadepth_search.shared import SharedSpec, menu_data, search_shared
+from dynadepth_search.shared import SharedSpec, search_shared
 from dynadepth_search.tasks import Example, Task
 
 MODELS = {"qwen": QWEN_CODER, "smollm2": SMOLLM2, "gemma": GEMMA3}
@@ -118,74 +119,6 @@ def _instruction(goal: str) -> str:
     return f"Give step by step instructions for the following.\n{goal.rstrip('.?')}.\nSteps:\n1."
 
 
-def depth_rows(
-    fit: MenuFit,
-    chosen_scores: list[np.ndarray],
-    train: MenuData,
-    table: DamageTable,
-    columns: np.ndarray,
-) -> list[dict[str, Any]]:
-    """Return what the policy and the static mixture of its mean depth do on held-out prompts, for each budget."""
-    plans, depths = fit.menu.plans, fit.menu.depths
-    metrics = {
-        "agreement": 100 * table.agreement[:, columns],
-        "total variation": table.total_variation[:, columns],
-    }
-    if table.graded:
-        metrics["accuracy"] = 100 * table.correct[:, columns]
-        metrics["graded reward"] = table.reward[:, columns]
-    static_quality = {
-        "agreement": train.agreement.mean(axis=0),
-        "total variation": -train.total_variation.mean(axis=0),
-    }
-    if train.reward is not None:
-        # The accuracy's and the reward's own best static mixture, the harder opponent.
-        static_quality["graded reward"] = static_quality["accuracy"] = train.reward.mean(axis=0)
-    rows = []
-    for budget in BUDGETS:
-        if budget < depths.min() - 1e-9:
-            continue
-        low, high, share = penalties_for(fit, budget)
-        # A prompt's hash, in place of a draw: uniform and fixed.
-        mix = (np.arange(len(table)) * 0.6180339887498949) % 1.0
-        rows_of = [
-            walk_budget(chosen_scores, plans, fit.recipe.layers, penalty) for penalty in (low, high)
-        ]
-        choice = np.where(mix < share, rows_of[1], rows_of[0])
-        depth = float(depths[choice].mean())
-        row: dict[str, Any] = {"budget": budget, "depth": depth, "n": len(table)}
-        row["identity rate"] = float((choice == 0).mean())
-        row["different plans"] = len(np.unique(choice))
-        for name, values in metrics.items():
-            policy = values[np.arange(len(values)), choice]
-            static = mix_to_depth(depths, static_quality[name], depth).expected(values.T)
-            gain = paired_difference(policy, static)
-            row[name] = {
-                "static": float(static.mean()),
-                "policy": mean_interval(policy).to_dict(),
-                "gain": gain.to_dict(),
-            }
-        rows.append(row)
-    return rows
-
-
-def penalties_for(fit: MenuFit, budget: float) -> tuple[float, float, float]:
-    """Return two penalties, and the share of prompts for the second, whose mean depth is the budget in training."""
-    from dynadepth.menu_training import PENALTIES
-
-    means = np.minimum.accumulate([fit.menu.depths[fit.choices(p)].mean() for p in PENALTIES])
-    after = (
-        int(np.argmax(means <= budget + 1e-12))
-        if (means <= budget + 1e-12).any()
-        else len(means) - 1
-    )
-    if after == 0:
-        return float(PENALTIES[0]), float(PENALTIES[0]), 0.0
-    high, low = means[after - 1], means[after]
-    share = 0.0 if high == low else (budget - low) / (high - low)
-    return float(PENALTIES[after]), float(PENALTIES[after - 1]), float(share)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -228,8 +161,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         from_layer=from_layer,
         min_depth=options.min_depth,
         size=options.size,
-        num_prompts=32,
-        num_screened=12,
+        beam=8,
+        num_confirmed=150,
     )
     if options.quick:
         spec = SharedSpec(
@@ -240,75 +173,85 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         say(f"{plan_text(plan)} {float(plan_depth(plan)):.3f}", 1, 1)
     if options.stop_after == "search":
         return None
-    first = int(np.flatnonzero((found.menu != 1).any(axis=0))[0])
-    last = int(np.flatnonzero((found.menu != 1).any(axis=0))[-1])
-    layers = sorted(
-        {first // 2, 3 * first // 4, first, *range(first + 2, last, 2 if first > 9 else 4)}
-    )
     tables = []
     for name, task in (("train", train), ("heldout", heldout)):
         tables.append(
             score_damage(
-                model, tokenizer, task, found.menu, folder / name, layers=layers, progress=say
+                model,
+                tokenizer,
+                task,
+                found.menu,
+                folder / name,
+                layers=decision_layers(found.menu),
+                progress=say,
             )
         )
         if options.stop_after == name:
             return None
-    data = menu_data(tables[0])
-    fit = fit_menu(data, progress=lambda done, total: say("cross-validating", done, total))
-    report = compare(fit, data, tables[1], kinds)
+    report = compare(tables[0], tables[1], tokenizer, kinds)
     report["model"], report["seconds"] = source, round(time.perf_counter() - started, 1)
     show(report)
     return report
 
 
-def compare(fit: MenuFit, data: MenuData, table: DamageTable, kinds: list[str]) -> dict[str, Any]:
-    """Score held-out prompts with the trained heads and compare."""
-    scores = held_out_scores(fit, table)
-    columns = np.arange(len(data.plans))
+def compare(
+    train: DamageTable, heldout: DamageTable, tokenizer: Any, kinds: list[str]
+) -> dict[str, Any]:
+    """Train menus on more and more prompts, and compare the last with static plans on held-out prompts."""
+    counts = [count for count in (len(train) // part for part in (8, 4, 2, 1)) if count >= 40]
+    mix, curve = table_mix(heldout, tokenizer), []
+    for count in counts:
+        part = train.take(np.arange(count))
+        trained = fit_trained_menu(part, progress=say)
+        rows = compare_menu(trained, part, heldout, BUDGETS, mix=mix, kinds=kinds)
+        curve.append({"prompts": count, "recipe": trained.training["recipe"], "rows": rows})
     return {
-        "train_prompts": len(data.agreement),
-        "heldout_prompts": len(table),
-        "kinds": {name: kinds[: len(table)].count(name) for name in dict.fromkeys(kinds)},
-        "plans": [plan_text(plan) for plan in data.plans],
-        "recipe": fit.recipe.to_dict(),
-        "trials": [trial.to_dict() for trial in fit.trials],
-        "base_accuracy": float(100 * table.correct[:, 0].mean()) if table.graded else None,
-        "rows": depth_rows(fit, scores, data, table, columns),
+        "train_prompts": len(train),
+        "heldout_prompts": len(heldout),
+        "kinds": {name: kinds[: len(heldout)].count(name) for name in dict.fromkeys(kinds)},
+        "plans": [plan_text(plan) for plan in trained.menu.plans],
+        "range": list(trained.calibration.range),
+        "recipe": trained.training["recipe"],
+        "trials": trained.training["trials"],
+        "base_accuracy": float(100 * heldout.correct[:, 0].mean()) if heldout.graded else None,
+        "rows": curve[-1]["rows"],
+        "learning_curve": curve,
     }
 
 
-def held_out_scores(fit: MenuFit, table: DamageTable) -> list[np.ndarray]:
-    """Return what each head scores, every plan by the states under its own prefix."""
-    import torch
-
-    from dynadepth_search.states import prefix_numbers
-
-    found = []
-    for head in fit.menu.heads:
-        numbers = prefix_numbers(fit.menu.plans, head.layer_idx)
-        views = table.views[head.layer_idx][:, :, -head.num_views :].float()
-        with torch.no_grad():
-            every = torch.stack([head.scores(views[:, p]) for p in range(views.shape[1])], dim=1)
-        found.append(every[:, numbers, np.arange(len(numbers))].double().numpy())
-    return found
-
-
 def show(report: dict[str, Any]) -> None:
-    sys.stdout.write(
+    lines = [
         f"{report['train_prompts']} prompts to train, {report['heldout_prompts']} held out, "
-        f"{len(report['plans'])} plans; recipe {report['recipe']}\n"
-    )
+        f"{len(report['plans'])} plans, base accuracy {report['base_accuracy']}; recipe {report['recipe']}",
+        "| budget | depth | figure | static | policy | gain [95 %] | identity |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in report["rows"]:
-        line = f"{row['budget']:.3f} -> {row['depth']:.3f}"
-        for name in ("agreement", "accuracy", "total variation"):
+        for name in ("agreement", "accuracy", "total variation", "divergence"):
             if name in row:
-                gain, digits = row[name]["gain"], 3 if name == "total variation" else 1
-                line += (
-                    f"  {name} static {row[name]['static']:.{digits}f} policy {row[name]['policy']['mean']:.{digits}f} "
-                    f"gain {gain['mean']:+.{digits}f} [{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]"
+                lines.append(
+                    f"| {row['budget']:.3f} | {row['depth']:.3f} | {name} | {_number(name, row[name]['static'])} | "
+                    f"{_number(name, row[name]['policy']['mean'])} | {_gain(name, row[name]['gain'])} | "
+                    f"{row['identity rate']:.0%} |"
                 )
-        sys.stdout.write(line + "\n")
+    lines += [
+        "",
+        "| prompts | " + " | ".join(f"{row['budget']:.3f}" for row in report["rows"]) + " |",
+    ]
+    lines.append("|---" * (1 + len(report["rows"])) + "|")
+    for point in report["learning_curve"]:
+        gains = [_gain("agreement", row["agreement"]["gain"]) for row in point["rows"]]
+        lines.append(f"| {point['prompts']} | {' | '.join(gains)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1f}" if name in ("agreement", "accuracy") else f"{value:.4f}"
+
+
+def _gain(name: str, gain: dict[str, float]) -> str:
+    digits = 1 if name in ("agreement", "accuracy") else 4
+    return f"{gain['mean']:+.{digits}f} [{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]"
 
 
 def say(stage: str, done: int, total: int) -> None:

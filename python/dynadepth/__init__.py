@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynadepth._core import __version__
     from dynadepth.baking import bake
-    from dynadepth.checkpoint import Routers, load_routers, save_routers
+    from dynadepth.checkpoint import load_routers, save_routers
     from dynadepth.errors import DynadepthError, DynadepthWarning
+    from dynadepth.menus import Menu, MenuHead
     from dynadepth.plans import (
         Action,
         check_plans,
@@ -20,17 +21,25 @@ if TYPE_CHECKING:
         plan_depth,
         plan_text,
     )
-    from dynadepth.policies import Policy, RouterPolicy, StaticPolicy
+    from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
+    from dynadepth.prompts import PromptBatch
+    from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
     from dynadepth.wrap import unwrap_model, wrap_model
 
 __all__ = [
     "Action",
     "DynadepthError",
     "DynadepthWarning",
+    "Menu",
+    "MenuHead",
+    "MenuPolicy",
     "Policy",
+    "PromptBatch",
     "RouterPolicy",
     "Routers",
     "StaticPolicy",
+    "TrainedMenu",
+    "TrainedPolicy",
     "__version__",
     "bake",
     "check_plans",
@@ -49,10 +58,16 @@ _MODULES = {
     "Action": "plans",
     "DynadepthError": "errors",
     "DynadepthWarning": "errors",
+    "Menu": "menus",
+    "MenuHead": "menus",
+    "MenuPolicy": "policies",
     "Policy": "policies",
+    "PromptBatch": "prompts",
     "RouterPolicy": "policies",
-    "Routers": "checkpoint",
+    "Routers": "trained",
     "StaticPolicy": "policies",
+    "TrainedMenu": "trained",
+    "TrainedPolicy": "trained",
     "bake": "baking",
     "check_plans": "plans",
     "identity_plan": "plans",

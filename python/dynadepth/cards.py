@@ -3,63 +3,57 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynadepth.budget import Calibration
-from dynadepth.config import RouterConfig
+import numpy as np
 
-__all__ = ["routers_card"]
+from dynadepth.plans import plan_depth, plan_text
+from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
+
+__all__ = ["policy_card"]
+
+_NO_HUB = "path/to/this/folder"
 
 
-def routers_card(
-    *,
-    base_model: str,
-    config: RouterConfig,
-    shrinkage: float,
-    calibration: Calibration,
-    protect: Sequence[int],
-    metrics: Mapping[str, Any],
-) -> str:
+def policy_card(policy: TrainedPolicy) -> str:
     """Write the README.md of a routers folder.
 
     Args:
-        base_model: Hub id or name of the base model.
-        config: Shape of the routers.
-        shrinkage: How far prompts may deviate from the static part.
-        calibration: From budget to penalty.
-        protect: Layers that always run once.
-        metrics: What was measured; rows under `table` become a table, plain values a list.
+        policy: Routers or a menu. Of its `metrics`, the rows under `table` become a table, the texts under `drifts` a
+            list, and plain values another.
 
     Returns:
         Markdown with the hub's front matter.
     """
+    calibration = policy.calibration
     lowest, highest = calibration.range
     middle = calibration.depths[len(calibration.depths) // 2]
     budget = round(min(max(middle, lowest), highest), 2)
-    name = base_model or "a model without a name"
+    name = policy.base_model or "a model without a name"
     lines = ["---", "library_name: dynadepth", "tags: [dynamic-depth, layer-skipping]"]
-    if "/" in base_model:
-        lines.append(f"base_model: {base_model}")
+    if "/" in policy.base_model:
+        lines += [f"base_model: {policy.base_model}", "base_model_relation: adapter"]
     lines += [
         "---",
         "",
         f"# Depth routers for {name}",
         "",
-        f"One router for each of the {config.num_layers} decoder layers says, for every prompt, whether the layer is "
-        "skipped, executed or repeated. The weights of the base model do not change.",
+        _purpose(policy),
         "",
         "```python",
         "from dynadepth import wrap_model",
         "",
-        f'model = wrap_model(model, budget={budget}, routers="path/to/this/folder")',
+        f'model = wrap_model(model, budget={budget}, routers="{_NO_HUB}")',
         "```",
         "",
         f"- budgets (mean share of the layers that run): {lowest:.4g} to {highest:.4g}, calibrated in "
         f"{len(calibration.depths)} steps",
-        f"- shape: {config.num_windows} windows{' and the last token' if config.last_token else ''}, width "
-        f"{config.hidden_size}, bottleneck {config.bottleneck}, preset `{config.preset}`",
-        f"- shrinkage: {shrinkage:g} (0: one plan for all prompts, 1: as the routers were trained)",
-        f"- protected layers: {', '.join(map(str, protect)) or 'none'}",
+        *_shape(policy),
+        f"- protected layers: {', '.join(map(str, policy.protect)) or 'none'}",
+        *_trained_on(policy.training),
+        "",
+        "A budget is a mean over prompts like those it was calibrated on; other prompts may take more or less.",
     ]
-    table = metrics.get("table")
+    metrics = policy.metrics
+    table, drifts = metrics.get("table"), metrics.get("drifts")
     plain = {
         key: value for key, value in metrics.items() if isinstance(value, str | int | float | bool)
     }
@@ -69,7 +63,63 @@ def routers_card(
     if table:
         lines += [""] if plain else []
         lines += _table(table)
+    if drifts:
+        lines += ["", "## Known drifts", "", *(f"- {text}" for text in drifts)]
+    if isinstance(policy, TrainedMenu):
+        lines += ["", "## Plans", "", *_plans(policy)]
     return "\n".join(lines) + "\n"
+
+
+def _purpose(policy: TrainedPolicy) -> str:
+    if isinstance(policy, TrainedMenu):
+        return (
+            f"For every prompt one of {len(policy.menu.plans)} plans is chosen, which say for each of the "
+            f"{policy.num_layers} decoder layers whether it is skipped, executed or repeated. The weights of the base "
+            "model do not change."
+        )
+    return (
+        f"One router for each of the {policy.num_layers} decoder layers says, for every prompt, whether the layer is "
+        "skipped, executed or repeated. The weights of the base model do not change."
+    )
+
+
+def _shape(policy: TrainedPolicy) -> list[str]:
+    if isinstance(policy, TrainedMenu):
+        return [
+            f"- decides at layer {head.layer_idx}, from the last prompt token"
+            + (f" and {head.num_windows} windows" if head.num_windows else "")
+            + f" (width {head.hidden_size}"
+            + (f", perceptron of {len(head.inner_bias)}" if head.inner_bias is not None else "")
+            + ")"
+            for head in policy.menu.heads
+        ]
+    if isinstance(policy, Routers):
+        config = policy.config
+        return [
+            f"- shape: {config.num_windows} windows{' and the last token' if config.last_token else ''}, width "
+            f"{config.hidden_size}, bottleneck {config.bottleneck}, preset `{config.preset}`",
+            f"- shrinkage: {policy.shrinkage:g} (0: one plan for all prompts, 1: as the routers were trained)",
+        ]
+    return []
+
+
+def _trained_on(training: Mapping[str, Any]) -> list[str]:
+    task, prompts = training.get("task"), training.get("train_prompts")
+    if not isinstance(task, Mapping) or not isinstance(prompts, int):
+        return []
+    return [
+        f"- trained on {prompts} prompts of {task.get('name', 'a task')}, objective "
+        f"`{training.get('objective', 'unknown')}`"
+    ]
+
+
+def _plans(policy: TrainedMenu) -> list[str]:
+    """Return the menu's plans, deepest first, one a line."""
+    rows = np.argsort(-policy.menu.depths, kind="stable")
+    return [
+        f"- `{plan_text(policy.menu.plans[row])}`: depth {float(plan_depth(policy.menu.plans[row])):.3f}"
+        for row in rows.tolist()
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,12 +6,11 @@ a folder, and never touches a file that it did not write.
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -19,55 +18,60 @@ from torch import Tensor, nn
 
 from dynadepth import __version__
 from dynadepth.budget import Calibration
-from dynadepth.cards import routers_card
+from dynadepth.cards import policy_card
 from dynadepth.config import RouterConfig, did_you_mean
-from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
+from dynadepth.errors import CheckpointError, ConfigError, PlanError
 from dynadepth.files import read_json
-from dynadepth.fingerprint import compare_fingerprints, fingerprint
 from dynadepth.folders import (
     CARD_NAME,
     CONFIG_NAME,
-    ONNX_NAME,
     WEIGHTS_NAME,
     base_model_name,
     find_routers,
     locate_routers,
     replace_folder,
 )
-from dynadepth.onnx import OnnxRouterPolicy
-from dynadepth.onnx_graph import build_onnx, routers_digest
-from dynadepth.plans import NUM_ACTIONS, Action
-from dynadepth.policies import Policy, RouterPolicy
+from dynadepth.menus import Menu
+from dynadepth.onnx import export_onnx
+from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
 from dynadepth.routers import RouterHeads
+from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
 
 __all__ = [
     "SCHEMA_VERSION",
     "Routers",
+    "TrainedMenu",
+    "TrainedPolicy",
     "base_model_name",
+    "export_policy",
     "find_routers",
     "load_routers",
     "save_routers",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _WINDOWS = "w: tokens floor(w*n/W) up to max(floor(w*n/W)+1, floor((w+1)*n/W)) of the n real ones"
 _ACTION_ORDER = [action.name.lower() for action in Action]
+_MIX = (
+    "sum((t_i + 1) * 1103515245^i) mod p, times 48271 mod p, / 2^31, cut to 24 bits; p = 2^31 - 1"
+)
 _KEYS = (
     "schema_version",
     "dynadepth_version",
+    "kind",
     "base_model",
-    "router",
     "windows",
-    "action_order",
-    "shrinkage",
     "protect",
     "calibration",
     "metrics",
     "training",
 )
+# What each kind has besides.
+_KIND_KEYS = {"routers": ("router", "action_order", "shrinkage"), "menu": ("menu", "mix")}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "base_model": dict,
     "shrinkage": (int, float),
+    "menu": dict,
     "protect": list,
     "metrics": dict,
     "training": dict,
@@ -75,169 +79,53 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _JSON_WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a fraction"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Routers:
-    """Trained routers with everything that makes a policy of them.
-
-    Immutable and free of the base model; safe to share between models and threads.
-
-    Attributes:
-        heads: The trained part h.
-        bias: The static part b. Shape (num_layers, 3), float32, on the host.
-        shrinkage: s in 0..1, how far prompts may deviate from the static part.
-        calibration: From budget to penalty.
-        protect: Layers that always run once.
-        fingerprint: `dynadepth.fingerprint.fingerprint` of the base model.
-        base_model: Its name, as `base_model_name` gives it.
-        revision: Its hub commit, if known.
-        metrics: What was measured, JSON-able; the list of rows under `table` becomes the model
-            card's table.
-        training: How they were trained, JSON-able.
-        folder: Where they were loaded from.
-        accepted: The user has accepted that the base model differs from the fingerprint.
-
-    Raises:
-        ConfigError: A value of the wrong shape or out of range.
-    """
-
-    heads: RouterHeads
-    bias: Tensor
-    shrinkage: float
-    calibration: Calibration
-    fingerprint: Mapping[str, Any]
-    protect: tuple[int, ...] = ()
-    base_model: str = ""
-    revision: str | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    accepted: bool = False
-
-    def __post_init__(self) -> None:
-        num_layers = self.config.num_layers
-        # The policy checks bias and shrinkage.
-        RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage)
-        object.__setattr__(self, "bias", self.bias.detach().to("cpu", torch.float32))
-        object.__setattr__(self, "shrinkage", float(self.shrinkage))
-        for layer in self.protect:
-            if type(layer) is not int or not 0 <= layer < num_layers:
-                raise ConfigError(
-                    f"protect names layer {layer!r}; expected numbers from 0 to {num_layers - 1}"
-                )
-        object.__setattr__(self, "protect", tuple(sorted(set(self.protect))))
-
-    @property
-    def config(self) -> RouterConfig:
-        """Shape of the routers."""
-        return self.heads.config
-
-    def policy(self, budget: float, *, backend: Literal["torch", "onnx"] = "torch") -> Policy:
-        """Return the policy that keeps a budget.
-
-        Args:
-            budget: Mean depth over prompts, each counting once, as a fraction of the layers.
-            backend: What computes the decisions. `"onnx"` runs the folder's `routers.onnx`, or a
-                graph made on the spot if there is none.
-
-        Raises:
-            BudgetError: The budget is not a number or outside the calibrated range.
-            CheckpointError: The folder's `routers.onnx` is damaged or was made from other routers.
-            ConfigError: An unknown backend, or onnxruntime is not installed.
-            ExportError: There is no `routers.onnx` and none can be made.
-        """
-        if backend not in ("torch", "onnx"):
-            raise ConfigError(f"router backend is {backend!r}; expected 'torch' or 'onnx'")
-        penalty = self.calibration.penalty_for(budget)
-        nearest, step = self.calibration.depth_for(budget), 0.5 / self.config.num_layers
-        if abs(nearest - budget) > max(0.02, step + 1e-6):
-            message = (
-                f"a budget of {budget} gives a mean depth of {nearest:.3f}: these routers reach no depth nearer to it; "
-                "calibrate on more prompts, or ask for a depth of their table"
-            )
-            warnings.warn(message, DynadepthWarning, stacklevel=2)
-        if backend == "torch":
-            return RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage, penalty=penalty)
-        file = None if self.folder is None else self.folder / ONNX_NAME
-        source = file if file is not None and file.is_file() else build_onnx(self)
-        return OnnxRouterPolicy(source, budget, digest=routers_digest(self))
-
-    def check_model(self, model: nn.Module) -> None:
-        """Check that a model is the one that these routers were trained on.
-
-        Args:
-            model: The base model, wrapped or not.
-
-        Raises:
-            CheckpointError: It differs and that was not accepted, or the routers do not fit it at
-                all.
-        """
-        given = fingerprint(model)
-        shape = given["architecture"]
-        fits = (shape["num_hidden_layers"], shape["hidden_size"]) == (
-            self.config.num_layers,
-            self.config.hidden_size,
-        )
-        differences = compare_fingerprints(given, self.fingerprint)
-        if fits and (self.accepted or not differences):
-            return
-        if not fits:
-            differences.insert(
-                0,
-                f"the routers read {self.config.num_layers} layers of width "
-                f"{self.config.hidden_size}",
-            )
-        where = f"the routers in {self.folder}" if self.folder else "these routers"
-        advice = "use routers trained on this model"
-        if fits:
-            path = repr(str(self.folder)) if self.folder else "path"
-            advice += (
-                "; or, if you know that it behaves alike, pass "
-                f"routers=load_routers({path}, model=model, accept_mismatch=True)"
-            )
-        raise CheckpointError(
-            f"{where} belong to another base model than this {type(model).__name__}: they were "
-            f"trained on {self.base_model or 'a model without a name'}, and here "
-            f"{'; '.join(differences)}. To go on, {advice}"
-        )
-
-
-def save_routers(folder: str | os.PathLike[str], routers: Routers) -> Path:
+def save_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
     """Write a routers folder: configuration, weights and model card.
 
-    The folder appears whole or not at all; routers that were there before are replaced whole, their
-    `routers.onnx` with them, since it decides as they did.
+    The folder appears whole or not at all; routers that were there before are replaced whole, their `routers.onnx` with
+    them, since it decides as they did.
 
     Args:
         folder: Where; it may hold earlier routers, but nothing else.
-        routers: The routers.
+        routers: The routers or the menu.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The folder holds other files, or metrics or training notes are not
-            JSON-able. Nothing was changed.
+        CheckpointError: The folder holds other files, or metrics or training notes are not JSON-able. Nothing was
+            changed.
     """
     content = _to_json(routers)
-    tensors = {**routers.heads.state_dict(), "bias": routers.bias}
-    card = routers_card(
-        base_model=routers.base_model,
-        config=routers.config,
-        shrinkage=routers.shrinkage,
-        calibration=routers.calibration,
-        protect=routers.protect,
-        metrics=routers.metrics,
-    )
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in routers.tensors().items()
+    }
     return replace_folder(
         folder,
         {
-            WEIGHTS_NAME: save(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            ),
+            WEIGHTS_NAME: save(tensors),
             CONFIG_NAME: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(),
-            CARD_NAME: card.encode(),
+            CARD_NAME: policy_card(routers).encode(),
         },
     )
+
+
+def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
+    """Write routers or a menu as one ONNX file, after checking that it decides as they do.
+
+    Args:
+        routers: What to export.
+        path: The file; written whole or not at all.
+
+    Raises:
+        ExportError: A package is missing, or the graph does not do what the routers do. No file is written then.
+    """
+    if isinstance(routers, TrainedMenu):
+        from dynadepth.onnx_menu import export_menu_onnx
+
+        export_menu_onnx(routers, path)
+    elif isinstance(routers, Routers):
+        export_onnx(routers, path)
 
 
 def load_routers(
@@ -245,8 +133,8 @@ def load_routers(
     *,
     model: nn.Module | None = None,
     accept_mismatch: bool = False,
-) -> Routers:
-    """Load routers from a folder or from the hub.
+) -> TrainedPolicy:
+    """Load routers, or a menu, from a folder or from the hub.
 
     Args:
         path_or_hub_id: A routers folder, a folder that has one called `routers`, or a hub id of
@@ -269,24 +157,36 @@ def load_routers(
     return routers
 
 
-def _to_json(routers: Routers) -> dict[str, Any]:
+def _to_json(routers: TrainedPolicy) -> dict[str, Any]:
     content = {
         "schema_version": SCHEMA_VERSION,
         "dynadepth_version": __version__,
+        "kind": routers.kind,
         "base_model": {
             "name": routers.base_model,
             "revision": routers.revision,
             "fingerprint": dict(routers.fingerprint),
         },
-        "router": routers.config.to_dict(),
         "windows": _WINDOWS,
-        "action_order": _ACTION_ORDER,
-        "shrinkage": routers.shrinkage,
         "protect": list(routers.protect),
         "calibration": routers.calibration.to_dict(),
         "metrics": dict(routers.metrics),
         "training": dict(routers.training),
     }
+    if isinstance(routers, Routers):
+        content["router"] = routers.config.to_dict()
+        content["action_order"] = _ACTION_ORDER
+        content["shrinkage"] = routers.shrinkage
+    elif isinstance(routers, TrainedMenu):
+        heads = [
+            {"layer": head.layer_idx, "num_windows": head.num_windows}
+            for head in routers.menu.heads
+        ]
+        content["menu"] = {
+            "plans": [plan_text(plan) for plan in routers.menu.plans],
+            "heads": heads,
+        }
+        content["mix"] = _MIX
     try:
         json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -297,58 +197,75 @@ def _to_json(routers: Routers) -> dict[str, Any]:
     return content
 
 
-def _read(folder: Path, *, accepted: bool) -> Routers:
+def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
     file = folder / CONFIG_NAME
     content = read_json(file, CheckpointError)
+    _check_version(file, content)
+    _check_content(file, content)
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    base = content["base_model"]
+    try:
+        common: dict[str, Any] = {
+            "calibration": Calibration.from_dict(content["calibration"]),
+            "fingerprint": base["fingerprint"],
+            "protect": tuple(content["protect"]),
+            "base_model": base["name"],
+            "revision": base["revision"],
+            "metrics": content["metrics"],
+            "training": content["training"],
+            "folder": folder,
+            "accepted": accepted,
+        }
+        if content["kind"] == "menu":
+            return TrainedMenu(menu=_read_menu(file, content["menu"], tensors), **common)
+        config = RouterConfig.from_dict(content["router"])
+        bias = _read_bias(folder / WEIGHTS_NAME, tensors, config)
+        return Routers(
+            heads=RouterHeads.from_state_dict(config, tensors),
+            bias=bias,
+            shrinkage=content["shrinkage"],
+            **common,
+        )
+    except (ConfigError, PlanError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _check_version(file: Path, content: Mapping[str, Any]) -> None:
     version = content.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(
             f"{file} has schema_version {version!r}; expected a whole number from 1 on"
         )
+    written = f"{file} has schema version {version} (written by dynadepth {content.get('dynadepth_version')})"
     if version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"{file} has schema version {version} (written by dynadepth {content.get('dynadepth_version')}), this "
-            f"dynadepth {__version__} reads up to {SCHEMA_VERSION}; update dynadepth"
+            f"{written}, this dynadepth {__version__} reads up to {SCHEMA_VERSION}; update dynadepth"
         )
-    _check_content(file, content)
-    base = content["base_model"]
-    try:
-        config = RouterConfig.from_dict(content["router"])
-        calibration = Calibration.from_dict(content["calibration"])
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    heads, bias = _read_weights(folder / WEIGHTS_NAME, config)
-    try:
-        return Routers(
-            heads=heads,
-            bias=bias,
-            shrinkage=content["shrinkage"],
-            calibration=calibration,
-            fingerprint=base["fingerprint"],
-            protect=tuple(content["protect"]),
-            base_model=base["name"],
-            revision=base["revision"],
-            metrics=content["metrics"],
-            training=content["training"],
-            folder=folder,
-            accepted=accepted,
+    if version < SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{written}, this dynadepth {__version__} reads {SCHEMA_VERSION}; train the routers again"
         )
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _check_content(file: Path, content: Mapping[str, Any]) -> None:
     """Check keys, kinds and fixed values of everything that no class checks for itself."""
-    _check_keys(file, content, _KEYS)
-    for name, kind in _KINDS.items():
-        _check_kind(file, name, content[name], kind)
+    kind = content.get("kind")
+    if kind not in _KIND_KEYS:
+        raise CheckpointError(
+            f"{file}: kind is {kind!r}; expected one of {', '.join(sorted(_KIND_KEYS))}"
+        )
+    _check_keys(file, content, (*_KEYS, *_KIND_KEYS[kind]))
+    for name, expected_kind in _KINDS.items():
+        if name in content:
+            _check_kind(file, name, content[name], expected_kind)
     base = content["base_model"]
     _check_keys(file, base, ("name", "revision", "fingerprint"), "base_model.")
     _check_kind(file, "base_model.name", base["name"], str)
     _check_kind(file, "base_model.revision", base["revision"] or "", str)
     _check_kind(file, "base_model.fingerprint", base["fingerprint"], dict)
-    for name, expected in (("windows", _WINDOWS), ("action_order", _ACTION_ORDER)):
-        if content[name] != expected:
+    fixed = {"windows": _WINDOWS, "action_order": _ACTION_ORDER, "mix": _MIX}
+    for name, expected in fixed.items():
+        if name in content and content[name] != expected:
             raise CheckpointError(
                 f"{file}: {name} is {content[name]!r}; this dynadepth only knows {expected!r}"
             )
@@ -376,13 +293,17 @@ def _check_kind(file: Path, name: str, value: Any, kind: type | tuple[type, ...]
         raise CheckpointError(f"{file}: {name} is {value!r}; expected {words}")
 
 
-def _read_weights(file: Path, config: RouterConfig) -> tuple[RouterHeads, Tensor]:
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; the folder is incomplete: copy or save it again")
     try:
-        tensors = load_file(file)
+        tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or save it again") from error
+    return tensors
+
+
+def _read_bias(file: Path, tensors: dict[str, Tensor], config: RouterConfig) -> Tensor:
     bias, shape = tensors.pop("bias", None), (config.num_layers, NUM_ACTIONS)
     if bias is None or tuple(bias.shape) != shape or bias.dtype != torch.float32:
         found = "missing" if bias is None else f"{bias.dtype} of shape {tuple(bias.shape)}"
@@ -393,7 +314,24 @@ def _read_weights(file: Path, config: RouterConfig) -> tuple[RouterHeads, Tensor
         raise CheckpointError(
             f"{file}: tensor 'bias' holds values that are not finite; train the routers again"
         )
-    try:
-        return RouterHeads.from_state_dict(config, tensors), bias
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    return bias
+
+
+def _read_menu(file: Path, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> Menu:
+    _check_keys(file, content, ("plans", "heads"), "menu.")
+    for name in ("plans", "heads"):
+        _check_kind(file, f"menu.{name}", content[name], list)
+    shapes = []
+    for step, head in enumerate(content["heads"]):
+        _check_kind(file, f"menu.heads[{step}]", head, dict)
+        _check_keys(file, head, ("layer", "num_windows"), f"menu.heads[{step}].")
+        for name in ("layer", "num_windows"):
+            _check_kind(file, f"menu.heads[{step}].{name}", head[name], int)
+        shapes.append((head["layer"], head["num_windows"]))
+    plans = content["plans"]
+    for text in plans:
+        _check_kind(file, "a plan of the menu", text, str)
+    if not plans:
+        raise CheckpointError(f"{file}: the menu has no plans; save it again")
+    rows = np.stack([parse_plan(text, len(plans[0])) for text in plans])
+    return Menu.from_state_dict(rows, shapes, tensors)

@@ -170,14 +170,13 @@ def _export(
     if out is None and not Path(routers).is_dir():
         raise typer.BadParameter(f"--routers {routers} is not a folder, so --out is needed")
 
-    from dynadepth import load_routers
+    from dynadepth.checkpoint import export_policy, load_routers
     from dynadepth.folders import ONNX_NAME
-    from dynadepth.onnx import export_onnx
 
     loaded = load_routers(routers)
     # Where the routers were found, which is `routers/` if a base model's folder was given.
     target = (loaded.folder or Path(routers)) / ONNX_NAME if out is None else out
-    export_onnx(loaded, target)
+    export_policy(loaded, target)
     if as_json:
         typer.echo(json.dumps({"out": str(target), "bytes": target.stat().st_size}, sort_keys=True))
     else:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dynadepth.budget import Calibration
 from dynadepth.errors import ConfigError, PlanError
-from dynadepth.plans import EXECUTE, NUM_ACTIONS, REPEAT, SKIP, check_plans, plan_depth
+from dynadepth.plans import EXECUTE, NUM_ACTIONS, REPEAT, SKIP, Plans, check_plans, plan_depth
 
-__all__ = ["front_bias", "front_calibration", "removed_layers"]
+__all__ = ["front_bias", "front_calibration", "neighbours", "removed_layers"]
 
 # In spreads of the routers' logits. A prompt one spread away from the mean moves along the whole front with s = 1, half
 # of it with s = 1/2, a quarter with s = 1/4: from free choice to the trade of close neighbours.
@@ -99,6 +99,29 @@ def front_calibration(front: Any, bias: Tensor) -> Calibration:
         lowest=float(depths[-1]),
         highest=float(depths[0]),
     )
+
+
+def neighbours(plan: Any) -> Plans:
+    """Return a plan and all that differ from it in one layer, skipped there if it runs and run once if it is skipped.
+
+    Args:
+        plan: Shape (num_layers,), whole numbers.
+
+    Returns:
+        The plan first; plan 1 + l differs at layer l. One that would run no layer is left as the plan. Shape
+        (1 + num_layers, num_layers), uint8.
+
+    Raises:
+        PlanError: It is no plan.
+    """
+    given = np.asarray(plan)
+    row = check_plans(given, given.shape[-1], num_rows=1)[0]
+    rows: Plans = np.tile(row, (len(row) + 1, 1))
+    for layer_idx in range(len(row)):
+        rows[1 + layer_idx, layer_idx] = int(SKIP) if row[layer_idx] else int(EXECUTE)
+        if not rows[1 + layer_idx].any():
+            rows[1 + layer_idx] = row
+    return rows
 
 
 def removed_layers(front: Any) -> list[int]:

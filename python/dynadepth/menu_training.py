@@ -26,6 +26,7 @@ __all__ = [
     "MenuRecipe",
     "MenuTrial",
     "choose_plans",
+    "decision_layers",
     "fit_menu",
     "walk_budget",
 ]
@@ -183,7 +184,8 @@ class MenuFit:
         menu: Trained on all prompts.
         recipe: The chosen one.
         trials: Those that came to the last rounds, in order.
-        scores: Scores of each prompt by heads that did not learn from it, one array for each step. Shape (N, K) each.
+        scores: Scores of each prompt by heads that did not learn from it, about the plans' means over all prompts, one
+            array for each step. Shape (N, K) each.
     """
 
     menu: Menu
@@ -276,8 +278,26 @@ def fit_menu(
         menu=fitter.train(recipe),
         recipe=recipe,
         trials=tuple(trials),
-        scores=tuple(fitter.held_out_scores(recipe)),
+        scores=tuple(fitter.held_out_scores(recipe, centred=True)),
     )
+
+
+def decision_layers(plans: Plans) -> tuple[int, ...]:
+    """Return the layers at which it may pay to decide between plans, ascending.
+
+    Half and three quarters of the way to the first layer at which plans differ, that layer, and every second or, if
+    plans differ early, every fourth one behind it, for a second step.
+
+    Args:
+        plans: Shape (K, num_layers), uint8.
+
+    Returns:
+        Layers, at least one at or before the first at which plans differ.
+    """
+    differ = np.flatnonzero((plans != plans[0]).any(axis=0))
+    first, last = (int(differ[0]), int(differ[-1])) if len(differ) else (0, 0)
+    stride = 2 if first > len(plans[0]) // 3 else 4
+    return tuple(sorted({first // 2, 3 * first // 4, first, *range(first + 2, last, stride)}))
 
 
 def choose_plans(
@@ -291,8 +311,8 @@ def choose_plans(
 
     Args:
         data: The pool.
-        size: Plans wanted, the identity included; fewer come back if no further plan gains anything, more if the static
-            mixtures need more.
+        size: Plans wanted, the identity included; more come back if the static mixtures need more, fewer if the pool
+            has no more.
         objective: `preserve` or `reward`, see `fit_menu`.
         seed: Of the folds.
 
@@ -309,26 +329,26 @@ def choose_plans(
     fitter = _Fitter(data, objective, seed)
     first = min(layer for layer in data.views)
     scores = fitter.held_out_scores(fitter.default(first))[0]
-    depths, values = data.depths, fitter.values
-    taken = sorted({0, *concave_hull(depths, values.mean(axis=0)).tolist()})
+    depths = data.depths
+    # The graded figures beside the counted one: with few prompts counts alone cannot tell plans apart.
+    values = np.mean(list(data.targets().values()), axis=0)
+    taken = sorted({0, *concave_hull(depths, fitter.values.mean(axis=0)).tolist()})
     wanted = _depth_grid(depths)
-    reached = -np.inf
     while len(taken) < min(size, len(data.plans)):
-        best, best_value = -1, reached
-        for plan in range(len(data.plans)):
-            if plan in taken:
-                continue
-            rows = [*taken, plan]
-            curve = _curve([scores[:, rows]], [np.zeros(len(rows), dtype=np.int64)], depths[rows])
-            value = float(np.mean(_at_depths(curve, values[:, rows], wanted)))
-            if value > best_value:
-                best, best_value = plan, value
-        if best < 0:
-            break
-        taken.append(best)
-        reached = best_value
-    rest = sorted(taken[1:], key=lambda plan: (-depths[plan], plan))
-    return np.array([0, *rest], dtype=np.int64)
+        rest = [plan for plan in range(len(data.plans)) if plan not in taken]
+        gains = [_menu_value(scores, values, depths, [*taken, plan], wanted) for plan in rest]
+        taken.append(rest[int(np.argmax(gains))])
+    others = sorted(taken[1:], key=lambda plan: (-depths[plan], plan))
+    return np.array([0, *others], dtype=np.int64)
+
+
+def _menu_value(
+    scores: Floats, values: Floats, depths: Floats, rows: list[int], wanted: Floats
+) -> float:
+    """Return what a policy that chooses among some plans by held-out scores gets, averaged over depths."""
+    one = np.zeros(len(rows), dtype=np.int64)
+    curve = _curve([scores[:, rows]], [one], depths[rows])
+    return float(np.mean(_at_depths(curve, values[:, rows], wanted)))
 
 
 class _Fitter:
@@ -396,8 +416,14 @@ class _Fitter:
         )
         return trial, gains
 
-    def held_out_scores(self, recipe: MenuRecipe) -> list[Floats]:
-        """Return every prompt's scores by heads that did not learn from it, for each step. Shape (N, K) each."""
+    def held_out_scores(self, recipe: MenuRecipe, *, centred: bool = False) -> list[Floats]:
+        """Return every prompt's scores by heads that did not learn from it, for each step. Shape (N, K) each.
+
+        Args:
+            recipe: How the heads are trained.
+            centred: Let the scores deviate from the plans' means over all prompts, as those of the final heads do, not
+                from the means of each fold, which part prompts that the final heads treat alike.
+        """
         means = np.empty_like(self.values)
         target = self._blend(recipe)
         for fold in range(_FOLDS):
@@ -412,7 +438,8 @@ class _Fitter:
                     (share * known[name] for name, share in recipe.weights),
                     start=np.zeros_like(means),
                 )
-            scores.append(means + recipe.shrinkage * (predicted - means))
+            start = target.mean(axis=0) if centred else means
+            scores.append(start + recipe.shrinkage * (predicted - means))
         return scores
 
     def train(self, recipe: MenuRecipe) -> Menu:

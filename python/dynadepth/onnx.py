@@ -5,10 +5,8 @@ calibration of the budget), so that a runtime without Python decides the same. K
 folders or base models.
 """
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +15,11 @@ import torch
 from torch import Tensor
 
 from dynadepth.budget import Calibration
-from dynadepth.errors import CheckpointError, ConfigError, ExportError
+from dynadepth.errors import ConfigError, ExportError
 from dynadepth.files import write_bytes_atomic
-from dynadepth.onnx_graph import (
-    INVALID_ACTION,
-    ONNX_SCHEMA_VERSION,
-    PROPERTY_PREFIX,
-    ExportableRouters,
-    build_onnx,
-    host_array,
-    need_package,
-)
+from dynadepth.onnx_graph import ExportableRouters, build_onnx
+from dynadepth.onnx_nodes import INVALID, host_array
+from dynadepth.onnx_session import open_session, read_facts
 from dynadepth.plans import NUM_ACTIONS, Plans
 from dynadepth.policies import LayerwisePolicy, actions_of, undecidable
 from dynadepth.routers import pool
@@ -35,6 +27,7 @@ from dynadepth.routers import pool
 __all__ = ["OnnxRouterPolicy", "export_onnx"]
 
 _TOLERANCE = 1e-5
+_NEEDED_FACTS = ("calibration", "hidden_size", "num_layers", "shrinkage", "varying_layers")
 
 
 def export_onnx(routers: ExportableRouters, path: str | os.PathLike[str]) -> None:
@@ -82,13 +75,8 @@ class OnnxRouterPolicy(LayerwisePolicy):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         digest: str | None = None,
     ) -> None:
-        self._session = _session(source, providers)
-        facts = _read_properties(self._session, source)
-        if digest is not None and facts["routers_digest"] != digest:
-            raise CheckpointError(
-                f"{_name(source)} was made from other routers than those beside it; write it again with "
-                "`dynadepth export`"
-            )
+        self._session = open_session(source, providers)
+        facts = read_facts(self._session, source, "routers", _NEEDED_FACTS, digest=digest)
         self.calibration = Calibration.from_dict(facts["calibration"])
         self.calibration.penalty_for(budget)
         self.budget = float(budget)
@@ -118,7 +106,7 @@ class OnnxRouterPolicy(LayerwisePolicy):
             )
         mask = prompt_mask.detach().to("cpu", torch.int64).numpy()
         actions = self._run(layer_idx, host_array(hidden_states), mask)
-        if (actions == INVALID_ACTION).any():
+        if (actions == INVALID).any():
             raise undecidable(layer_idx)
         decided: Plans = actions.astype(np.uint8)
         return decided
@@ -136,64 +124,9 @@ class OnnxRouterPolicy(LayerwisePolicy):
         return actions
 
 
-_NEEDED_PROPERTIES = {
-    "calibration",
-    "hidden_size",
-    "num_layers",
-    "routers_digest",
-    "shrinkage",
-    "varying_layers",
-}
-
-
-def _read_properties(session: Any, source: Any) -> dict[str, Any]:
-    """Return what `_properties` wrote."""
-    found = session.get_modelmeta().custom_metadata_map
-    try:
-        facts = {
-            name.removeprefix(PROPERTY_PREFIX): json.loads(text)
-            for name, text in found.items()
-            if name.startswith(PROPERTY_PREFIX)
-        }
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{_name(source)} has damaged metadata: {error}; export it again"
-        ) from error
-    version = facts.get("schema_version")
-    if not isinstance(version, int):
-        raise CheckpointError(
-            f"{_name(source)} is an ONNX file, but not one of routers; expected what `dynadepth export` writes"
-        )
-    if version > ONNX_SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{_name(source)} has schema version {version}, this dynadepth reads up to {ONNX_SCHEMA_VERSION}; "
-            "update dynadepth"
-        )
-    missing = sorted(_NEEDED_PROPERTIES - set(facts))
-    if missing:
-        raise CheckpointError(f"{_name(source)} lacks the property {missing[0]!r}; export it again")
-    return facts
-
-
-def _session(source: str | os.PathLike[str] | bytes, providers: Sequence[str]) -> Any:
-    runtime = need_package("onnxruntime", ConfigError)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"there is no {os.fspath(source)}; make it with `dynadepth export`")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    content = source if isinstance(source, bytes) else os.fspath(source)
-    try:
-        return runtime.InferenceSession(content, options, providers=list(providers))
-    except Exception as error:  # onnxruntime's errors share no base but Exception
-        raise CheckpointError(
-            f"{_name(source)} cannot be read by onnxruntime: {error}; export it again"
-        ) from error
-
-
 def _verify(routers: ExportableRouters, data: bytes) -> None:
     """Compare the graph with torch on random states, at each layer and at budgets in and out of range."""
-    session = _session(data, ("CPUExecutionProvider",))
+    session = open_session(data)
     generator = torch.Generator().manual_seed(0)
     config, calibration = routers.config, routers.calibration
     lowest, highest = calibration.range
@@ -228,7 +161,3 @@ def _verify(routers: ExportableRouters, data: bytes) -> None:
     feed["budget"] = np.asarray(highest + 1.0, dtype=np.float32)
     if not np.isnan(session.run(["logits"], feed)[0]).all():
         raise ExportError("the ONNX graph accepts a budget out of range; nothing was written")
-
-
-def _name(source: Any) -> str:
-    return "the ONNX content" if isinstance(source, bytes) else os.fspath(source)

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation import concave_hull
 from dynadepth.fronts import front_bias, removed_layers
 from dynadepth.plans import EXECUTE, Plans, check_plans, plan_depth
 from dynadepth.policies import actions_of
-from dynadepth.training import logits_of, train_heads
+from dynadepth.routers import RouterHeads
+from dynadepth.training import logits_of
 
 __all__ = [
     "SHRINKAGES",
@@ -36,6 +36,7 @@ _COMPARED_AT = (0.25, 0.5, 0.75)
 _BISECTIONS = 50
 
 Floats = npt.NDArray[np.float64]
+Train = Callable[[npt.NDArray[np.int64], int], RouterHeads]
 Evaluate = Callable[[npt.NDArray[np.int64], Plans], Floats]
 
 
@@ -133,19 +134,15 @@ def plans_of(logits: Tensor, bias: Tensor, *, shrinkage: float, penalty: float) 
 
 def select_shrinkage(
     features: Tensor,
-    actions: Any,
+    train: Train,
     front: Any,
     evaluate: Evaluate,
     *,
-    config: RouterConfig,
-    training: TrainConfig,
     seed: int,
     front_rewards: Any = None,
-    unforced: Tensor | None = None,
     protect: Sequence[int] = (),
     groups: Sequence[str] | None = None,
     folds: int = 5,
-    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShrinkageChoice:
     """Choose how far prompts may deviate from the static front, by cross-validation on the training prompts.
@@ -156,33 +153,27 @@ def select_shrinkage(
     else 0.
 
     Args:
-        features: As `train_heads` takes them, under each prompt's own label. Shape (prompts, num_layers, views,
-            hidden), float32.
-        actions: The labels. Shape (prompts, num_layers), whole numbers.
+        features: What the routers read of the prompts, under a plan that does not depend on what is learned: states
+            under a prompt's own label would betray which layers it skipped. Shape (prompts, num_layers, views, hidden),
+            float32.
+        train: Given indices of prompts and a seed, returns routers that learned from these prompts alone.
         front: As in `front_bias`.
         evaluate: Given indices of prompts (pairs, int64) and plans (pairs, num_layers, uint8), distinct as pairs,
             returns their rewards (pairs, float64). Called once.
-        config: Shape of the routers.
-        training: The recipe.
         seed: Of the folds and the training.
         front_rewards: Mean reward of each front plan, so that the mixture is made of the plans on their concave hull,
             as in the evaluation; None: of the two neighbouring front plans. Shape (plans,), float64.
-        unforced: Features of the same prompts under a plan that does not depend on the label, for what is decided about
-            held-out prompts. States under a prompt's own label betray which layers it skipped, so without this
-            the gain is flattered. Same shape as `features`; None takes `features`.
         protect: Layers that always run once.
         groups: Of each prompt the group with which it stays in one fold, such as its text; None: each prompt its own.
         folds: Parts of the groups.
-        device: Where to train; None: where the features are.
         progress: Called as `progress(fold, folds)` after each training.
 
     Returns:
         The choice and its evidence; shrinkage 0 without any evaluation if the front is the identity alone.
 
     Raises:
-        ConfigError: Fewer groups than twice the folds, not one for each prompt, or features that `train_heads`
-            refuses.
-        PlanError: The plans are no front or skip a protected layer, or the actions are no plans.
+        ConfigError: Fewer groups than twice the folds, or not one for each prompt.
+        PlanError: The plans are no front or skip a protected layer.
     """
     count = len(features)
     names = [str(index) for index in range(count)] if groups is None else groups
@@ -196,31 +187,23 @@ def select_shrinkage(
             f"{len(number)} prompts cannot be cross-validated in {folds} folds; expected 2 folds or more with at "
             f"least two different prompts each"
         )
-    rows = check_plans(front, config.num_layers)
-    labels = check_plans(actions, config.num_layers, num_rows=count)
+    num_layers = features.shape[1]
+    rows = check_plans(front, num_layers)
     if not removed_layers(rows):
         return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=count, evaluations=0)
-    decided = features if unforced is None else unforced
     rng = np.random.default_rng(seed)
     group = np.array([number[name] for name in names])
     parts = [
         np.flatnonzero(np.isin(group, drawn))
         for drawn in np.array_split(rng.permutation(len(number)), folds)
     ]
-    pairs = _Pairs(config.num_layers)
+    pairs = _Pairs(num_layers)
     cells: list[_Cell] = []
     static = rows if front_rewards is None else _on_hull(rows, front_rewards)
     for fold, held_out in enumerate(parts):
         rest = np.sort(np.concatenate([part for i, part in enumerate(parts) if i != fold]))
-        heads = train_heads(
-            features[rest],
-            labels[rest],
-            config,
-            training,
-            seed=int(rng.integers(2**31)),
-            device=device,
-        )
-        logits = logits_of(heads, decided)
+        heads = train(rest, int(rng.integers(2**31)))
+        logits = logits_of(heads, features)
         logits = logits - logits[rest].mean(dim=0)
         bias = front_bias(rows, scale=logit_scale(logits[rest]), protect=protect).to(logits.device)
         cells += _compare_fold(logits[rest], logits[held_out], bias, held_out, static, pairs)

@@ -1,6 +1,6 @@
 """Training of routers on cached features: arrays in, weights out.
 
-Owns the loss and one batched loop that trains the routers of all layers together. Knows
+Owns one batched loop that trains the routers of all layers together. Knows
 nothing of models, labels on disk or budgets; a base model is never run here.
 """
 
@@ -11,68 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError
+from dynadepth.losses import Goal, Imitation, Regression
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
 from dynadepth.routers import Bottleneck, RouterHeads, all_logits
 
-__all__ = ["centre_heads", "effective_number_weights", "focal_loss", "logits_of", "train_heads"]
+__all__ = ["centre_heads", "logits_of", "train_damage_heads", "train_heads"]
 
 # A dimension that varies by less than this share of its size is rounding noise of half precision.
 _SMALLEST_SPREAD = 1e-3
 # Elements of the features that are copied at a time: 16 M are 64 MB.
 _BLOCK = 1 << 24
-_CONSTANT_STEPS = 200
 
 
-def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
-    """Return the weight of each class from how often it occurs.
-
-    Args:
-        counts: Labels of each class. Shape (classes,), whole numbers.
-        beta: 0 weighs all classes alike; towards 1 the weights become inverse frequencies.
-
-    Returns:
-        Weights that sum to the number of classes that occur; 0 for one that does not. Shape (classes,), float32.
-
-    Source:
-        Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", equation 4.
-
-    Example:
-        >>> effective_number_weights(torch.tensor([5, 5, 0]), 0.999)
-        tensor([1., 1., 0.])
-    """
-    number = counts.to(torch.float64)
-    present = number > 0
-    effective = (1.0 - beta**number) / (1.0 - beta)
-    weights = torch.where(present, 1.0 / effective.clamp(min=1e-12), 0.0)
-    return (weights * present.sum() / weights.sum()).to(torch.float32)
-
-
-def focal_loss(logits: Tensor, actions: Tensor, *, gamma: float, weights: Tensor) -> Tensor:
-    """Return the focal loss of each decision.
-
-    Args:
-        logits: Shape (..., 3), float32.
-        actions: The labels. Shape (...), int64.
-        gamma: How much easy decisions count less; 0 gives the weighted cross-entropy.
-        weights: Weight of each action. Shape (3,), float32.
-
-    Returns:
-        `-w_y (1 - p_y)^gamma log p_y`. Shape (...), float32.
-
-    Source:
-        Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5.
-    """
-    log_probs = functional.log_softmax(logits, dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    # expm1 keeps the gradient of an almost certain decision finite for gamma below 1.
-    miss = (-torch.expm1(log_probs)).clamp(min=1e-12)
-    return -weights[actions] * miss**gamma * log_probs
-
-
-@torch.enable_grad()
 def train_heads(
     features: Tensor,
     actions: Any,
@@ -83,7 +36,7 @@ def train_heads(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
-    """Train the routers of all layers on cached features.
+    """Train the routers of all layers to imitate labels, on cached features.
 
     The layers share nothing but the order of the prompts: each is trained as if alone, all of them in one batched
     product. The same seed gives the same weights on one machine and build.
@@ -105,28 +58,83 @@ def train_heads(
         ConfigError: Features of another shape or dtype, not finite, or fewer than two prompts.
         PlanError: Actions of another shape or out of range.
     """
+    _check_features(features, config)
+    plans = check_plans(actions, config.num_layers, num_rows=len(features))
     place = features.device if device is None else torch.device(device)
-    labels = _checked_labels(features, actions, config).to(place)
+    goal = Imitation(torch.from_numpy(plans.astype(np.int64)).to(place), training)
+    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+
+
+def train_damage_heads(
+    features: Tensor,
+    damage: Any,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RouterHeads:
+    """Train the router of each layer to predict what skipping the layer costs a prompt.
+
+    The logit of SKIP is minus the predicted damage, in spreads of all damages, so that layers stay comparable; those of
+    EXECUTE and REPEAT are 0. Otherwise as `train_heads`: the recipe's focal loss and class weights are not used.
+
+    Args:
+        features: As `train_heads` takes them, under the plan whose neighbours were measured.
+        damage: What each prompt loses when a layer is skipped. Shape (prompts, num_layers), finite numbers.
+        config: Shape of the routers.
+        training: The recipe.
+        seed: As in `train_heads`.
+        device: As in `train_heads`.
+        progress: As in `train_heads`.
+
+    Returns:
+        The routers, without gradients, on that device.
+
+    Raises:
+        ConfigError: As `train_heads`, or damage of another shape or not finite.
+    """
+    _check_features(features, config)
+    given = np.asarray(damage, dtype=np.float64)
+    shape = (len(features), config.num_layers)
+    if given.shape != shape or not np.isfinite(given).all():
+        raise ConfigError(
+            f"damage has shape {given.shape} or numbers that are not finite; expected finite numbers of shape {shape}"
+        )
+    place = features.device if device is None else torch.device(device)
+    goal = Regression(torch.from_numpy(given).to(place, torch.float32))
+    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+
+
+@torch.enable_grad()
+def _train(
+    features: Tensor,
+    goal: Goal,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    place: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> RouterHeads:
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(features))
     count = round(training.held_out * len(features))
     held_out, used = np.sort(order[:count]), np.sort(order[count:])
 
-    counts = torch.bincount(labels[used].flatten(), minlength=NUM_ACTIONS)
-    weights = effective_number_weights(counts, training.class_balance)
+    learnable, constant = goal.begin(used)
     spread = _spread(features, used, config, enabled=training.standardise)
     mean, scale = (tensor.to(place) for tensor in spread)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     parameters = _initial_parameters(config, generator)
     free = torch.ones(config.num_layers, NUM_ACTIONS)
     if training.held_out > 0:
-        free = _learnable(labels[used].cpu())
+        free = learnable
         # Learning starts at the best constant, so that any epoch which beats it has learnt from the features.
         for name in [name for name in parameters if ".second_" in name]:
             parameters[name] = torch.zeros_like(parameters[name])
-        parameters["windows.second_bias"] = _best_constant(
-            labels[used].cpu(), weights.cpu(), training.focal_gamma
-        )
+        parameters["windows.second_bias"] = constant
     for name, tensor in parameters.items():
         parameters[name] = tensor.to(place).requires_grad_()
     free = free.to(place)
@@ -135,8 +143,7 @@ def train_heads(
         """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
         picked = (features[prompts][:, :, : config.num_views].to(place) - mean) * scale
         logits = all_logits(*_parts(parameters, free), config.num_windows, picked)
-        loss = focal_loss(logits, labels[prompts], gamma=training.focal_gamma, weights=weights)
-        return loss.mean(dim=0)
+        return goal.losses(logits, prompts).mean(dim=0)
 
     tensors = list(parameters.values())
     optimizer = torch.optim.AdamW(
@@ -226,7 +233,7 @@ class _BestEpoch:
                 tensor.copy_(kept)
 
 
-def _checked_labels(features: Tensor, actions: Any, config: RouterConfig) -> Tensor:
+def _check_features(features: Tensor, config: RouterConfig) -> None:
     shape = (config.num_layers, config.num_views, config.hidden_size)
     fits = features.dim() == 4 and features.dtype == torch.float32
     fits = fits and (features.shape[1], features.shape[3]) == (shape[0], shape[2])
@@ -245,8 +252,6 @@ def _checked_labels(features: Tensor, actions: Any, config: RouterConfig) -> Ten
             f"the features of prompt {int((~finite).nonzero()[0])} are not finite; the base model overflows on it: "
             "compute features in a wider dtype, or leave the prompt out"
         )
-    plans = check_plans(actions, config.num_layers, num_rows=len(features))
-    return torch.from_numpy(plans.astype(np.int64))
 
 
 def _rate(step: int, steps: int, training: TrainConfig) -> float:
@@ -271,31 +276,6 @@ def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dic
         uniform = torch.rand(shape, generator=generator) * 2.0 - 1.0
         parameters[name] = uniform / math.sqrt(inputs)
     return parameters
-
-
-def _learnable(labels: Tensor) -> Tensor:
-    """Return 1 where a layer's logit of an action may depend on the prompt. Shape (num_layers, 3), float32.
-
-    An action that a layer's labels never have is only pushed down, and with a single action all logits are: what such
-    logits say about a prompt is an accident of the other directions.
-    """
-    seen = functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) > 0
-    return (seen & (seen.sum(dim=1, keepdim=True) > 1)).to(torch.float32)
-
-
-def _best_constant(labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    """Return the constant logits of lowest focal loss for each layer. Shape (num_layers, 3), float32."""
-    # Half a label of each action keeps the optimum finite for an action that a layer never has.
-    share = (functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) + 0.5) / (len(labels) + 1.5)
-    actions = torch.arange(NUM_ACTIONS).expand(labels.shape[1], NUM_ACTIONS)
-    logits = torch.log(share).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.1)
-    for _ in range(_CONSTANT_STEPS):
-        optimizer.zero_grad(set_to_none=True)
-        every = logits.unsqueeze(1).expand(-1, NUM_ACTIONS, -1)
-        (share * focal_loss(every, actions, gamma=gamma, weights=weights)).sum().backward()
-        optimizer.step()
-    return logits.detach()
 
 
 def _spread(

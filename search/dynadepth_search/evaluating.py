@@ -18,12 +18,13 @@ import torch
 import transformers
 
 from dynadepth import __version__
-from dynadepth.checkpoint import Routers, base_model_name
+from dynadepth.checkpoint import base_model_name
 from dynadepth.config import TrainConfig
 from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import fingerprint, fingerprint_digest
-from dynadepth.plans import Plans, plan_text
+from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.trained import Routers, TrainedPolicy
 from dynadepth_search.baselines import mean_influence
 from dynadepth_search.contest import Compared, Contest, Entrant, Front, check_preset_names
 from dynadepth_search.figures import PolicyRun, action_shares, figures_of, findings, show_budget
@@ -43,7 +44,10 @@ __all__ = [
 ]
 
 EVALUATION_NAME = "evaluation.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Of the map of plans: the plans that most prompts got, and prompts of each.
+_SHOWN_PLANS = 24
+_SHOWN_PROMPTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,7 @@ class EvaluationConfig:
         check_prompts: Prompts scored by the wrapped model as well.
     """
 
-    budgets: tuple[float, ...] = (0.9, 0.85, 0.8)
+    budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8)
     seed: int = 0
     random_draws: int = 5
     batch_size: int = 16
@@ -81,11 +85,11 @@ def evaluate(
     *,
     heldout: Task,
     train: Task,
-    routers: Routers,
+    routers: TrainedPolicy,
     front: Front,
     objective: str,
     folder: str | os.PathLike[str],
-    presets: Mapping[str, Routers] | None = None,
+    presets: Mapping[str, TrainedPolicy] | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -119,7 +123,11 @@ def evaluate(
     """
     settings = config or EvaluationConfig()
     check_preset_names(presets or {})
-    sources = {"routed": routers, **(presets or {})}
+    sources = {routers.kind: routers, **(presets or {})}
+    if len(sources) <= len(presets or {}):
+        raise ConfigError(
+            f"routers to compare are named {routers.kind!r}, as those under test are; rename their folder"
+        )
     headline = check_objective(objective)
     if headline == "reward" and heldout.kind == "prompt":
         raise ConfigError(
@@ -187,17 +195,16 @@ def evaluate(
         "num_layers": scorer.num_layers,
         "dtype": dtype_name(model),
         "config": asdict(settings) | {"budgets": list(settings.budgets)},
-        "routers": {
-            "preset": routers.config.preset,
-            "shrinkage": routers.shrinkage,
-            "range": list(routers.calibration.range),
-        },
+        "routers": _described(routers),
         "policies": policies,
         "findings": [*findings(policies, headline), *notes, *_warm_up_notes(sources)],
         "actions": [
             {"budget": entrant.budget, "shares": action_shares(entrant.plans)}
             for entrant in entrants
             if entrant.kind == "routed"
+        ],
+        "plan_map": [
+            _plan_map(entrant, heldout) for entrant in entrants if entrant.kind == "routed"
         ],
         "front": contest.front_figures(table),
         "runtime_check": checks,
@@ -233,7 +240,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_trained_on(routers: Mapping[str, Routers], task: Mapping[str, Any]) -> None:
+def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:
     """Refuse routers that record another training task than that of the labels.
 
     The held-out prompts are kept apart from those of the labels only, and the labels' static front
@@ -259,7 +266,39 @@ def check_trained_on(routers: Mapping[str, Routers], task: Mapping[str, Any]) ->
             )
 
 
-def _warm_up_notes(sources: Mapping[str, Routers]) -> list[str]:
+def _described(routers: TrainedPolicy) -> dict[str, Any]:
+    """Return what kind of policy is under test."""
+    described: dict[str, Any] = {"kind": routers.kind, "range": list(routers.calibration.range)}
+    if isinstance(routers, Routers):
+        return described | {"preset": routers.config.preset, "shrinkage": routers.shrinkage}
+    recipe = routers.training.get("recipe")
+    return described | (dict(recipe) if isinstance(recipe, Mapping) else {})
+
+
+def _plan_map(entrant: Entrant, task: Task) -> dict[str, Any]:
+    """Return which plans a policy gave to how many prompts, with a few of the prompts."""
+    plans, inverse = np.unique(entrant.plans, axis=0, return_inverse=True)
+    counts = np.bincount(inverse.reshape(-1), minlength=len(plans))
+    rows = []
+    for index in np.argsort(-counts, kind="stable")[:_SHOWN_PLANS].tolist():
+        prompts = np.flatnonzero(inverse.reshape(-1) == index)[:_SHOWN_PROMPTS].tolist()
+        rows.append(
+            {
+                "plan": plan_text(plans[index]),
+                "depth": float(plan_depth(plans[index])),
+                "share": float(counts[index] / counts.sum()),
+                "examples": [_shortened(task.examples[prompt].prompt) for prompt in prompts],
+            }
+        )
+    return {"budget": entrant.budget, "different_plans": len(plans), "rows": rows}
+
+
+def _shortened(prompt: str) -> str:
+    text = " ".join(prompt.split())
+    return text if len(text) <= 90 else f"{text[:87]}..."
+
+
+def _warm_up_notes(sources: Mapping[str, TrainedPolicy]) -> list[str]:
     """Say whose training ended inside its warm-up, from what the routers record of it."""
     notes = []
     for name, routers in sources.items():
@@ -295,7 +334,7 @@ def _plan(
     model: Any,
     scorer: Scorer,
     task: Task,
-    sources: Mapping[str, Routers],
+    sources: Mapping[str, TrainedPolicy],
     config: EvaluationConfig,
     progress: Progress,
 ) -> tuple[list[Entrant], dict[str, dict[str, Any]], list[str]]:

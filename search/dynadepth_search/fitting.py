@@ -1,7 +1,7 @@
-"""From labels to routers that keep a budget: features, training, shrinkage, calibration, files.
+"""Routers of all layers that keep a budget: features, training, shrinkage, calibration.
 
-Owns the order of these steps and the split of validation prompts. What each step does is `dynadepth.training`,
-`dynadepth.shrinkage` and `dynadepth.budget`; how prompts are scored is `scoring`.
+Owns the order of these steps and the split of validation prompts, for routers that learn damage and for the published
+ones that imitate labels. What each step does is `dynadepth.training`, `dynadepth.shrinkage` and `dynadepth.budget`.
 """
 
 import math
@@ -16,27 +16,28 @@ import torch
 from torch import Tensor
 
 from dynadepth.budget import Calibration, calibrate
-from dynadepth.checkpoint import Routers, base_model_name, save_routers
+from dynadepth.checkpoint import base_model_name, export_policy, save_routers
 from dynadepth.config import RouterConfig, TrainConfig
-from dynadepth.errors import LabelError
+from dynadepth.errors import ConfigError, LabelError
 from dynadepth.families import layer_stack
 from dynadepth.features import prompt_features
 from dynadepth.fingerprint import fingerprint
 from dynadepth.folders import ONNX_NAME
-from dynadepth.fronts import front_bias, front_calibration, removed_layers
-from dynadepth.onnx import export_onnx
+from dynadepth.fronts import front_bias, front_calibration, neighbours, removed_layers
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, plan_depth
 from dynadepth.policies import RouterPolicy
 from dynadepth.routers import RouterHeads
-from dynadepth.shrinkage import ShrinkageChoice, logit_scale, select_shrinkage
-from dynadepth.training import centre_heads, logits_of, train_heads
+from dynadepth.shrinkage import logit_scale, select_shrinkage
+from dynadepth.trained import Routers, TrainedPolicy
+from dynadepth.training import centre_heads, logits_of, train_damage_heads, train_heads
+from dynadepth_search.damage import DamageTable
 from dynadepth_search.labels import Labels
 from dynadepth_search.measuring import planned, wrapped
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.scoring import Objective, Scorer, check_objective, plan_values
 from dynadepth_search.tasks import Example
 
-__all__ = ["fit_routers", "write_routers"]
+__all__ = ["fit_imitation", "fit_routers", "router_plans", "write_routers"]
 
 _VALIDATION = 0.2
 _FEWEST_PROMPTS = 16
@@ -46,38 +47,57 @@ _BATCH = 16
 _RESOLUTION = 0.01
 _CALIBRATION_PASSES = 30
 
+_Floats = npt.NDArray[np.float64]
+
+
+def router_plans(front: Any) -> Plans:
+    """Return the plans whose damage routers learn from: the front, and all neighbours of its middle plan.
+
+    Args:
+        front: Nested static plans, the identity first. Shape (plans, num_layers), uint8.
+
+    Returns:
+        All different, the identity first. Shape (K, num_layers), uint8.
+
+    Raises:
+        PlanError: The plans are no front.
+    """
+    removed_layers(front)
+    rows = np.asarray(front, dtype=np.uint8)
+    every = np.concatenate([rows, neighbours(rows[len(rows) // 2])])
+    _, first = np.unique(every, axis=0, return_index=True)
+    plans: Plans = every[np.sort(first)]
+    return plans
+
 
 def fit_routers(
     model: Any,
     tokenizer: Any,
-    labels: Labels,
+    table: DamageTable,
     front: Any,
     *,
-    front_rewards: Any = None,
-    preset: str = "dynadepth",
+    objective: str = "preserve",
+    protect: tuple[int, ...] = (),
     training: TrainConfig | None = None,
     seed: int = 0,
     batch_size: int = _BATCH,
     progress: Progress = silent,
 ) -> Routers:
-    """Train routers on labels and calibrate their budget.
+    """Train routers on a damage table and calibrate their budget.
 
-    A fifth of the different labelled prompts, drawn by the seed, calibrates the budget and takes no part in training
-    the routers or choosing how far they may leave the static front. It is not unseen: the front, the probe and the
-    labels' depth penalty were found on all labelled prompts. Rows of one prompt text are on one side. The
-    routers learn from states under each prompt's own label; how far they may leave the static front is chosen, and
-    their logits are centred, on states under the front's middle plan, which betray no label. The preset `drllm` has no
-    static part and no choice to make. The budget is measured with the policy as `wrap_model` runs it.
+    Each layer's router predicts what skipping its layer costs a prompt that is on its way under the front's middle
+    plan, from the states that enter the layer there. A fifth of the different prompts, drawn by the seed, calibrates
+    the budget and takes no part in training the routers or choosing how far they may leave the static front. The budget
+    is measured with the policy as `wrap_model` runs it.
 
     Args:
-        model: The unwrapped base model, the one of the labels; left as it was, also after an error.
+        model: The unwrapped base model, the one of the table; left as it was, also after an error.
         tokenizer: Of the base model.
-        labels: Of the training prompts.
-        front: Static plans found on them: the identity first, each with one more layer skipped. Shape (plans,
-            num_layers), uint8.
-        front_rewards: Mean reward of each of these plans on training prompts, see `select_shrinkage`. Shape (plans,).
-        preset: `"dynadepth"` or `"drllm"`.
-        training: The recipe; None takes the preset's.
+        table: Prompts under `router_plans(front)`, and perhaps other plans.
+        front: Static plans: the identity first, each with one more layer skipped. Shape (plans, num_layers), uint8.
+        objective: `preserve`: see `dynadepth_search.scoring.plan_values` for what is lost.
+        protect: Layers that always run once.
+        training: The recipe; None takes the preset `dynadepth`'s.
         seed: Of the split, the folds and the training.
         batch_size: Prompts of one forward.
         progress: Called with a stage, how much of it is done, and of how much.
@@ -86,52 +106,155 @@ def fit_routers(
         The routers; not yet on disk.
 
     Raises:
-        ConfigError: Unknown preset, or states or rewards that are not finite.
-        LabelError: Too few different prompts, or labels or a front of another number of layers.
-        PlanError: The front is none, or skips a layer that the search protected.
+        ConfigError: The table lacks a plan or has no answers for the objective, or states are not finite.
+        LabelError: Too few different prompts, or a table or a front of another number of layers.
+        PlanError: The front is none, or skips a protected layer.
         WrapError: The model is wrapped.
     """
     stack = layer_stack(model)
-    config = RouterConfig.for_preset(
-        preset, num_layers=stack.num_layers, hidden_size=stack.hidden_size
+    goal = check_objective(objective)
+    config = RouterConfig(num_layers=stack.num_layers, hidden_size=stack.hidden_size)
+    recipe = TrainConfig.for_preset("dynadepth") if training is None else training
+    _check_layers(table.plans.shape[1], front, stack.num_layers)
+    removed_layers(front)
+    rows = check_plans(front, stack.num_layers)
+    # Found wrong before an hour of work, not after it.
+    front_bias(rows, protect=protect)
+    value = plan_values(table, goal)
+    columns = _columns(table.plans, router_plans(rows))
+    middle = rows[len(rows) // 2]
+    damage = _damage(value, table.plans, middle)
+    prompts = _Prompts(model, tokenizer, table.examples, table.manifest["asked"]["task"]["scoring"])
+    prompts.batch_size, prompts.progress = batch_size, progress
+    train, validation = prompts.split(seed)
+    features = prompts.features(
+        np.tile(middle, (len(train), 1)), train, config, "reading states under the static front"
     )
-    recipe = TrainConfig.for_preset(preset) if training is None else training
-    rows, protect = _checked(labels, front, stack.num_layers)
-    fitter = _Fitter(model, tokenizer, labels, config, recipe, seed, batch_size, progress)
-    forced = fitter.features(labels.plans[fitter.train], "reading states under the labels")
-    if preset == "drllm":
-        heads = fitter.train_final(forced)
-        bias, shrinkage, choice = torch.zeros(stack.num_layers, NUM_ACTIONS), 1.0, None
-    else:
-        middle = np.tile(rows[len(rows) // 2], (len(fitter.train), 1))
-        unforced = fitter.features(middle, "reading states under the static front")
-        choice = fitter.choose(forced, unforced, rows, front_rewards, protect)
-        heads = centre_heads(fitter.train_final(forced), unforced)
-        scale = logit_scale(logits_of(heads, unforced))
-        bias, shrinkage = front_bias(rows, scale=scale, protect=protect), choice.shrinkage
-    if shrinkage == 0.0:
+
+    def learn(indices: npt.NDArray[np.int64], fold_seed: int) -> RouterHeads:
+        return train_damage_heads(
+            features[indices],
+            damage[train[indices]],
+            config,
+            recipe,
+            seed=fold_seed,
+            device=model.device,
+        )
+
+    choice = select_shrinkage(
+        features,
+        learn,
+        rows,
+        lambda pairs, plans: prompts.values(train, pairs, plans, goal),
+        seed=seed,
+        front_rewards=value[:, _columns(table.plans, rows)].mean(axis=0),
+        protect=protect,
+        groups=[prompts.texts[index] for index in train],
+        progress=lambda done, total: progress("cross-validating", done, total),
+    )
+    progress("training", 0, 1)
+    heads = centre_heads(learn(np.arange(len(train)), seed), features)
+    progress("training", 1, 1)
+    scale = logit_scale(logits_of(heads, features))
+    bias = front_bias(rows, scale=scale, protect=protect)
+    if choice.shrinkage == 0.0:
         calibration = front_calibration(rows, bias)
     else:
-        lowest = float(plan_depth(rows[-1]))
-        calibration = fitter.calibrate(heads, bias, shrinkage, protect, lowest)
-    return Routers(
-        heads=heads.to("cpu"),
-        bias=bias,
-        shrinkage=shrinkage,
-        calibration=calibration,
-        protect=protect,
-        fingerprint=fingerprint(model),
-        base_model=base_model_name(model),
-        training=fitter.notes(choice),
+        calibration = prompts.calibrate(
+            validation, heads, bias, choice.shrinkage, protect, float(plan_depth(rows[-1]))
+        )
+    task = table.manifest["asked"]["task"]
+    notes = _notes(config, recipe, seed, train, validation, goal) | {
+        "task": {
+            "name": table.manifest["task_name"],
+            **{key: task[key] for key in ("kind", "scoring", "sha256")},
+        },
+        "plans_scored": len(columns),
+        "shrinkage": choice.to_dict(),
+    }
+    return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes)
+
+
+def fit_imitation(
+    model: Any,
+    tokenizer: Any,
+    labels: Labels,
+    *,
+    training: TrainConfig | None = None,
+    lowest: float = 0.5,
+    seed: int = 0,
+    batch_size: int = _BATCH,
+    progress: Progress = silent,
+) -> Routers:
+    """Train the published routers: they imitate the label of each prompt, from states under the label itself.
+
+    There is no static part (b = 0) and no shrinkage (s = 1). A fifth of the different prompts calibrates the budget.
+
+    Args:
+        model: The unwrapped base model, the one of the labels; left as it was, also after an error.
+        tokenizer: Of the base model.
+        labels: Of the training prompts.
+        training: The recipe; None takes the published one.
+        lowest: Smallest budget to calibrate.
+        seed: Of the split and the training.
+        batch_size: Prompts of one forward.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        The routers; not yet on disk.
+
+    Raises:
+        ConfigError: States that are not finite, or routers that reach no depth from `lowest` to 1.
+        LabelError: Too few different prompts, or labels of another number of layers.
+        WrapError: The model is wrapped.
+
+    Source:
+        Dr.LLM (arXiv 2510.12773); deviation: the budget is calibrated.
+    """
+    stack = layer_stack(model)
+    config = RouterConfig.for_preset(
+        "drllm", num_layers=stack.num_layers, hidden_size=stack.hidden_size
     )
+    recipe = TrainConfig.for_preset("drllm") if training is None else training
+    _check_layers(labels.plans.shape[1], labels.plans, stack.num_layers)
+    manifest = labels.manifest
+    protect = tuple(int(layer) for layer in manifest.search["config"].get("protect", ()))
+    prompts = _Prompts(model, tokenizer, labels.examples, manifest.task["scoring"])
+    prompts.batch_size, prompts.progress = batch_size, progress
+    train, validation = prompts.split(seed)
+    features = prompts.features(
+        labels.plans[train], train, config, "reading states under the labels"
+    )
+    heads = train_heads(
+        features,
+        labels.plans[train],
+        config,
+        recipe,
+        seed=seed,
+        device=model.device,
+        progress=lambda done, total: progress("training", done, total),
+    )
+    bias = torch.zeros(stack.num_layers, NUM_ACTIONS)
+    calibration = prompts.calibrate(validation, heads, bias, 1.0, protect, lowest)
+    goal = check_objective(manifest.objective)
+    notes = _notes(config, recipe, seed, train, validation, goal) | {
+        "depth_penalty": manifest.depth_penalty,
+        "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
+        "labels": {
+            "identity_rate": labels.identity_rate,
+            "mean_depth": float(labels.depths.mean()),
+            "evaluations": labels.evaluations,
+        },
+    }
+    return _routers(model, heads, bias, 1.0, calibration, protect, notes)
 
 
-def write_routers(folder: str | os.PathLike[str], routers: Routers) -> Path:
+def write_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
     """Write a routers folder with its ONNX file.
 
     Args:
         folder: Where; earlier routers there are replaced whole.
-        routers: The routers.
+        routers: The routers or the menu.
 
     Returns:
         The folder.
@@ -141,107 +264,99 @@ def write_routers(folder: str | os.PathLike[str], routers: Routers) -> Path:
         ExportError: The ONNX file cannot be made, or does not do what the routers do; the rest of the folder is whole.
     """
     place = save_routers(folder, routers)
-    export_onnx(routers, place / ONNX_NAME)
+    export_policy(routers, place / ONNX_NAME)
     return place
 
 
-class _Fitter:
-    """The steps of one fit, over the model and the labels that they share."""
+class _Prompts:
+    """Prompts of one fit, and the model that reads them."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        labels: Labels,
-        config: RouterConfig,
-        recipe: TrainConfig,
-        seed: int,
-        batch_size: int,
-        progress: Progress,
+        self, model: Any, tokenizer: Any, examples: Sequence[Example], scoring: str
     ) -> None:
-        self._texts = [example.prompt.strip() for example in labels.examples]
-        self.train, self.validation = _split(self._texts, seed)
-        self._model, self._labels, self._config, self._recipe = model, labels, config, recipe
-        self._seed, self._batch_size, self._progress = seed, batch_size, progress
-        self._objective = check_objective(labels.manifest.objective)
-        self._scorer = Scorer(model, tokenizer, labels.manifest.task["scoring"])
+        self._model, self._examples = model, examples
+        self.texts = [example.prompt.strip() for example in examples]
+        self._scorer = Scorer(model, tokenizer, scoring)
+        self.batch_size = _BATCH
+        self.progress: Progress = silent
 
-    def features(self, plans: Plans, stage: str) -> Tensor:
-        """Return what the routers read of the training prompts under a plan for each."""
-        examples = self._examples(self.train)
+    def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return training and validation rows, each in their order; equal texts stay together."""
+        number = {text: index for index, text in enumerate(dict.fromkeys(self.texts))}
+        if len(number) < _FEWEST_PROMPTS:
+            raise LabelError(
+                f"{len(number)} prompts cannot train and calibrate routers; give {_FEWEST_PROMPTS} or more different "
+                "ones"
+            )
+        order = np.random.default_rng(seed).permutation(len(number))
+        drawn = order[: round(_VALIDATION * len(number))]
+        held_out = np.isin([number[text] for text in self.texts], drawn)
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def features(
+        self, plans: Plans, rows: npt.NDArray[np.int64], config: RouterConfig, stage: str
+    ) -> Tensor:
+        """Return what routers read of some prompts under a plan for each."""
+        examples = [self._examples[index] for index in rows]
         order = self._by_length(examples)
         found: list[Tensor] = []
-        self._progress(stage, 0, len(order))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        self.progress(stage, 0, len(order))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             input_ids, attention_mask = self._scorer.encode_prompts([examples[i] for i in batch])
             found += prompt_features(
                 self._model,
                 input_ids,
                 attention_mask,
                 plans[batch],
-                num_windows=self._config.num_windows,
+                num_windows=config.num_windows,
             )
-            self._progress(stage, len(found), len(order))
+            self.progress(stage, len(found), len(order))
         return torch.stack([found[i] for i in np.argsort(order)])
 
-    def train_final(self, features: Tensor) -> RouterHeads:
-        """Train on all training prompts."""
-        return train_heads(
-            features,
-            self._labels.plans[self.train],
-            self._config,
-            self._recipe,
-            seed=self._seed,
-            device=self._model.device,
-            progress=lambda done, total: self._progress("training", done, total),
-        )
-
-    def choose(
+    def values(
         self,
-        forced: Tensor,
-        unforced: Tensor,
-        front: Plans,
-        front_rewards: Any,
-        protect: tuple[int, ...],
-    ) -> ShrinkageChoice:
-        """Choose the shrinkage by cross-validation on the training prompts."""
-        return select_shrinkage(
-            forced,
-            self._labels.plans[self.train],
-            front,
-            self._rewards,
-            config=self._config,
-            training=self._recipe,
-            seed=self._seed,
-            front_rewards=front_rewards,
-            unforced=unforced,
-            protect=protect,
-            groups=[self._texts[index] for index in self.train],
-            device=self._model.device,
-            progress=lambda done, total: self._progress("cross-validating", done, total),
-        )
+        rows: npt.NDArray[np.int64],
+        pairs: npt.NDArray[np.int64],
+        plans: Plans,
+        goal: Objective,
+    ) -> _Floats:
+        """Return what pairs of prompt and plan are worth, prompts in blocks that share sweeps."""
+        values = np.empty(len(pairs))
+        examples = [self._examples[index] for index in rows]
+        stage = "scoring held-out plans"
+        self.progress(stage, 0, len(pairs))
+        done = 0
+        for start in range(0, len(examples), self.batch_size):
+            block = examples[start : start + self.batch_size]
+            here = np.flatnonzero((pairs >= start) & (pairs < start + len(block)))
+            outcomes = self._scorer.outcomes(block, plans[here], pairs[here] - start)
+            values[here] = plan_values(outcomes, goal)
+            done += len(here)
+            self.progress(stage, done, len(pairs))
+        return values
 
     def calibrate(
         self,
+        rows: npt.NDArray[np.int64],
         heads: RouterHeads,
         bias: Tensor,
         shrinkage: float,
         protect: tuple[int, ...],
         lowest: float,
     ) -> Calibration:
-        """Measure the mean depth of the validation prompts under penalties, as `wrap_model` runs them."""
-        examples = self._examples(self.validation)
+        """Measure the mean depth of prompts under penalties, as `wrap_model` runs them."""
+        examples = [self._examples[index] for index in rows]
         examples = [examples[i] for i in self._by_length(examples)]
         passes = 0
 
         def mean_depth_at(penalty: float) -> float:
             nonlocal passes
             passes += 1
-            self._progress("calibrating", passes, _CALIBRATION_PASSES)
+            self.progress("calibrating", passes, _CALIBRATION_PASSES)
             policy = RouterPolicy(heads, bias, shrinkage=shrinkage, penalty=penalty)
             with wrapped(self._model, policy=policy, protect=protect) as model:
-                plans = planned(model, self._scorer, examples, batch_size=self._batch_size)
+                plans = planned(model, self._scorer, examples, batch_size=self.batch_size)
             return float(plan_depth(plans).mean())
 
         table = calibrate(
@@ -250,55 +365,8 @@ class _Fitter:
             resolution=_RESOLUTION,
             max_evaluations=_CALIBRATION_PASSES,
         )
-        self._progress("calibrating", _CALIBRATION_PASSES, _CALIBRATION_PASSES)
+        self.progress("calibrating", _CALIBRATION_PASSES, _CALIBRATION_PASSES)
         return table
-
-    def notes(self, choice: ShrinkageChoice | None) -> dict[str, Any]:
-        """Return how the routers were trained, as values that JSON knows."""
-        manifest = self._labels.manifest
-        return {
-            "preset": self._config.preset,
-            "recipe": self._recipe.to_dict(),
-            "optimiser_steps": self._optimiser_steps(),
-            "warmup_steps": self._recipe.warmup_steps,
-            "seed": self._seed,
-            "train_prompts": len(self.train),
-            "validation_prompts": len(self.validation),
-            "objective": manifest.objective,
-            "depth_penalty": manifest.depth_penalty,
-            "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
-            "labels": {
-                "identity_rate": self._labels.identity_rate,
-                "mean_depth": float(self._labels.depths.mean()),
-                "evaluations": self._labels.evaluations,
-            },
-            "shrinkage": None if choice is None else choice.to_dict(),
-        }
-
-    def _optimiser_steps(self) -> int:
-        """Return the steps of the final training; no more than the warm-up's means that it ended inside."""
-        recipe, count = self._recipe, len(self.train)
-        used = count - round(recipe.held_out * count)
-        return recipe.epochs * math.ceil(used / recipe.batch_size)
-
-    def _rewards(self, prompts: npt.NDArray[np.int64], plans: Plans) -> npt.NDArray[np.float64]:
-        """Return the objective's reward of pairs of training prompt and plan, prompts in blocks that share sweeps."""
-        rewards = np.empty(len(prompts))
-        examples = self._examples(self.train)
-        stage = "scoring held-out plans"
-        self._progress(stage, 0, len(prompts))
-        done = 0
-        for start in range(0, len(examples), self._batch_size):
-            block = examples[start : start + self._batch_size]
-            pairs = np.flatnonzero((prompts >= start) & (prompts < start + len(block)))
-            outcomes = self._scorer.outcomes(block, plans[pairs], prompts[pairs] - start)
-            rewards[pairs] = outcomes.of(self._objective)
-            done += len(pairs)
-            self._progress(stage, done, len(prompts))
-        return rewards
-
-    def _examples(self, indices: npt.NDArray[np.int64]) -> list[Example]:
-        return [self._labels.examples[index] for index in indices]
 
     def _by_length(self, examples: Sequence[Example]) -> npt.NDArray[np.int64]:
         """Return the order in which batches have little padding."""
@@ -306,34 +374,74 @@ class _Fitter:
         return np.argsort(lengths, kind="stable")
 
 
-def _checked(labels: Labels, front: Any, num_layers: int) -> tuple[Plans, tuple[int, ...]]:
-    if labels.plans.shape[1] != num_layers:
-        raise LabelError(
-            f"the labels are for {labels.plans.shape[1]} layers, but the model has {num_layers} decoder layers; "
-            "give the model that was searched"
-        )
-    different = len({example.prompt.strip() for example in labels.examples})
-    if different < _FEWEST_PROMPTS:
-        raise LabelError(
-            f"{different} labelled prompts cannot train and calibrate routers; label {_FEWEST_PROMPTS} or more "
-            "different ones"
-        )
-    width = np.asarray(front).shape[-1]
-    if width != num_layers:
-        raise LabelError(
-            f"the static front is for {width} layers, but the model has {num_layers} decoder layers; give the front "
-            "that was searched with these labels"
-        )
-    removed_layers(front)
-    protect = tuple(int(layer) for layer in labels.manifest.search["config"].get("protect", ()))
-    # Found wrong before an hour of work, not after it.
-    front_bias(front, protect=protect)
-    return check_plans(front, num_layers), protect
+def _damage(value: _Floats, plans: Plans, middle: Plans) -> _Floats:
+    """Return what skipping each layer costs each prompt, all else as in the middle plan. Shape (prompts, layers)."""
+    beside = neighbours(middle)
+    columns = _columns(plans, beside)
+    changed = value[:, columns[:1]] - value[:, columns[1:]]
+    # Where the middle plan skips, its neighbour is the one that executes.
+    return np.where(middle == 0, -changed, changed)
 
 
-def _split(texts: Sequence[str], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the training and the validation rows, each in the order of the labels; equal texts stay together."""
-    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    drawn = np.random.default_rng(seed).permutation(len(number))[: round(_VALIDATION * len(number))]
-    held_out = np.isin([number[text] for text in texts], drawn)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+def _columns(known: Plans, wanted: Plans) -> npt.NDArray[np.int64]:
+    """Return the places of plans among those of a table."""
+    place = {plan.tobytes(): column for column, plan in enumerate(known)}
+    missing = sum(plan.tobytes() not in place for plan in wanted)
+    if missing:
+        raise ConfigError(
+            f"{missing} of the {len(wanted)} plans that routers learn from are not in the damage table; score the "
+            "prompts under `router_plans` of this front"
+        )
+    return np.array([place[plan.tobytes()] for plan in wanted])
+
+
+def _check_layers(width: int, front: Any, num_layers: int) -> None:
+    if width != num_layers or np.asarray(front).shape[-1] != num_layers:
+        raise LabelError(
+            f"the table is for {width} layers and the plans for {np.asarray(front).shape[-1]}, but the model has "
+            f"{num_layers} decoder layers; give the model that was searched"
+        )
+
+
+def _notes(
+    config: RouterConfig,
+    recipe: TrainConfig,
+    seed: int,
+    train: npt.NDArray[np.int64],
+    validation: npt.NDArray[np.int64],
+    goal: Objective,
+) -> dict[str, Any]:
+    """Return how routers were trained, as values that JSON knows."""
+    used = len(train) - round(recipe.held_out * len(train))
+    return {
+        "preset": config.preset,
+        "recipe": recipe.to_dict(),
+        # No more than the warm-up's means that the training ended inside it.
+        "optimiser_steps": recipe.epochs * math.ceil(used / recipe.batch_size),
+        "warmup_steps": recipe.warmup_steps,
+        "seed": seed,
+        "train_prompts": len(train),
+        "validation_prompts": len(validation),
+        "objective": goal,
+    }
+
+
+def _routers(
+    model: Any,
+    heads: RouterHeads,
+    bias: Tensor,
+    shrinkage: float,
+    calibration: Calibration,
+    protect: tuple[int, ...],
+    notes: dict[str, Any],
+) -> Routers:
+    return Routers(
+        heads=heads.to("cpu"),
+        bias=bias,
+        shrinkage=shrinkage,
+        calibration=calibration,
+        protect=protect,
+        fingerprint=fingerprint(model),
+        base_model=base_model_name(model),
+        training=notes,
+    )

@@ -13,9 +13,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from dynadepth_search.figures import METRIC_LABELS, SHARES
+from dynadepth_search.figures import METRIC_LABELS, SHARES, show_budget
 
-__all__ = ["action_map", "pareto_plot"]
+__all__ = ["action_map", "learning_plot", "pareto_plot"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#697586", "#e4e7eb"
 _STYLE = {
@@ -165,7 +165,7 @@ def action_map(actions: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An svg element.
     """
-    names = [f"{action['budget']:.2f}" for action in actions]
+    names = [show_budget(action["budget"]) for action in actions]
     shares = np.array([action["shares"] for action in actions])  # (budgets, layers, 3)
     num_layers = shares.shape[1]
     with mpl.rc_context(_STYLE):
@@ -183,6 +183,36 @@ def action_map(actions: Sequence[Mapping[str, Any]]) -> str:
         panels[0].set_yticks(range(num_layers))
         panels[0].set_ylabel("decoder layer")
         return _svg(figure, "share of prompts that skip, execute and repeat each layer", "actions")
+
+
+def learning_plot(points: Sequence[Mapping[str, Any]]) -> str:
+    """Draw what a policy gains by the number of prompts that trained it.
+
+    Args:
+        points: `prompts`, `gain` and `standard_error` of each number.
+
+    Returns:
+        An svg element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        panel = figure.subplots()
+        panel.axhline(0.0, color="#9aa5b1", linewidth=1)
+        panel.errorbar(
+            [point["prompts"] for point in points],
+            [100 * point["gain"] for point in points],
+            yerr=[100 * point["standard_error"] for point in points],
+            marker="o",
+            capsize=3,
+        )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(
+            [point["prompts"] for point in points], [str(point["prompts"]) for point in points]
+        )
+        panel.minorticks_off()
+        panel.set_xlabel("training prompts")
+        panel.set_ylabel("gain over the static mixture, points")
+        return _svg(figure, "cross-validated gain by the number of training prompts", "learning")
 
 
 def _heat(panel: Any, shares: Any, title: str, colours: str, darkest: float) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from dynadepth.errors import ConfigError
 from dynadepth.files import read_json, write_json_atomic, write_text_atomic
-from dynadepth_search.figures import METRIC_LABELS
-from dynadepth_search.plots import action_map, pareto_plot
+from dynadepth_search.figures import METRIC_LABELS, show_budget
+from dynadepth_search.plots import action_map, learning_plot, pareto_plot
 from dynadepth_search.tables import AGAINST_STATIC, against_base_table, cost_table, quality_table
 
 __all__ = ["REPORT_NAME", "read_run", "report_html", "write_report"]
@@ -39,6 +39,7 @@ th, td { padding: .32rem .5rem; text-align: right; white-space: nowrap; border-b
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #cbd2d9; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }
+td.text { text-align: left; white-space: normal; }
 tr.routed td { background: #eaf3fb; font-weight: 600; }
 td small { display: block; color: #52606d; font-weight: 400; }
 tr.oracle td { color: #697586; font-style: italic; }
@@ -60,6 +61,11 @@ _HOW_TO_READ_THE_TABLE = """
 Higher is better. Below each figure is its difference from the static mixture of equal mean depth, and
 in brackets the 95 % interval. Differences are paired by prompt; intervals are percentiles of 2000
 bootstrap samples.
+"""
+_HOW_TO_READ_THE_CURVE = """
+What the policy gains over the static mixture of equal depth, averaged over four depths, by the number of prompts
+that trained it. Cross-validated on these prompts: each is judged by heads that did not learn from it. Bars are
+one standard error.
 """
 
 
@@ -142,6 +148,15 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     ]
     if evaluation["actions"]:
         parts += ["<h2>What is done to each layer</h2>", _card(action_map(evaluation["actions"]))]
+    for mapped in evaluation["plan_map"]:
+        title = f"Which prompts got which plan at budget {show_budget(mapped['budget'])}"
+        parts += [f"<h2>{escape(title)}</h2>", _plan_map(mapped)]
+    if evaluation.get("learning_curve"):
+        parts += [
+            "<h2>How many prompts it takes</h2>",
+            _card(learning_plot(evaluation["learning_curve"])),
+            _note(_HOW_TO_READ_THE_CURVE),
+        ]
     parts += ["<h2>What was run</h2>", *_sections({**_facts(evaluation), **(run or {})})]
     body = "\n".join(part for part in parts if part)
     return (
@@ -150,6 +165,18 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _plan_map(mapped: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(row['plan'])}</code></td><td>{row['depth']:.3f}</td><td>{row['share']:.0%}</td>"
+        f'<td class="text">{"<br>".join(escape(text) for text in row["examples"])}</td></tr>'
+        for row in mapped["rows"]
+    )
+    titles = "".join(
+        f'<th scope="col">{title}</th>' for title in ("plan", "depth", "prompts", "such as")
+    )
+    return f'<div class="card"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _table(
@@ -227,9 +254,12 @@ def _facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             "seed": evaluation["config"]["seed"],
             "seconds": evaluation["seconds"],
         },
-        "routers": {
-            "preset": evaluation["routers"]["preset"],
-            "shrinkage s": evaluation["routers"]["shrinkage"],
+        "policy": {
+            **{
+                name: value
+                for name, value in evaluation["routers"].items()
+                if name != "range" and not isinstance(value, Mapping)
+            },
             "budgets": " to ".join(f"{end:.4g}" for end in evaluation["routers"]["range"]),
         },
         "versions": evaluation["versions"],

@@ -17,17 +17,22 @@ from dynadepth.config import check_fields, config_to_dict
 from dynadepth.errors import ConfigError, LabelError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
-from dynadepth.menu_training import MenuData, choose_plans
+from dynadepth.menu_training import choose_plans
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
-from dynadepth_search.damage import DamageTable, score_damage
+from dynadepth_search.damage import menu_data, score_damage
 from dynadepth_search.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
-from dynadepth_search.scoring import Objective, Scorer, check_answers, check_objective
-from dynadepth_search.states import prefix_numbers
+from dynadepth_search.scoring import (
+    Objective,
+    Scorer,
+    check_answers,
+    check_objective,
+    plan_values,
+)
 from dynadepth_search.tasks import Task
 
-__all__ = ["MENU", "SharedPlans", "SharedSpec", "menu_data", "read_shared", "search_shared"]
+__all__ = ["MENU", "SharedPlans", "SharedSpec", "read_shared", "search_shared"]
 
 MENU = "menu.json"
 _POOL = "pool"
@@ -214,32 +219,6 @@ def read_shared(folder: str | os.PathLike[str], *, model: Any = None) -> SharedP
         raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
 
 
-def menu_data(table: DamageTable, columns: Any = None) -> MenuData:
-    """Return a damage table, or some of its plans, as what a menu is trained on.
-
-    Args:
-        table: The table.
-        columns: Plans to take, in their order on the menu; None takes all.
-    """
-    taken = np.arange(len(table.plans)) if columns is None else np.asarray(columns)
-    plans = table.plans[taken]
-    views = {}
-    for layer, view in table.views.items():
-        old, new = prefix_numbers(table.plans, layer)[taken], prefix_numbers(plans, layer)
-        # The first plan of each new prefix says which of the old ones it was.
-        first = [int(old[np.flatnonzero(new == number)[0]]) for number in range(int(new.max()) + 1)]
-        views[layer] = view[:, first]
-    reward = np.exp(np.minimum(table.reward, 0.0))[:, taken] if table.graded else None
-    return MenuData(
-        plans=plans,
-        views=views,
-        agreement=table.agreement[:, taken],
-        total_variation=table.total_variation[:, taken],
-        reward=reward,
-        groups=[example.prompt.strip() for example in table.examples],
-    )
-
-
 class _SharedSearch:
     """One run; `_content` is what is on disk."""
 
@@ -346,11 +325,15 @@ class _SharedSearch:
         screened = self._values(plans, range(few))
         order = np.argsort(-screened.mean(axis=1), kind="stable")
         kept = sorted(order[: spec.beam + -(-spec.beam // 2)].tolist())
+        if not content["levels"]:
+            kept = list(range(len(plans)))
         values = np.empty((len(kept), count))
         values[:, :few] = screened[kept]
         if few < count:
             values[:, few:] = self._values([plans[index] for index in kept], range(few, count))
-        best = np.argsort(-values.mean(axis=1), kind="stable")[: spec.beam]
+        # Single layers are few, and the best sets need not be made of the best of them.
+        most = spec.beam if content["levels"] else len(kept)
+        best = np.argsort(-values.mean(axis=1), kind="stable")[:most]
         content["levels"].append(
             [
                 {"skips": sorted(plans[kept[row]]), "value": float(values[row].mean())}
@@ -415,19 +398,19 @@ class _SharedSearch:
         return [pool.index(skips) for skips in reversed(chain)]
 
     def _values(self, skips: list[frozenset[int]], prompts: Iterable[int]) -> _Floats:
-        """Return the objective's reward of plans on some of the first prompts. Shape (plans, prompts)."""
+        """Return what plans are worth on some of the first prompts, see `plan_values`. Shape (plans, prompts)."""
         examples = [self._examples[index] for index in prompts]
         plans = np.stack([self._plan(each) for each in skips])
-        # A step's rewards depend on nothing that was scored before it.
+        # A step's values depend on nothing that was scored before it.
         self._scorer.forget()
-        rewards, _, _ = self._scorer.rewards(
+        outcomes = self._scorer.outcomes(
             examples,
             np.repeat(plans, len(examples), axis=0),
             np.tile(np.arange(len(examples)), len(plans)),
-            self._spec.objective,
         )
-        self._content["evaluations"] += rewards.size
-        return rewards.reshape(len(plans), len(examples))
+        values = plan_values(outcomes, self._spec.objective)
+        self._content["evaluations"] += values.size
+        return values.reshape(len(plans), len(examples))
 
     def _plan(self, skips: Iterable[int]) -> Plans:
         plan = identity_plan(self._num_layers)

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 from dynadepth.config import did_you_mean
 from dynadepth.errors import TaskError
 
-__all__ = ["Example", "Kind", "Scoring", "Task", "check_scoring", "read_task"]
+__all__ = ["Example", "Kind", "Scoring", "Task", "check_scoring", "read_task", "read_text_task"]
 
 Scoring = Literal["raw", "normalized", "letter"]
 Kind = Literal["choices", "completion", "prompt"]
@@ -152,6 +152,31 @@ def read_task(
             "`choices` + `answer`, or `completion`"
         )
     return Task(name=file.stem if name is None else name, examples=tuple(examples), scoring=checked)
+
+
+def read_text_task(path: str | os.PathLike[str], *, limit: int | None = None) -> Task:
+    """Read prompts alone from a text file, one a line; each text once, blank lines passed over.
+
+    Args:
+        path: The file, UTF-8.
+        limit: Read no more prompts than this; None reads all.
+
+    Returns:
+        The task.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TaskError: The file is empty or no UTF-8 text.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: not UTF-8 text ({error}); convert it") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:limit]
+    if not prompts:
+        raise TaskError(f"{file} holds no prompts; expected one on each line")
+    return Task(name=file.stem, examples=tuple(Example(prompt=prompt) for prompt in prompts))
 
 
 def _read_line(line: bytes, where: str, scoring: Scoring) -> Example:

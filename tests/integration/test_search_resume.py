@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynadepth_search.front import FrontSpec, read_front, search_front
 
 from dynadepth.errors import ConfigError, SearchError, TaskError, WrapError
 from dynadepth.forest import Forest
 from dynadepth.wrap import wrap_model
-from dynadepth_search.front import FrontSpec, read_front, search_front
 from dynadepth_search.labels import read_labels
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.searching import probe_penalty, run_search

@@ -104,6 +104,10 @@ def test_choices(model, tokenizer, scoring, limits):
         assert out.answer[n] == scores.argmax()
         assert out.correct[n] == (scores.argmax() == item.answer)
         assert out.agrees[n] == (scores.argmax() == base.argmax())
+        assert out.agreement[n] == out.agrees[n]
+        assert out.divergence[n] == -out.preserve[n]
+        variation = np.abs(np.exp(base_log_probs) - np.exp(log_probs)).sum() / 2
+        assert out.total_variation[n] == pytest.approx(variation, abs=TOLERANCE)
     assert len(set(out.agrees.tolist())) == len(set(out.correct.tolist())) == 2
 
 
@@ -130,6 +134,8 @@ def test_completions(model, tokenizer, limits):
         assert out.reward[n] == pytest.approx(total / len(tail), abs=TOLERANCE)
         assert out.correct[n] == greedy
         check_next_token(out, n, model, plan, prompt)
+        check_differences(out, n, model, plan, prompt, tail)
+    assert len(np.unique(out.agreement)) > 2
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_logit_bytes": 1, "max_base_bytes": 1}])
@@ -137,7 +143,9 @@ def test_prompts_alone(model, tokenizer, limits):
     plans, example = pairs(PROMPTS)
     out = Scorer(model, tokenizer, **limits).outcomes(PROMPTS, plans, example)
     for n, (plan, index) in enumerate(zip(plans, example, strict=True)):
-        check_next_token(out, n, model, plan, tokenizer(PROMPTS[index].prompt)["input_ids"])
+        prompt = tokenizer(PROMPTS[index].prompt)["input_ids"]
+        check_next_token(out, n, model, plan, prompt)
+        check_differences(out, n, model, plan, prompt, [])
         assert out.scores[n].size == 0
         assert np.isnan(out.reward[n])
         assert out.correct[n] == out.agrees[n]
@@ -154,11 +162,27 @@ def check_next_token(out, n, model, plan, prompt):
     assert out.agrees[n] == (int(given.argmax()) == int(base.argmax()))
 
 
+def check_differences(out, n, model, plan, prompt, tail):
+    """Compare what is averaged over the answer's tokens: the vocabulary before each of them."""
+    places = slice(len(prompt) - 1, len(prompt) - 1 + max(1, len(tail)))
+    base = reference_log_probs(model, identity_plan(NUM_LAYERS), prompt + tail)[places]
+    given = reference_log_probs(model, plan, prompt + tail)[places]
+    divergence = (base.exp() * (base - given)).sum(dim=1).mean()
+    assert out.divergence[n] == pytest.approx(float(divergence), abs=TOLERANCE)
+    variation = (base.exp() - given.exp()).abs().sum(dim=1).mean() / 2
+    assert out.total_variation[n] == pytest.approx(float(variation), abs=TOLERANCE)
+    agreement = (base.argmax(dim=1) == given.argmax(dim=1)).double().mean()
+    assert out.agreement[n] == pytest.approx(float(agreement), abs=1e-15)
+
+
 def test_the_identity_is_exact_and_free_when_known(model, tokenizer):
     scorer = Scorer(model, tokenizer)
     ones = np.ones((len(CHOICES), NUM_LAYERS), dtype=np.uint8)
     first = scorer.outcomes(CHOICES, ones, np.arange(len(CHOICES)))
     assert (first.preserve == 0).all()
+    assert (first.divergence == 0).all()
+    assert (first.total_variation == 0).all()
+    assert (first.agreement == 1).all()
     assert not np.signbit(first.preserve).any()
     assert first.agrees.all()
     assert first.executed_visits == first.naive_visits > 0

@@ -70,6 +70,35 @@ def test_each_distinct_prefix_is_computed_once(batch):
 
 
 @given(batches())
+def test_plans_enter_each_layer_in_their_own_state(batch):
+    plans, example, num_examples = batch
+    sweep = plan_sweep(plans, example, num_examples)
+    states = np.array([f"prompt{number}" for number in range(num_examples)], dtype=object)
+    for layer in range(sweep.num_layers):
+        entering = sweep.entering(layer)
+        expected = []
+        for plan, prompt in zip(plans.tolist(), example.tolist(), strict=True):
+            state = f"prompt{prompt}"
+            for before, action in enumerate(plan[:layer]):
+                for _ in range(action):
+                    state = visit(before, state)
+            expected.append(state)
+        assert entering.dtype == np.int64
+        assert states[entering].tolist() == expected
+        # Equal states have one row only if the prefixes are equal: which layers were skipped counts too.
+        prefixes = [
+            (prompt, *plan[:layer])
+            for plan, prompt in zip(plans.tolist(), example.tolist(), strict=True)
+        ]
+        assert len({*zip(entering.tolist(), prefixes, strict=True)}) == len({*prefixes})
+        assert len({*entering.tolist()}) == len({*prefixes})
+        first, second, gather, _ = sweep.layer(layer)
+        once = np.array([visit(layer, state) for state in states[first]], dtype=object)
+        twice = np.array([visit(layer, state) for state in once[second]], dtype=object)
+        states = np.concatenate([states, once, twice])[gather]
+
+
+@given(batches())
 def test_indices_are_what_torch_indexes_with(batch):
     plans, example, num_examples = batch
     sweep = plan_sweep(plans, example, num_examples)
@@ -117,6 +146,8 @@ def test_a_layer_beyond_the_last_is_an_index_error():
     sweep = plan_sweep(plans_of([1, 1]), np.zeros(1, np.uint32), 1)
     with pytest.raises(IndexError, match="layer 2 is not in the sweep; expected an index below 2"):
         sweep.layer(2)
+    with pytest.raises(IndexError, match="layer 2 is not in the sweep; expected an index below 2"):
+        sweep.entering(2)
 
 
 def test_other_dtypes_are_refused_not_converted():

@@ -15,7 +15,7 @@ from dynadepth import _core
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = {
     *("Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "pyproject.toml"),
-    *("benches", "python", "rust", "search", "tests"),
+    *("benches", "examples", "python", "rust", "search", "tests"),
 }
 # What must not come with `import dynadepth`, and what must not come with wrapping either.
 HEAVY = ("torch", "transformers", "huggingface_hub", "safetensors", "typer")

@@ -70,6 +70,7 @@ def test_nothing_tells_of_the_machine_that_made_it(routers, content):
 def test_the_metadata_say_what_it_is(routers, content):
     facts = {item.key: item.value for item in onnx.load_from_string(content).metadata_props}
     assert facts["dynadepth.schema_version"] == "1"
+    assert facts["dynadepth.kind"] == '"routers"'
     assert facts["dynadepth.num_layers"] == "4"
     assert facts["dynadepth.num_windows"] == "8"
     assert facts["dynadepth.action_order"] == '["skip", "execute", "repeat"]'
@@ -126,7 +127,7 @@ def test_a_missing_package_says_how_to_get_it(routers, content, tmp_path, monkey
             raise ModuleNotFoundError(f"No module named {name!r}")
         return genuine(name, *rest)
 
-    monkeypatch.setattr("dynadepth.onnx_graph.import_module", without)
+    monkeypatch.setattr("dynadepth.onnx_nodes.import_module", without)
     text = rf"{package} is not installed; .*`pip install dynadepth\[onnx\]`"
     with pytest.raises((ExportError, ConfigError), match=text):
         export_onnx(routers, tmp_path / "routers.onnx")
@@ -195,6 +196,9 @@ def test_a_file_that_is_none_is_refused(content, tmp_path):
     with pytest.raises(CheckpointError, match="damaged metadata"):
         OnnxRouterPolicy(model.SerializeToString(), 0.8)
     by_key["dynadepth.schema_version"].value = "1"
+    # Files of earlier builds do not say of which kind they are.
+    model.metadata_props.remove(by_key["dynadepth.kind"])
+    assert OnnxRouterPolicy(model.SerializeToString(), 0.8).num_layers == 4
     model.metadata_props.remove(by_key["dynadepth.varying_layers"])
     with pytest.raises(CheckpointError, match="lacks the property 'varying_layers'; export it"):
         OnnxRouterPolicy(model.SerializeToString(), 0.8)

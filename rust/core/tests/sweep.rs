@@ -23,8 +23,8 @@ impl Symbol {
     }
 }
 
-/// Carries a sweep out; returns the last states, and how many visits that took.
-fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
+/// Carries a sweep out; returns the states before each layer and after the last, and how many visits that took.
+fn carry_out(sweep: &SweepPlan, num_examples: u32) -> (Vec<Vec<Symbol>>, u64) {
     let mut states: Vec<Symbol> = (0..num_examples)
         .map(|example| Symbol {
             example,
@@ -32,6 +32,7 @@ fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
         })
         .collect();
     let mut executed = 0;
+    let mut history = Vec::new();
     for layer in 0..sweep.num_layers() {
         let step = sweep.step(layer).cloned().unwrap_or_default();
         let visit = |from: &[Symbol], rows: &[u32]| -> Vec<Symbol> {
@@ -42,7 +43,8 @@ fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
         let first = visit(&states, &step.first);
         let second = visit(&first, &step.second);
         executed += (first.len() + second.len()) as u64;
-        let all: Vec<Symbol> = [states, first, second].concat();
+        let all: Vec<Symbol> = [states.as_slice(), &first, &second].concat();
+        history.push(states);
         states = step
             .gather
             .iter()
@@ -51,7 +53,14 @@ fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
         let examples: Vec<u32> = states.iter().map(|state| state.example).collect();
         assert_eq!(examples, step.example);
     }
-    (states, executed)
+    history.push(states);
+    (history, executed)
+}
+
+/// Carries a sweep out; returns the last states, and how many visits that took.
+fn execute(sweep: &SweepPlan, num_examples: u32) -> (Vec<Symbol>, u64) {
+    let (mut history, executed) = carry_out(sweep, num_examples);
+    (history.pop().unwrap_or_default(), executed)
 }
 
 fn symbol(plan: &[u8], example: u32) -> Symbol {
@@ -136,6 +145,44 @@ proptest! {
         }
         prop_assert_eq!(sweep.step(num_layers), None);
     }
+
+    #[test]
+    fn plans_enter_each_layer_in_their_own_state((num_layers, num_examples, plans, example) in batches()) {
+        let sweep = planned(&plans, &example, num_examples, num_layers)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        let (history, _) = carry_out(&sweep, num_examples);
+        for (layer, states) in history.iter().take(num_layers).enumerate() {
+            let step = sweep.step(layer).cloned().unwrap_or_default();
+            let prefixes: Vec<(u32, &[u8])> = plans
+                .chunks(num_layers)
+                .zip(&example)
+                .map(|(plan, &prompt)| (prompt, &plan[..layer]))
+                .collect();
+            let entered: Vec<Symbol> =
+                step.entering.iter().map(|&row| states[row as usize].clone()).collect();
+            let expected: Vec<Symbol> =
+                prefixes.iter().map(|&(prompt, prefix)| symbol(prefix, prompt)).collect();
+            prop_assert_eq!(entered, expected);
+            // One row for each distinct prefix of a prompt: layers skipped count, although they leave no trace.
+            let distinct: BTreeSet<_> = prefixes.iter().collect();
+            let rows: BTreeSet<_> = step.entering.iter().collect();
+            let pairs: BTreeSet<_> = prefixes.iter().zip(&step.entering).collect();
+            prop_assert_eq!((rows.len(), pairs.len()), (distinct.len(), distinct.len()));
+        }
+    }
+}
+
+#[test]
+fn plans_enter_where_the_prompts_and_their_prefixes_are() -> Result<()> {
+    // Prompt 0 has no plan; plans of prompt 1 part at layer 0, the third one is of prompt 2.
+    let sweep = planned(&[1, 1, 1, 0, 1, 2, 1, 1, 1, 1, 2, 1], &[1, 1, 2, 1], 3, 3)?;
+    let entering = |layer| sweep.step(layer).map(|step| step.entering.clone());
+    assert_eq!(entering(0), Some(vec![1, 1, 2, 1]));
+    // States of a prompt stand in the order of their actions.
+    assert_eq!(entering(1), Some(vec![1, 0, 2, 1]));
+    assert_eq!(entering(2), Some(vec![1, 0, 3, 2]));
+    assert_eq!(entering(3), None);
+    Ok(())
 }
 
 #[test]

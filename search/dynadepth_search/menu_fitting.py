@@ -1,0 +1,153 @@
+"""From a damage table to a menu that keeps a budget: training, calibration, and what is written down of both.
+
+What the steps do is `dynadepth.menu_training` and `dynadepth.budget`. No base model is run.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from dynadepth.budget import Calibration, calibrate
+from dynadepth.errors import ConfigError
+from dynadepth.menu_training import MenuFit, fit_menu
+from dynadepth.plans import plan_depth
+from dynadepth.trained import TrainedMenu
+from dynadepth_search.damage import DamageTable, menu_data
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring import check_objective
+
+__all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
+
+# Of a mean depth; nearer penalties are not told apart, and what lies between two of them is mixed.
+_RESOLUTION = 0.004
+_CALIBRATION_PASSES = 400
+
+
+def fit_trained_menu(
+    table: DamageTable,
+    *,
+    plans: Any = None,
+    objective: str = "preserve",
+    protect: tuple[int, ...] = (),
+    seed: int = 0,
+    progress: Progress = silent,
+) -> TrainedMenu:
+    """Train a menu on a damage table and calibrate its budget.
+
+    The budget is calibrated on the scores that heads trained on other prompts give each prompt, so every prompt trains
+    and every prompt calibrates, none of them both for the same heads.
+
+    Args:
+        table: Prompts under the menu's plans, and perhaps others.
+        plans: The menu's plans, all in the table, the identity first; None takes the whole table.
+        objective: `preserve` or `reward`, see `dynadepth.menu_training.fit_menu`.
+        protect: Layers that no plan of the menu may edit.
+        seed: Of the folds and the training.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        The menu with its calibration; not yet on disk.
+
+    Raises:
+        ConfigError: Too few prompts, a plan that is not in the table or edits a protected layer, or an objective that
+            the table has no figures for.
+    """
+    goal = check_objective(objective)
+    fit = fit_menu(
+        menu_data(table, _columns(table, plans)),
+        objective=goal,
+        seed=seed,
+        progress=lambda done, total: progress("training the menu", done, total),
+    )
+    depths = fit.menu.depths
+    progress("calibrating", 0, 1)
+    calibration = calibrate_menu(fit)
+    progress("calibrating", 1, 1)
+    task = table.manifest["asked"]["task"]
+    notes: dict[str, Any] = {
+        "objective": goal,
+        "seed": seed,
+        "train_prompts": len(table),
+        "validation_prompts": len(table),
+        "task": {
+            "name": table.manifest["task_name"],
+            **{key: task[key] for key in ("kind", "scoring", "sha256")},
+        },
+        "recipe": fit.recipe.to_dict(),
+        "trials": [trial.to_dict() for trial in fit.trials],
+        "mean_depth_of_plans": float(depths.mean()),
+    }
+    return TrainedMenu(
+        menu=fit.menu,
+        calibration=calibration,
+        protect=protect,
+        fingerprint=table.fingerprint,
+        base_model=table.manifest["base_model"]["name"],
+        training=notes,
+    )
+
+
+def calibrate_menu(fit: MenuFit) -> Calibration:
+    """Return the table from budget to penalty, by the scores of heads that did not learn from the prompt.
+
+    Raises:
+        ConfigError: The menu has no depth between its shallowest plan and the base model's.
+    """
+    depths = fit.menu.depths
+    return calibrate(
+        lambda penalty: float(depths[fit.choices(penalty)].mean()),
+        lowest=float(depths.min()),
+        highest=1.0,
+        resolution=_RESOLUTION,
+        max_evaluations=_CALIBRATION_PASSES,
+    )
+
+
+def learning_curve(
+    table: DamageTable,
+    *,
+    plans: Any = None,
+    objective: str = "preserve",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Return what a menu gains over the static mixture of equal depth by the number of prompts that train it.
+
+    Every gain is cross-validated: on prompts that trained nothing.
+
+    Args:
+        table: Prompts under the menu's plans; the first so many of them are taken.
+        plans: See `fit_trained_menu`.
+        objective: See `fit_trained_menu`.
+        seed: Of the folds and the training.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        For each number of `prompts`: the `gain` of the best recipe, averaged over four depths, and its
+        `standard_error`.
+    """
+    counts = [count for count in (len(table) // part for part in (16, 8, 4, 2, 1)) if count >= 40]
+    columns = _columns(table, plans)
+    points = []
+    for step, count in enumerate(counts):
+        progress("learning curve", step, len(counts))
+        part = table.take(np.arange(count))
+        fit = fit_menu(menu_data(part, columns), objective=check_objective(objective), seed=seed)
+        best = max(fit.trials, key=lambda trial: trial.gain)
+        points.append({"prompts": count, "gain": best.gain, "standard_error": best.standard_error})
+    progress("learning curve", len(counts), len(counts))
+    return points
+
+
+def _columns(table: DamageTable, plans: Any) -> Any:
+    if plans is None:
+        return None
+    known = {plan.tobytes(): row for row, plan in enumerate(table.plans)}
+    rows = np.asarray(plans, dtype=np.uint8)
+    missing = [plan for plan in rows if plan.tobytes() not in known]
+    if missing:
+        raise ConfigError(
+            f"a plan of depth {float(plan_depth(missing[0])):.3f} of the menu is not in the damage table; score the "
+            "prompts with this menu"
+        )
+    return np.array([known[plan.tobytes()] for plan in rows])

@@ -1,0 +1,162 @@
+"""What a menu does on prompts whose every plan has been scored: no forward is needed to know.
+
+Works on damage tables. The comparison is with the best mixture of the same plans of equal depth that looks at no
+prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
+from dynadepth.menu_training import walk_budget
+from dynadepth.menus import Menu
+from dynadepth.prompts import prompt_mix
+from dynadepth.trained import TrainedMenu
+from dynadepth_search.damage import DamageTable
+from dynadepth_search.states import prefix_numbers
+
+__all__ = ["chosen_plans", "compare_menu", "menu_scores", "table_mix"]
+
+Floats = npt.NDArray[np.float64]
+# Its multiples are spread evenly.
+_GOLDEN = 0.6180339887498949
+# Figures, the factor they are shown with, and the training figure whose best static mixture is the opponent.
+_METRICS = (
+    ("agreement", "agreement", 100.0, 1.0),
+    ("total variation", "total_variation", 1.0, -1.0),
+    ("divergence", "divergence", 1.0, -1.0),
+    ("accuracy", "correct", 100.0, 1.0),
+    ("graded reward", "reward", 1.0, 1.0),
+)
+
+
+def menu_scores(menu: Menu, table: DamageTable) -> list[Floats]:
+    """Return what each head scores, every plan by the states under its own prefix.
+
+    Args:
+        menu: Its plans are the table's, or some of them, in any order.
+        table: With states of every layer that a head reads.
+
+    Returns:
+        One array for each head. Shape (prompts, K), float64.
+    """
+    rows = _rows(menu, table)
+    found = []
+    for head in menu.heads:
+        numbers = prefix_numbers(table.plans, head.layer_idx)[rows]
+        views = table.views[head.layer_idx][:, :, -head.num_views :].float()
+        scores = np.empty((len(table), len(rows)))
+        with torch.no_grad():
+            for number in np.unique(numbers).tolist():
+                columns = np.flatnonzero(numbers == number)
+                scores[:, columns] = head.scores(views[:, number])[:, columns].double().numpy()
+        found.append(scores)
+    return found
+
+
+def chosen_plans(
+    trained: TrainedMenu, budget: float, mix: Floats, scores: list[Floats]
+) -> npt.NDArray[np.int64]:
+    """Return the plan of each prompt at a budget, as `MenuPolicy` chooses it.
+
+    Args:
+        trained: The menu with its calibration.
+        budget: Mean depth.
+        mix: The prompts' numbers, see `dynadepth.prompts.prompt_mix`. Shape (prompts,).
+        scores: What `menu_scores` returned.
+
+    Returns:
+        Index into the menu's plans. Shape (prompts,).
+    """
+    penalties = trained.calibration.mix_for(budget)
+    menu = trained.menu
+    shallow, deep = (
+        walk_budget(scores, menu.plans, menu.decision_layers, penalty)
+        for penalty in (penalties.shallow, penalties.deep)
+    )
+    return np.where(mix < penalties.share, deep, shallow)
+
+
+def table_mix(table: DamageTable, tokenizer: Any) -> Floats:
+    """Return the number in [0, 1) of each prompt. Shape (prompts,)."""
+    found = []
+    for example in table.examples:
+        ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
+        found.append(float(prompt_mix(ids, torch.ones_like(ids, dtype=torch.bool))))
+    return np.array(found)
+
+
+def compare_menu(
+    trained: TrainedMenu,
+    train: DamageTable,
+    heldout: DamageTable,
+    budgets: Sequence[float],
+    *,
+    mix: Floats | None = None,
+    kinds: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Compare a menu with the static mixture of the mean depth that it had, on held-out prompts.
+
+    The mixture is made of the same plans; which plans is decided on the training prompts, for each figure by itself.
+
+    Args:
+        trained: The menu.
+        train: Training prompts under its plans.
+        heldout: Held-out prompts under its plans.
+        budgets: Mean depths asked for; those below its range are left out.
+        mix: The held-out prompts' numbers; None takes evenly spaced ones, whose plans differ from those of the prompts'
+            own numbers for single prompts but not in the mean.
+        kinds: What kind each held-out prompt is of; the mean depth of each kind is reported then.
+
+    Returns:
+        A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each figure `static`,
+        `policy` and the paired `gain` with their 95 % intervals.
+    """
+    rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)
+    depths = trained.menu.depths
+    scores = menu_scores(trained.menu, heldout)
+    spread = np.arange(len(heldout), dtype=np.float64) * _GOLDEN % 1.0
+    numbers = spread if mix is None else mix
+    lowest, highest = trained.calibration.range
+    found = []
+    for budget in budgets:
+        if not lowest - 1e-6 <= budget <= highest + 1e-6:
+            continue
+        asked = min(max(budget, lowest), highest)
+        choice = chosen_plans(trained, asked, numbers, scores)
+        depth = float(depths[choice].mean())
+        row: dict[str, Any] = {
+            "budget": budget,
+            "depth": depth,
+            "n": len(heldout),
+            "identity rate": float((trained.menu.plans[choice] == 1).all(axis=1).mean()),
+            "different plans": len(np.unique(choice)),
+        }
+        if kinds is not None:
+            row["depth by kind"] = {
+                kind: float(depths[choice[[k == kind for k in kinds[: len(heldout)]]]].mean())
+                for kind in dict.fromkeys(kinds[: len(heldout)])
+            }
+        for name, column, factor, sign in _METRICS:
+            if column in ("correct", "reward") and not heldout.graded:
+                continue
+            quality = sign * getattr(train, column)[:, rows_train].mean(axis=0)
+            values = factor * getattr(heldout, column)[:, rows_held]
+            policy = values[np.arange(len(values)), choice]
+            static = mix_to_depth(depths, quality, depth).expected(values.T)
+            row[name] = {
+                "static": float(static.mean()),
+                "policy": mean_interval(policy).to_dict(),
+                "gain": paired_difference(policy, static).to_dict(),
+            }
+        found.append(row)
+    return found
+
+
+def _rows(menu: Menu, table: DamageTable) -> npt.NDArray[np.int64]:
+    known = {plan.tobytes(): row for row, plan in enumerate(table.plans)}
+    return np.array([known[plan.tobytes()] for plan in menu.plans])
