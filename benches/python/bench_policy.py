@@ -226,14 +226,14 @@ def show(report: dict[str, Any]) -> None:
         "| budget | depth | figure | static | policy | gain [95 %] | identity |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
-        for name in ("agreement", "accuracy", "total variation", "divergence"):
-            if name in row:
-                lines.append(
-                    f"| {row['budget']:.3f} | {row['depth']:.3f} | {name} | {_number(name, row[name]['static'])} | "
-                    f"{_number(name, row[name]['policy']['mean'])} | {_gain(name, row[name]['gain'])} | "
-                    f"{row['identity rate']:.0%} |"
-                )
+    lines += [
+        f"| {row['budget']:.3f} | {row['depth']:.3f} | {name} | {_number(name, row[name]['static'])} | "
+        f"{_number(name, row[name]['policy']['mean'])} | {_gain(name, row[name]['gain'])} | "
+        f"{row['identity rate']:.0%} |"
+        for row in report["rows"]
+        for name in ("agreement", "accuracy", "total variation", "divergence")
+        if name in row
+    ]
     lines += [
         "",
         "| prompts | " + " | ".join(f"{row['budget']:.3f}" for row in report["rows"]) + " |",

@@ -259,9 +259,6 @@ class TrainedMenu(TrainedPolicy):
         mix = self.calibration.mix_for(budget)
         if backend == "torch":
             return MenuPolicy(self.menu, mix)
-        from dynadepth.onnx_menu import OnnxMenuPolicy, menu_digest
-        from dynadepth.onnx_menu_graph import build_menu_onnx
-
         source = self._onnx_file() or build_menu_onnx(self)
         return OnnxMenuPolicy(source, budget, digest=menu_digest(self))
 

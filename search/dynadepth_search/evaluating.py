@@ -106,7 +106,7 @@ def evaluate(
             them.
         routers: What is evaluated.
         front: Static plans found on the training prompts.
-        objective: Its reward is the headline: `preserve` or `reward`.
+        objective: `preserve`, whose headline is agreement, or `reward`, whose headline is the graded reward.
         folder: Where the results go.
         presets: Other routers to compare, by name.
         config: How it is done.
@@ -128,8 +128,9 @@ def evaluate(
         raise ConfigError(
             f"routers to compare are named {routers.kind!r}, as those under test are; rename their folder"
         )
-    headline = check_objective(objective)
-    if headline == "reward" and heldout.kind == "prompt":
+    goal = check_objective(objective)
+    headline = "agreement" if goal == "preserve" else "reward"
+    if goal == "reward" and heldout.kind == "prompt":
         raise ConfigError(
             f"task {heldout.name!r} has prompts alone, but objective 'reward' needs answers; "
             "use objective 'preserve'"

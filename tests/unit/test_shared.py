@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
 from dynadepth_search import damage, shared
 from dynadepth_search.damage import read_damage
 from dynadepth_search.locking import locked
@@ -92,16 +92,18 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.prompts, self.plans, self.visits = [], [], []
-        inner = Scorer.rewards
+        inner = Scorer.outcomes
 
-        def rewards(scorer, examples, plans, example, objective):
-            self.prompts.append(tuple(examples))
-            self.plans.append(np.asarray(plans).copy())
-            found = inner(scorer, examples, plans, example, objective)
-            self.visits.append(found[1:])
+        def outcomes(scorer, examples, plans, example, **more):
+            found = inner(scorer, examples, plans, example, **more)
+            # The pool is measured with states, and is read from its table.
+            if not more:
+                self.prompts.append(tuple(examples))
+                self.plans.append(np.asarray(plans).copy())
+                self.visits.append((found.naive_visits, found.executed_visits))
             return found
 
-        monkeypatch.setattr(Scorer, "rewards", rewards)
+        monkeypatch.setattr(Scorer, "outcomes", outcomes)
 
 
 class TestFound:
@@ -119,7 +121,8 @@ class TestFound:
         result = search(model, tmp_path, task=task, objective=objective)
         assert (result.pool[0] == 1).all()
         assert (result.pool <= 1).all()
-        assert len({bytes(plan) for plan in result.pool}) == len(result.pool) == 1 + 3 * 2
+        # The identity, all candidates alone, and a beam of each further depth.
+        assert len({bytes(plan) for plan in result.pool}) == len(result.pool) == 1 + 4 + 2 + 2
         table = read_damage(tmp_path / "pool", model=model)
         np.testing.assert_array_equal(table.plans, result.pool)
         assert result.prompts == len(table) == 21
@@ -144,13 +147,15 @@ class TestFound:
         assert result.objective == objective
         assert result.asked["search"]["num_candidates"] == 4
 
+    @pytest.mark.parametrize("num_screened", [2, 6])
     def test_a_beam_that_holds_everything_finds_the_best_of_each_depth(
-        self, model, tmp_path, monkeypatch
+        self, model, tmp_path, monkeypatch, num_screened
     ):
         seen = Seen(monkeypatch)
-        result = search(model, tmp_path, beam=20, num_candidates=6, num_screened=6)
+        result = search(model, tmp_path, beam=20, num_candidates=6, num_screened=num_screened)
         content = json.loads((tmp_path / MENU).read_text())
-        (examples,) = set(seen.prompts)
+        examples = list({example: None for each in seen.prompts for example in each})
+        assert len(examples) == 6
         monkeypatch.undo()
         scorer = Scorer(model, word_tokenizer())
         for number, level in enumerate(content["levels"], start=1):
@@ -158,11 +163,13 @@ class TestFound:
             plans = np.ones((len(sets), NUM_LAYERS), dtype=np.uint8)
             for plan, each in zip(plans, sets, strict=True):
                 plan[list(each)] = 0
-            values = scorer.outcomes(
+            found = scorer.outcomes(
                 examples,
                 np.repeat(plans, len(examples), axis=0),
                 np.tile(np.arange(len(examples)), len(plans)),
-            ).preserve.reshape(len(plans), -1)
+            )
+            values = 0.75 * found.agreement + 0.25 * (1 - found.total_variation)
+            values = values.reshape(len(plans), -1)
             expected = dict(zip(sets, values.mean(axis=1), strict=True))
             assert {frozenset(item["skips"]) for item in level} == set(sets)
             for item in level:
@@ -204,7 +211,7 @@ class TestFound:
         assert {len(examples) for examples in seen.prompts} == {3}
         content = json.loads((tmp_path / MENU).read_text())
         scored = sum(len(plans) for plans in seen.plans)
-        assert content["evaluations"] == scored + 21 * 7
+        assert content["evaluations"] == scored + 21 * len(content["pool"])
 
     def test_few_prompts_are_shared_out(self, model, tmp_path, monkeypatch):
         seen = Seen(monkeypatch)
@@ -259,9 +266,16 @@ class TestLimits:
         assert (result.pool[:, list(spec.protect)] == 1).all()
         assert int((result.pool == 0).sum(axis=1).max()) == deepest == len(result.front) - 1
         each = np.bincount((result.pool == 0).sum(axis=1))
-        assert each[0] == 1
-        assert (each[1:] <= spec.beam).all()
+        free = [n for n in range(spec.from_layer, NUM_LAYERS) if n not in spec.protect]
+        assert each[:2].tolist() == [1, min(len(free), spec.num_candidates)]
+        assert (each[2:] <= spec.beam).all()
         assert len({layer for plan in result.pool for layer in skips(plan)}) <= spec.num_candidates
+
+    def test_a_depth_that_is_a_share_of_the_layers_is_reached(self, tmp_path):
+        """0.56 of 25 layers are 14, though a little more in floating point."""
+        model = tiny_model(num_layers=25, dtype=torch.float32)
+        result = search(model, tmp_path, min_depth=0.56, num_candidates=11, beam=1)
+        assert result.front.sum(axis=1).tolist() == list(range(25, 13, -1))
 
     @pytest.mark.parametrize(
         "changes",
@@ -474,6 +488,15 @@ class TestBadInput:
         task = Task("t", tuple(examples))
         with pytest.raises(TaskError, match="tokens long; the model has positions for 128"):
             search(model, tmp_path, task=task, num_prompts=15, num_confirmed=30)
+        assert everything(tmp_path) == {}
+
+    @pytest.mark.parametrize("objective", ["preserve", "reward"])
+    def test_values_that_are_not_finite(self, tmp_path, objective):
+        model = tiny_model(num_layers=NUM_LAYERS, dtype=torch.float32)
+        with torch.no_grad():
+            model.model.layers[3].mlp.down_proj.weight[0] = float("nan")
+        with pytest.raises(SearchError, match=r"plan \d{6} gives prompt .*logits overflow"):
+            search(model, tmp_path, objective=objective)
         assert everything(tmp_path) == {}
 
     @pytest.mark.parametrize(
