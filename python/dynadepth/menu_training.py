@@ -570,18 +570,20 @@ class _Basis:
         if standard.shape[0] <= standard.shape[1]:
             values, left = np.linalg.eigh(standard @ standard.T)
             order = self._leading(values, keep)
-            self._components = standard.T @ (left[:, order] / np.sqrt(values[order]))
+            components = standard.T @ (left[:, order] / np.sqrt(values[order]))
         else:
             values, right = np.linalg.eigh(standard.T @ standard)
             order = self._leading(values, keep)
-            self._components = right[:, order]
+            components = right[:, order]
+        # States that are the same for all prompts have none, and say nothing.
+        self._components = components if len(order) else np.zeros((standard.shape[1], 1))
         self._projected: dict[int, Floats] = {}
 
     @staticmethod
     def _leading(values: Floats, keep: int | None) -> Indices:
         order = np.argsort(-values, kind="stable")
-        order = order[values[order] > 1e-9 * max(float(values.max()), 1e-30)]
-        return order[: keep or len(order)] if len(order) else np.argsort(-values)[:1]
+        order = order[values[order] > max(1e-9 * float(values.max()), 1e-12)]
+        return order[: keep or len(order)]
 
     @property
     def rank(self) -> int:

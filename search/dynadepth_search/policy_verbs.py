@@ -146,6 +146,10 @@ def evaluate_policy(
         list[Path] | None,
         typer.Option("--against", help="Folder of other routers to compare; give it several times"),
     ] = None,
+    unseen: Annotated[
+        Path | None,
+        typer.Option("--unseen", help="Prompts of another kind, whose mean depth is reported"),
+    ] = None,
     scoring: Scoring = "raw",
     chat: Chat = False,
     limit: Limit = None,
@@ -168,6 +172,7 @@ def evaluate_policy(
     static = read_shared(plans, model=base)
     table = read_damage(damage, model=base)
     heldout = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    other = None if unseen is None else load_task(unseen, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
     given = load_routers(routers, model=base)
     presets = {name: load_routers(path, model=base) for name, path in others.items()}
@@ -183,6 +188,7 @@ def evaluate_policy(
             objective=static.objective,
             folder=out,
             presets=presets,
+            unseen=other,
             config=config,
             progress=progress,
         )

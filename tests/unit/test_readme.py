@@ -149,7 +149,7 @@ def test_links_lead_to_files():
 def test_the_pipeline_runs_as_it_stands(capsys):
     """Every line of the pipeline's block, on a tiny model and a tiny task of the README's names."""
     rng = np.random.default_rng(0)
-    for name, count in (("train.jsonl", 24), ("heldout.jsonl", 12)):
+    for name, count in (("train.jsonl", 60), ("heldout.jsonl", 12)):
         prompts = ["".join(rng.choice(list("abcdefgh"), 6)) + "\nAnswer" for _ in range(count)]
         examples = [
             {"prompt": f"{name} {index} {prompt}", "choices": [" yes", " no"], "answer": index % 2}
@@ -159,7 +159,7 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     (block, *_) = blocks("bash", section("The pipeline"))
     steps = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert [step[:2] for step in steps] == [
-        ["dynadepth", verb] for verb in ("search", "train", "eval", "export", "generate")
+        ["dynadepth", verb] for verb in ("search", "score", "train", "eval", "export", "generate")
     ]
     for step in steps:
         code = cli.main(step[1:])
