@@ -33,6 +33,7 @@ from dynadepth.folders import (
 )
 from dynadepth.menus import Menu
 from dynadepth.onnx import export_onnx
+from dynadepth.onnx_menu import export_menu_onnx
 from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
 from dynadepth.routers import RouterHeads
 from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
@@ -121,8 +122,6 @@ def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
         ExportError: A package is missing, or the graph does not do what the routers do. No file is written then.
     """
     if isinstance(routers, TrainedMenu):
-        from dynadepth.onnx_menu import export_menu_onnx
-
         export_menu_onnx(routers, path)
     elif isinstance(routers, Routers):
         export_onnx(routers, path)

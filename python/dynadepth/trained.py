@@ -22,6 +22,8 @@ from dynadepth.folders import ONNX_NAME
 from dynadepth.menus import Menu
 from dynadepth.onnx import OnnxRouterPolicy
 from dynadepth.onnx_graph import build_onnx, routers_digest
+from dynadepth.onnx_menu import OnnxMenuPolicy, menu_digest
+from dynadepth.onnx_menu_graph import build_menu_onnx
 from dynadepth.policies import MenuPolicy, Policy, RouterPolicy
 from dynadepth.routers import RouterHeads
 
