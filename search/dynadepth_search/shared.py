@@ -5,7 +5,7 @@ to the best one below. Knows nothing of policies that choose from a menu.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.config import check_fields, config_to_dict
-from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.menu_training import choose_plans
@@ -25,12 +25,13 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
 from dynadepth_search.scoring import (
     Objective,
+    Outcomes,
     Scorer,
     check_answers,
     check_objective,
     plan_values,
 )
-from dynadepth_search.tasks import Task
+from dynadepth_search.tasks import Example, Task
 
 __all__ = ["MENU", "SharedPlans", "SharedSpec", "read_shared", "search_shared"]
 
@@ -157,8 +158,9 @@ def search_shared(
         What was found.
 
     Raises:
-        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`.
+        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`, or these name no layer.
         LabelError: The folder holds a search that was asked for otherwise, or is in use.
+        SearchError: A figure is not finite.
         TaskError: Too few prompts, or the objective needs answers that the task has not.
 
     Source:
@@ -192,14 +194,14 @@ def read_shared(folder: str | os.PathLike[str], *, model: Any = None) -> SharedP
     content = _read(path)
     if not content.get("complete"):
         raise LabelError(f"the search of {path} is unfinished: run it again to go on")
+    if model is not None:
+        differences = compare_fingerprints(fingerprint(model), content["base_model"])
+        if differences:
+            raise LabelError(
+                f"{path} belongs to another base model than this {type(model).__name__}: {'; '.join(differences)}; "
+                "search with this model"
+            )
     try:
-        if model is not None:
-            differences = compare_fingerprints(fingerprint(model), content["base_model"])
-            if differences:
-                raise LabelError(
-                    f"{path} belongs to another base model than this {type(model).__name__}: {'; '.join(differences)}; "
-                    "search with this model"
-                )
         width = len(content["pool"][0]["plan"])
         pool = np.stack([parse_plan(item["plan"], width) for item in content["pool"]])
         front = content["front"]
@@ -241,6 +243,13 @@ class _SharedSearch:
         self._examples = [task.examples[index] for index in order[:count].tolist()]
         others = np.sort(order[count : count + spec.num_confirmed]).tolist()
         self._others = [task.examples[index] for index in others]
+        wrong = [layer for layer in spec.protect if not 0 <= layer < self._num_layers]
+        if wrong:
+            raise ConfigError(
+                f"SharedSpec.protect names layers {wrong}; expected layers from 0 to {self._num_layers - 1}"
+            )
+        for example in (*self._examples, *self._others):
+            self._scorer.encode(example)  # what cannot be encoded is known before an hour of work
         self._asked = {
             "base_model": fingerprint_digest(fingerprint(model)),
             "dtype": dtype_name(model),
@@ -408,9 +417,23 @@ class _SharedSearch:
             np.repeat(plans, len(examples), axis=0),
             np.tile(np.arange(len(examples)), len(plans)),
         )
+        self._check_finite(outcomes, examples, plans)
         values = plan_values(outcomes, self._spec.objective)
         self._content["evaluations"] += values.size
         return values.reshape(len(plans), len(examples))
+
+    def _check_finite(self, outcomes: Outcomes, examples: Sequence[Example], plans: Plans) -> None:
+        """Refuse outcomes of logits that overflow."""
+        reward = self._spec.objective == "reward"
+        figures = outcomes.reward if reward else outcomes.total_variation
+        bad = np.flatnonzero(~np.isfinite(figures))
+        if len(bad):
+            plan, prompt = divmod(int(bad[0]), len(examples))
+            raise SearchError(
+                f"plan {plan_text(plans[plan])} gives prompt {examples[prompt].prompt[:40]!r} the "
+                f"{'reward' if reward else 'total variation'} {figures[bad[0]]}; the model's logits overflow there: "
+                "load it in another dtype, or protect the layers that overflow"
+            )
 
     def _plan(self, skips: Iterable[int]) -> Plans:
         plan = identity_plan(self._num_layers)
@@ -425,4 +448,11 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} has schema version {content.get('schema_version')!r}; this one reads {SCHEMA_VERSION}: search "
             "again, or install the dynadepth-search that wrote it"
         )
+    kinds = {"asked": dict, "base_model": dict, "complete": bool, "evaluations": int}
+    kinds |= {"candidates": list, "levels": list}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise LabelError(
+                f"{path} is damaged ({name} is {content.get(name)!r}): delete it and search again"
+            )
     return content
