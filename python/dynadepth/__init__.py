@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dynadepth.baking import bake
     from dynadepth.checkpoint import load_routers, save_routers
     from dynadepth.errors import DynadepthError, DynadepthWarning
+    from dynadepth.hub import push_routers
     from dynadepth.menus import Menu, MenuHead
     from dynadepth.plans import (
         Action,
@@ -48,6 +49,7 @@ __all__ = [
     "parse_plan",
     "plan_depth",
     "plan_text",
+    "push_routers",
     "save_routers",
     "unwrap_model",
     "wrap_model",
@@ -75,6 +77,7 @@ _MODULES = {
     "parse_plan": "plans",
     "plan_depth": "plans",
     "plan_text": "plans",
+    "push_routers": "hub",
     "save_routers": "checkpoint",
     "unwrap_model": "wrap",
     "wrap_model": "wrap",

@@ -132,6 +132,7 @@ def load_routers(
     *,
     model: nn.Module | None = None,
     accept_mismatch: bool = False,
+    revision: str | None = None,
 ) -> TrainedPolicy:
     """Load routers, or a menu, from a folder or from the hub.
 
@@ -141,6 +142,7 @@ def load_routers(
         model: The base model; its fingerprint is compared if it is given.
         accept_mismatch: Use the routers although the base model differs in its weights (a
             fine-tuned or quantised one), knowing that depth and quality were not measured on it.
+        revision: Branch, tag or commit of the hub repository; None: its main branch.
 
     Returns:
         The routers, on the host.
@@ -148,9 +150,11 @@ def load_routers(
     Raises:
         CheckpointError: A file is damaged, newer than this dynadepth, or the base model is another
             one.
+        ConfigError: A revision of a folder on this machine.
         FileNotFoundError: There is no such folder, locally or on the hub.
     """
-    routers = _read(locate_routers(path_or_hub_id), accepted=accept_mismatch)
+    folder = locate_routers(path_or_hub_id, revision=revision)
+    routers = _read(folder, accepted=accept_mismatch)
     if model is not None:
         routers.check_model(model)
     return routers

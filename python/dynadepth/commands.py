@@ -1,4 +1,4 @@
-"""The verbs of the runtime: generate, bake, export.
+"""The verbs of the runtime: generate, bake, export, push.
 
 Each verb checks its options, loads what they name and calls the library; nothing here can be done from the command line
 only. Heavy imports are inside the verbs, so that `dynadepth --version` needs neither torch nor transformers.
@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("generate")(_generate)
     app.command("bake")(_bake)
     app.command("export")(_export)
+    app.command("push")(_push)
 
 
 def _generate(
@@ -181,6 +182,45 @@ def _export(
         typer.echo(json.dumps({"out": str(target), "bytes": target.stat().st_size}, sort_keys=True))
     else:
         typer.echo(str(target))
+
+
+def _push(
+    *,
+    routers: Annotated[Path, typer.Option("--routers", help="Folder of the routers")],
+    repo: Annotated[
+        str,
+        typer.Option("--repo", help="Hub id, org/name; the repository is made if it is missing"),
+    ],
+    beside_model: Annotated[
+        bool,
+        typer.Option("--beside-model", help="Put them into routers/ of the model's repository"),
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private, an old one must be")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch to push to [default: main]")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Publish the routers on the Hugging Face hub, in one commit."""
+    if not routers.is_dir():
+        raise typer.BadParameter(f"--routers {routers} is not a folder")
+
+    from dynadepth.hub import push_routers
+
+    url = push_routers(
+        routers,
+        repo,
+        beside_model=beside_model,
+        # Without the option the owner's own default decides.
+        private=private or None,
+        revision=revision,
+    )
+    if as_json:
+        typer.echo(json.dumps({"repo": repo, "revision": revision, "url": url}, sort_keys=True))
+    else:
+        typer.echo(url)
 
 
 def _encode(

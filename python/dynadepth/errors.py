@@ -12,6 +12,7 @@ __all__ = [
     "DynadepthError",
     "DynadepthWarning",
     "ExportError",
+    "HubError",
     "LabelError",
     "PlanError",
     "SearchError",
@@ -55,6 +56,10 @@ class CheckpointError(DynadepthError, ValueError):
 
 class ExportError(DynadepthError, RuntimeError):
     """An ONNX file cannot be made or does not do what the routers do."""
+
+
+class HubError(DynadepthError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or refuses what it is asked to publish."""
 
 
 class TaskError(DynadepthError, ValueError):

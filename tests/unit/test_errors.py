@@ -10,6 +10,7 @@ BUILTINS = {
     "CheckpointError": ValueError,
     "ConfigError": ValueError,
     "ExportError": RuntimeError,
+    "HubError": RuntimeError,
     "LabelError": ValueError,
     "PlanError": ValueError,
     "SearchError": RuntimeError,
