@@ -19,6 +19,7 @@ __all__ = [
     "CARD_NAME",
     "CONFIG_NAME",
     "FOLDER_NAME",
+    "HUB_ID",
     "ONNX_NAME",
     "ROUTERS_FILES",
     "WEIGHTS_NAME",
@@ -36,7 +37,7 @@ ONNX_NAME = "routers.onnx"
 CARD_NAME = "README.md"
 FOLDER_NAME = "routers"
 ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_routers(model: nn.Module) -> Path:
@@ -65,7 +66,7 @@ def find_routers(model: nn.Module) -> Path:
         raise FileNotFoundError(
             f"there is no {folder / CONFIG_NAME} beside the base model; {advice}"
         )
-    if not _HUB_ID.fullmatch(base):
+    if not HUB_ID.fullmatch(base):
         raise FileNotFoundError(
             f"the base model came from {base}, which is not there any more; {advice}"
         )
@@ -90,7 +91,7 @@ def base_model_name(model: nn.Module) -> str:
         ''
     """
     origin = _origin(model)
-    return origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name
+    return origin if HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name
 
 
 def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -113,7 +114,7 @@ def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
             )
     else:
         hub_id = os.fspath(path_or_hub_id)
-        if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(hub_id):
+        if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(hub_id):
             backup = _backup(path)
             former = (
                 f"; an interrupted save left the former ones in {backup}" if backup.is_dir() else ""
@@ -141,9 +142,8 @@ def _download(hub_id: str, patterns: list[str], *, revision: str | None = None) 
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (
-        Exception
-    ) as error:  # huggingface_hub, its HTTP client and hf_xet share no base but Exception
+    # huggingface_hub, its HTTP client and hf_xet share no base but Exception.
+    except Exception as error:
         at = "" if revision is None else f" at revision {revision}"
         raise FileNotFoundError(
             f"there is no folder {hub_id}, and the hub repository of that name cannot be had{at}: {first_lines(error)}"
@@ -151,10 +151,10 @@ def _download(hub_id: str, patterns: list[str], *, revision: str | None = None) 
 
 
 def first_lines(error: Exception) -> str:
-    """Return the head of an error of the hub in one line; its first line alone is often but a status.
+    r"""Return the head of an error of the hub in one line; its first line alone is often but a status.
 
     Example:
-        >>> first_lines(OSError("404 Client Error.\\n\\nRepository Not Found.\\nPlease make sure"))
+        >>> first_lines(OSError("404 Client Error.\n\nRepository Not Found.\nPlease make sure"))
         '404 Client Error. Repository Not Found.'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -17,6 +17,7 @@ from dynadepth.folders import (
     CARD_NAME,
     CONFIG_NAME,
     FOLDER_NAME,
+    HUB_ID,
     ONNX_NAME,
     ROUTERS_FILES,
     first_lines,
@@ -117,9 +118,8 @@ def push_routers(
         )
     except DynadepthError:
         raise
-    except (
-        Exception
-    ) as error:  # huggingface_hub, its HTTP client and hf_xet share no base but Exception
+    # huggingface_hub, its HTTP client and hf_xet share no base but Exception.
+    except Exception as error:
         at = "" if revision is None else f" at revision {revision}"
         raise HubError(
             f"cannot push {folder} to {repo_id}{at}: {_advice(error)} ({first_lines(error)})"
@@ -127,18 +127,9 @@ def push_routers(
 
 
 def _check_names(repo_id: str, revision: str | None) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
+    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         raise ConfigError(
-            f"repo_id is {repo_id!r}; expected a hub id like org/name: {first_lines(error)}"
-        ) from error
-    if "/" not in repo_id:
-        raise ConfigError(
-            f"repo_id is {repo_id!r}; expected a hub id like org/name: put your user name or organisation before it"
+            f"repo_id is {repo_id!r}; expected a hub id like org/name: a user or organisation and a name"
         )
     if revision is not None and (not revision or _COMMIT.fullmatch(revision)):
         raise ConfigError(

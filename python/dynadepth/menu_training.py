@@ -361,6 +361,7 @@ class _Fitter:
         self.values = self._targets["agreement" if objective == "preserve" else "reward"]
         self._wanted = _depth_grid(data.depths)
         self._static = _static_values(self.values, data.depths, self._wanted)
+        self._flat: dict[tuple[int, int], Floats] = {}
         self._bases: dict[tuple[int, int, int], _Basis] = {}
         self._known: dict[tuple[int, int, int, float], dict[str, Floats]] = {}
         blends: list[dict[str, float]] = [
@@ -483,10 +484,13 @@ class _Fitter:
             raise ConfigError(
                 f"there are no states of layer {layer}; expected one of {sorted(self._data.views)}"
             )
-        views = self._data.views[layer]
-        picked = views[:, :, -1:] if num_windows == 0 else views
-        flat: Floats = picked.flatten(2).to(torch.float64).numpy()
-        return flat
+        key = (layer, num_windows)
+        if key not in self._flat:
+            views = self._data.views[layer]
+            picked = views[:, :, -1:] if num_windows == 0 else views
+            # Shared by all folds: they are the largest arrays here.
+            self._flat[key] = picked.flatten(2).to(torch.float64).numpy()
+        return self._flat[key]
 
     def _basis(self, layer: int, num_windows: int, fold: int) -> "_Basis":
         key = (layer, num_windows, fold)
