@@ -70,11 +70,16 @@ class FakeHub:
         self.failures: dict[tuple[str, str], tuple[int, str]] = {}
         self.lock = threading.Lock()
 
-    def put(self, repo_id: str, files: Mapping[str, bytes], *, revision: str = "main") -> str:
-        """Add files to a repository, which is made if it is missing; return the commit."""
+    def make(self, repo_id: str) -> Repository:
+        """Return a repository, which is made as the hub makes it if it is missing."""
         repository = self.repositories.setdefault(repo_id, Repository())
         if not repository.branches:
             repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial")
+        return repository
+
+    def put(self, repo_id: str, files: Mapping[str, bytes], *, revision: str = "main") -> str:
+        """Add files to a repository, which is made if it is missing; return the commit."""
+        repository = self.make(repo_id)
         former = repository.commits[repository.branches.get(revision, repository.branches["main"])]
         return repository.commit(revision, {**former, **files}, "put")
 
@@ -94,12 +99,13 @@ class FakeHub:
         return self.lfs and path.endswith(LFS_SUFFIXES)
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer other than success."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, **more: str) -> None:
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
+        self.content = json.dumps({"error": message, **more}).encode()
 
 
 @contextmanager
@@ -167,13 +173,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         path = unquote(urlsplit(self.path).path)
         with self.state.lock:
-            self.state.requests.append((self.command, path))
+            # Asked once a process, by any request, for its user agent.
+            if path != "/api/agent-harnesses":
+                self.state.requests.append((self.command, path))
             try:
                 self._fail_as_arranged(path)
                 content, headers = self._route(path, body)
                 status = 200
-            except Refusal as refusal:
-                status, content = refusal.status, json.dumps({"error": refusal.message}).encode()
+            except RefusalError as refusal:
+                status, content = refusal.status, refusal.content
                 headers = {"X-Error-Message": refusal.message}
                 if refusal.code:
                     headers["X-Error-Code"] = refusal.code
@@ -197,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail_as_arranged(self, path: str) -> None:
         for (method, part), (status, message) in self.state.failures.items():
             if method == self.command and part in path:
-                raise Refusal(status, message)
+                raise RefusalError(status, message)
 
     def _route(self, path: str, body: bytes) -> tuple[bytes, dict[str, str]]:
         words = path.strip("/").split("/")
@@ -205,20 +213,22 @@ class _Handler(BaseHTTPRequestHandler):
             answer = self._model("/".join(words[2:4]), words[4:], body)
         elif path == "/api/repos/create":
             answer = self._create(json.loads(body))
+        elif path == "/api/agent-harnesses":
+            answer = {"standardEnvVars": [], "harnesses": {}}
         elif path == "/api/validate-yaml":
             answer = self._validate(json.loads(body)["content"])
         elif path.endswith(".git/info/lfs/objects/batch"):
             answer = self._batch(json.loads(body))
         elif self.command == "PUT" and words[0] == "lfs":
             if hashlib.sha256(body).hexdigest() != words[1]:
-                raise Refusal(400, "content and oid differ")
+                raise RefusalError(400, "content and oid differ")
             self.state.blobs[words[1]] = body
             answer = {}
         elif len(words) > 4 and words[2] == "resolve":
             return self._resolve("/".join(words[:2]), words[3], "/".join(words[4:]))
         else:
             self.state.unknown.append((self.command, path))
-            raise Refusal(404, "this hub has no such page")
+            raise RefusalError(404, "this hub has no such page")
         return json.dumps(answer).encode(), {"Content-Type": "application/json"}
 
     def _model(self, repo_id: str, words: list[str], body: bytes) -> Any:
@@ -239,11 +249,11 @@ class _Handler(BaseHTTPRequestHandler):
             }
         if verb not in ("branch", "preupload", "commit"):
             self.state.unknown.append((self.command, self.path))
-            raise Refusal(404, "this hub has no such page")
+            raise RefusalError(404, "this hub has no such page")
         self._need_writer()
         if verb == "branch":
             if rest in repository.branches:
-                raise Refusal(409, "the branch exists")
+                raise RefusalError(409, "the branch exists")
             repository.branches[rest] = repository.branches["main"]
             return {}
         files = repository.commits[self._sha(repository, rest)]
@@ -267,25 +277,24 @@ class _Handler(BaseHTTPRequestHandler):
                     entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
                 entries.append(entry)
         if folder and not entries:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusalError(404, f"{folder} does not exist", "EntryNotFound")
         return entries
 
     def _create(self, wanted: dict[str, Any]) -> Any:
         self._need_writer()
         repo_id = f"{wanted['organization']}/{wanted['name']}"
         if wanted["organization"] == "others":
-            raise Refusal(403, "you may not write to others")
+            raise RefusalError(403, "you may not write to others")
         assert wanted.get("type", "model") == "model"
         if repo_id in self.state.repositories:
-            raise Refusal(409, "you have made this repository already")
-        self.state.put(repo_id, {})
-        repository = self.state.repositories[repo_id]
+            raise RefusalError(409, "it is there already", url=f"{self.state.url}/{repo_id}")
+        repository = self.state.make(repo_id)
         repository.private = wanted.get("visibility") == "private" or wanted.get("private", False)
         return {"url": f"{self.state.url}/{repo_id}"}
 
     def _validate(self, card: str) -> Any:
         if card.startswith("---\n") and "\n---\n" not in card:
-            raise Refusal(400, "the metadata has no end")
+            raise RefusalError(400, "the metadata has no end")
         return {"errors": [], "warnings": []}
 
     def _mode(self, wanted: dict[str, Any], files: Files) -> Any:
@@ -313,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
         header = lines[0]["value"]
         parent = self._sha(repository, revision)
         if header.get("parentCommit", parent) != parent:
-            raise Refusal(412, "a commit has happened since")
+            raise RefusalError(412, "a commit has happened since")
         files = dict(repository.commits[parent])
         for line in lines[1:]:
             key, value = line["key"], line["value"]
@@ -336,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha = self._sha(repository, revision)
         content = repository.commits[sha].get(path)
         if content is None:
-            raise Refusal(404, f"there is no {path}", "EntryNotFound")
+            raise RefusalError(404, f"there is no {path}", "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "ETag": f'"{git_oid(content)}"'}
         if self.state.is_lfs(path):
             headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -346,7 +355,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _sha(self, repository: Repository, revision: str) -> str:
         sha = repository.resolve(revision)
         if sha is None:
-            raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
+            raise RefusalError(404, f"there is no revision {revision}", "RevisionNotFound")
         return sha
 
     def _token(self) -> str | None:
@@ -355,15 +364,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _readable(self, repo_id: str) -> Repository:
         repository = self.state.repositories.get(repo_id)
         if repository is None or (repository.private and self._token() is None):
-            raise Refusal(404, "there is no such repository", "RepoNotFound")
+            raise RefusalError(404, "there is no such repository", "RepoNotFound")
         return repository
 
     def _need_writer(self) -> None:
         token = self._token()
         if token is None:
-            raise Refusal(401, "who are you?")
+            raise RefusalError(401, "who are you?")
         if token != TOKEN:
-            raise Refusal(403, "this token may only read")
+            raise RefusalError(403, "this token may only read")
 
 
 def git_oid(content: bytes) -> str:

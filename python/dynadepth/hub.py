@@ -122,12 +122,12 @@ def push_routers(
     except Exception as error:
         at = "" if revision is None else f" at revision {revision}"
         raise HubError(
-            f"cannot push {folder} to {repo_id}{at}: {_advice(error)} ({first_lines(error)})"
+            f"cannot push {folder} to {repo_id}{at}: {_advice(error)} ({type(error).__name__}: {first_lines(error)})"
         ) from error
 
 
 def _check_names(repo_id: str, revision: str | None) -> None:
-    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
+    if not HUB_ID.fullmatch(repo_id):
         raise ConfigError(
             f"repo_id is {repo_id!r}; expected a hub id like org/name: a user or organisation and a name"
         )
@@ -241,7 +241,7 @@ def _commit(
 
 def _advice(error: Exception) -> str:
     """Say what an error of the hub means and what to do about it."""
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
@@ -254,4 +254,9 @@ def _advice(error: Exception) -> str:
         return "the hub is out of order; push again later"
     if status is not None or isinstance(error, ValueError):
         return "the hub does not take what it was given; change that and push again"
-    return "the hub cannot be reached; check the network, a proxy and HF_ENDPOINT, then push again"
+    # The base is the HTTP client's own, whichever client this huggingface_hub has.
+    if isinstance(error, (OSError, *HfHubHTTPError.__bases__)):
+        return (
+            "the hub cannot be reached; check the network, a proxy and HF_ENDPOINT, then push again"
+        )
+    return "huggingface_hub failed; update it, or HF_ENDPOINT is not a hub"

@@ -19,7 +19,7 @@ from dynadepth.onnx_menu_graph import ExportableMenu, build_menu_onnx, menu_dige
 from dynadepth.onnx_nodes import INVALID, host_array
 from dynadepth.onnx_session import open_session, read_facts, source_name
 from dynadepth.plans import EXECUTE, Plans, parse_plan
-from dynadepth.policies import Policy, undecidable
+from dynadepth.policies import Policy, check_open, decision_step, undecidable
 from dynadepth.prompts import PromptBatch
 
 __all__ = ["OnnxMenuPolicy", "export_menu_onnx", "menu_digest"]
@@ -103,16 +103,18 @@ class OnnxMenuPolicy(Policy):
         Raises:
             ConfigError: The states have another width than the heads, or hold NaN at a prompt's token; or two penalties
                 are mixed and the prompts' tokens are not known.
+            PlanError: As for `MenuPolicy.decide`.
         """
         if hidden_states.shape[-1] != self._hidden_size:
             raise ConfigError(
                 f"layer {layer_idx} has states of width {hidden_states.shape[-1]}; this menu reads width "
                 f"{self._hidden_size}"
             )
-        step = self.decision_layers.index(layer_idx)
+        step = decision_step(self.decision_layers, layer_idx)
         num_rows = len(hidden_states)
         numbers = prompts.mix if self._mixes else torch.zeros(num_rows)
         agreeing = self._agreeing(layer_idx, prompts.plans)
+        check_open(agreeing, layer_idx)
         rows = _run(
             self._session,
             hidden_states=host_array(hidden_states),
@@ -124,8 +126,6 @@ class OnnxMenuPolicy(Policy):
         )[0]
         if (rows == INVALID).any():
             raise undecidable(layer_idx)
-        # A caller's own limits can have left no plan open; like `MenuPolicy`, go on with the first.
-        rows = np.where(agreeing.any(axis=1), rows, 0)
         end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
         decided: Plans = self.plans[rows, layer_idx:end]
         return decided

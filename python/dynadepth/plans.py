@@ -24,6 +24,7 @@ __all__ = [
     "parse_plan",
     "plan_depth",
     "plan_text",
+    "prefix_numbers",
 ]
 
 Plans = npt.NDArray[np.uint8]
@@ -162,3 +163,22 @@ def parse_plan(text: str, num_layers: int) -> Plans:
         )
     plan: Plans = check_plans([int(character) for character in text], num_layers)[0]
     return plan
+
+
+def prefix_numbers(plans: Plans, layer_idx: int) -> npt.NDArray[np.int64]:
+    """Number the distinct actions before a layer, in the order in which plans first show them.
+
+    Args:
+        plans: Shape (plans, layers), uint8.
+        layer_idx: The layer.
+
+    Returns:
+        The number of each plan's prefix; plan 0 has number 0. Shape (plans,).
+
+    Example:
+        >>> prefix_numbers(np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0]], dtype=np.uint8), 2)
+        array([0, 1, 0])
+    """
+    known: dict[bytes, int] = {}
+    numbers = [known.setdefault(plan[:layer_idx].tobytes(), len(known)) for plan in plans]
+    return np.array(numbers, dtype=np.int64)

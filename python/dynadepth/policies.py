@@ -6,9 +6,11 @@ controller enforces protected layers, the cap on depth and that at least one lay
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ __all__ = [
     "RouterPolicy",
     "StaticPolicy",
     "actions_of",
+    "check_open",
+    "decision_step",
     "undecidable",
 ]
 
@@ -270,13 +274,15 @@ class MenuPolicy(Policy):
         Raises:
             ConfigError: The states have another width than the heads, or hold NaN at a prompt's token; or two penalties
                 are mixed and the prompts' tokens are not known.
+            PlanError: It does not decide at this layer; or no plan agrees with what a prompt has run, because the
+                wrapper's limits changed that.
         """
         if hidden_states.shape[-1] != self.menu.hidden_size:
             raise ConfigError(
                 f"layer {layer_idx} has states of width {hidden_states.shape[-1]}; this menu reads width "
                 f"{self.menu.hidden_size}"
             )
-        step = self.decision_layers.index(layer_idx)
+        step = decision_step(self.decision_layers, layer_idx)
         menu, depths = self._moved_to(hidden_states.device)
         head = menu.heads[step]
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -284,8 +290,10 @@ class MenuPolicy(Policy):
             priced = scores - self._prices(prompts).unsqueeze(-1) * depths
         if step:
             # Known on the host, and small: it goes to the device without anyone waiting.
-            still_open = torch.from_numpy(menu.open_plans(step, prompts.plans))
-            priced = priced.masked_fill(~still_open.to(priced.device), -math.inf)
+            still_open = menu.open_plans(step, prompts.plans)
+            check_open(still_open, layer_idx)
+            closed = torch.from_numpy(~still_open)
+            priced = priced.masked_fill(closed.to(priced.device), -math.inf)
         chosen = priced.argmax(dim=-1)
         # One transfer tells both; argmax alone would turn NaN into a plan.
         chosen = chosen.masked_fill(scores.isnan().any(dim=-1), -1)
@@ -309,6 +317,38 @@ class MenuPolicy(Policy):
         if device not in self._on_device:
             self._on_device[device] = (self.menu.to(device), self._depths.to(device))
         return self._on_device[device]
+
+
+def decision_step(decision_layers: Sequence[int], layer_idx: int) -> int:
+    """Return the number of a menu's step that decides at a layer.
+
+    Raises:
+        PlanError: None does.
+    """
+    if layer_idx not in decision_layers:
+        raise PlanError(
+            f"a menu was asked to decide layer {layer_idx}; it decides at layers {list(decision_layers)}"
+        )
+    return decision_layers.index(layer_idx)
+
+
+def check_open(still_open: npt.NDArray[np.bool_], layer_idx: int) -> None:
+    """Refuse to choose for prompts that no plan of a menu is open to any more.
+
+    Args:
+        still_open: Which plans agree with what each prompt has run. Shape (batch, K), bool.
+        layer_idx: Where the choice is.
+
+    Raises:
+        PlanError: None does for some prompt.
+    """
+    stuck = np.flatnonzero(~still_open.any(axis=1)).tolist()
+    if stuck:
+        raise PlanError(
+            f"no plan of the menu agrees with what row {stuck[0]} of the batch has run before layer {layer_idx}: "
+            "`protect` or `max_depth` changed what was chosen there; train the menu again with these layers protected "
+            "and without the repeats, or wrap the model without these limits"
+        )
 
 
 def undecidable(layer_idx: int) -> ConfigError:

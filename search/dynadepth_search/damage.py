@@ -35,13 +35,13 @@ from dynadepth.files import (
 )
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.folders import base_model_name
-from dynadepth.menu_training import MenuData
-from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text
+from dynadepth.menu_data import MenuData
+from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
 from dynadepth_search.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
 from dynadepth_search.scoring import Scorer
-from dynadepth_search.states import PromptStates, prefix_numbers
+from dynadepth_search.states import PromptStates
 from dynadepth_search.tasks import Example, Task
 
 __all__ = ["MANIFEST", "DamageTable", "menu_data", "read_damage", "score_damage"]

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 
 from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
-from dynadepth.menu_training import walk_budget
+from dynadepth.menu_curves import walk_menu
 from dynadepth.menus import Menu
+from dynadepth.plans import prefix_numbers
 from dynadepth.prompts import prompt_mix
 from dynadepth.trained import TrainedMenu
 from dynadepth_search.damage import DamageTable
-from dynadepth_search.states import prefix_numbers
 
 __all__ = ["chosen_plans", "compare_menu", "menu_scores", "table_mix"]
 
@@ -75,7 +75,7 @@ def chosen_plans(
     penalties = trained.calibration.mix_for(budget)
     menu = trained.menu
     shallow, deep = (
-        walk_budget(scores, menu.plans, menu.decision_layers, penalty)
+        walk_menu(scores, menu.plans, menu.decision_layers, penalty)
         for penalty in (penalties.shallow, penalties.deep)
     )
     return np.where(mix < penalties.share, deep, shallow)

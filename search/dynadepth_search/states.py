@@ -10,29 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynadepth.plans import Plans
+from dynadepth.plans import Plans, prefix_numbers
 from dynadepth.routers import last_token_state, window_means
 
-__all__ = ["PromptStates", "SweptPrompt", "prefix_numbers"]
-
-
-def prefix_numbers(plans: Plans, layer_idx: int) -> npt.NDArray[np.int64]:
-    """Number the distinct actions before a layer, in the order in which plans first show them.
-
-    Args:
-        plans: Shape (plans, layers), uint8.
-        layer_idx: The layer.
-
-    Returns:
-        The number of each plan's prefix; plan 0 has number 0. Shape (plans,).
-
-    Example:
-        >>> prefix_numbers(np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0]], dtype=np.uint8), 2)
-        array([0, 1, 0])
-    """
-    known: dict[bytes, int] = {}
-    numbers = [known.setdefault(plan[:layer_idx].tobytes(), len(known)) for plan in plans]
-    return np.array(numbers, dtype=np.int64)
+__all__ = ["PromptStates", "SweptPrompt"]
 
 
 class SweptPrompt:

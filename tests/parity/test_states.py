@@ -9,9 +9,10 @@ import torch
 
 from dynadepth.baking import bake
 from dynadepth.families import layer_stack
+from dynadepth.plans import prefix_numbers
 from dynadepth.sweep import Sweeper
 from dynadepth_search.scoring import Scorer
-from dynadepth_search.states import PromptStates, prefix_numbers
+from dynadepth_search.states import PromptStates
 from dynadepth_search.tasks import Example
 from tests.tiny import FAMILIES, random_batch, tiny_model
 from tests.tiny_text import word_tokenizer

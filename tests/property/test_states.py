@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dynadepth_search.states import prefix_numbers
+from dynadepth.plans import prefix_numbers
 
 
 @st.composite

@@ -137,6 +137,9 @@ def test_the_card_shows_the_table(folder):
         (lambda c: c["base_model"].update(fingerprint=3), "base_model.fingerprint is 3"),
         (lambda c: c.update(schema_version="1"), "schema_version '1'; expected a whole number"),
         (lambda c: c.pop("schema_version"), "schema_version None"),
+        (lambda c: c.update(kind="forest"), "kind is 'forest'; expected one of menu, routers"),
+        (lambda c: c.pop("kind"), "kind is None"),
+        (lambda c: c.update(kind="menu"), "unknown key 'router'"),
         (lambda c: c["router"].update(num_layers=5), "'bias' is torch.float32 of shape (4, 3)"),
         (lambda c: c["router"].update(hidden_size=31), "torch.float32 of shape (4, 31, 16)"),
         (lambda c: c["router"].update(last_token=False), "is unknown; expected exactly"),
@@ -154,7 +157,16 @@ def test_a_wrong_configuration_is_refused_by_name(folder, change, text):
 def test_a_newer_schema_names_both_versions(folder):
     edit(folder, lambda c: c.update(schema_version=9, dynadepth_version="8.1", novelty=1))
     with pytest.raises(
-        CheckpointError, match=r"schema version 9 \(written by dynadepth 8\.1\).* reads up to 1"
+        CheckpointError, match=r"schema version 9 \(written by dynadepth 8\.1\).* reads up to 2"
+    ):
+        load_routers(folder)
+
+
+def test_an_older_schema_says_to_train_again(folder):
+    edit(folder, lambda c: c.update(schema_version=1, dynadepth_version="0.0.9"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"schema version 1 \(written by dynadepth 0\.0\.9\).* reads 2; train the routers again",
     ):
         load_routers(folder)
 

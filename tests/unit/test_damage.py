@@ -20,12 +20,12 @@ from dynadepth.errors import (
     WrapError,
 )
 from dynadepth.fingerprint import fingerprint
+from dynadepth.plans import prefix_numbers
 from dynadepth.wrap import wrap_model
 from dynadepth_search import damage
 from dynadepth_search.damage import MANIFEST, menu_data, read_damage, score_damage
 from dynadepth_search.locking import locked
 from dynadepth_search.prompts import prompt_text
-from dynadepth_search.states import prefix_numbers
 from dynadepth_search.tasks import Example, Task
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_task

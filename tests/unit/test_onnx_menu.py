@@ -13,7 +13,7 @@ import torch
 
 import dynadepth.onnx_menu
 from dynadepth.budget import Calibration
-from dynadepth.errors import BudgetError, CheckpointError, ConfigError, ExportError
+from dynadepth.errors import BudgetError, CheckpointError, ConfigError, ExportError, PlanError
 from dynadepth.menus import Menu
 from dynadepth.onnx import OnnxRouterPolicy
 from dynadepth.onnx_graph import build_onnx
@@ -294,16 +294,25 @@ def test_tokens_are_needed_where_two_penalties_are_mixed(trained, content):
     assert (actions == by_torch.decide(2, hidden, nameless)).all()
 
 
-def test_where_a_callers_limits_leave_no_plan_open_both_runtimes_go_on_alike(two_steps):
+def test_where_a_callers_limits_leave_no_plan_open_both_runtimes_refuse(two_steps):
     hidden, mask = batch(rows=6)
     limited = np.ones((6, 6), dtype=np.uint8)
-    limited[:, :4] = [[1, 1, 1, 1], [1, 1, 0, 1], [1, 1, 2, 0], [1, 1, 1, 0], [0] * 4, [1, 1, 2, 1]]
+    limited[:, :4] = [[1, 1, 1, 1], [1, 1, 0, 1], [1, 1, 2, 0], [1, 1, 1, 1], [1, 1, 0, 1], [1] * 4]
     by_torch = MenuPolicy(two_steps.menu, CALIBRATION.mix_for(0.8))
     by_onnx = OnnxMenuPolicy(build_menu_onnx(two_steps), 0.8)
     for layer in (2, 4):
         given = told(mask, limited)
         actions = by_onnx.decide(layer, hidden, given)
         assert (actions == by_torch.decide(layer, hidden, given)).all()
+    # As `max_depth` leaves the fifth plan, and `protect` the third.
+    for stray in ([1, 1, 1, 0], [1, 0, 0, 1]):
+        limited[3, :4] = stray
+        for policy in (by_torch, by_onnx):
+            text = "no plan of the menu agrees with what row 3 .* before layer 4: .* train the menu"
+            with pytest.raises(PlanError, match=text):
+                policy.decide(4, hidden, told(mask, limited))
+            # At the first step nothing has been chosen yet.
+            assert policy.decide(2, hidden, told(mask, limited)).shape == (6, 2)
 
 
 @pytest.mark.parametrize("budget", [-1, 0, math.nan, 3, "0.8", True])
@@ -317,7 +326,7 @@ def test_states_of_another_model_are_refused(content):
     hidden, mask = batch()
     with pytest.raises(ConfigError, match="layer 2 has states of width 47; this menu reads width"):
         policy.decide(2, hidden[..., :47], told(mask))
-    with pytest.raises(ValueError, match="not in tuple"):
+    with pytest.raises(PlanError, match=r"asked to decide layer 3; it decides at layers \[2\]"):
         policy.decide(3, hidden, told(mask))
     hidden[2, 5] = math.nan
     with pytest.raises(ConfigError, match="states entering layer 2 hold NaN"):

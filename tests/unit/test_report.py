@@ -28,7 +28,9 @@ LAYERS, PROMPTS = 6, 12
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
-def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
+def made_up(
+    *, labels: bool = True, name: str = "piqa", headline: str = "agreement", curve: bool = True
+) -> dict[str, Any]:
     """An evaluation whose outcomes are made up."""
     rng = np.random.default_rng(0)
     plans = [identity_plan(LAYERS)]
@@ -41,7 +43,7 @@ def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
         routed[:, 3] = rng.random(PROMPTS) > share
         routed[:, 4] = rng.random(PROMPTS) > share - 0.9
         entrants.append(
-            Entrant(name=f"routed {budget:.2f}", kind="routed", budget=budget, plans=routed)
+            Entrant(name=f"menu {budget:.2f}", kind="routed", budget=budget, plans=routed)
         )
     contest = Contest(
         entrants=entrants,
@@ -57,7 +59,7 @@ def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
     if labels:
         values |= {"reward": quality - 0.7, "accuracy": (quality > -0.3).astype(float)}
     table = Table(rows={each: row for row, each in enumerate(contest.sets)}, values=values)
-    compared = list(contest.compared(table, "preserve"))
+    compared = list(contest.compared(table, headline))
     time = {"median": 0.9, "low": 0.8, "high": 1.0, "rounds": 3, "prompts": 4, "milliseconds": 5.0}
     policies = [
         figures_of(
@@ -69,8 +71,8 @@ def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
         )
         for item in compared
     ]
-    return {
-        "schema_version": 1,
+    content = {
+        "schema_version": 2,
         "model": "tiny-llama",
         "task": {
             "name": name,
@@ -80,20 +82,43 @@ def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
             "heldout_prompts": PROMPTS,
             "train_prompts": 9,
         },
-        "headline": "preserve",
+        "headline": headline,
         "num_layers": LAYERS,
         "dtype": "bfloat16",
         "config": {"seed": 0},
-        "routers": {"preset": "dynadepth", "shrinkage": 0.25, "range": [0.5, 1.0]},
+        "routers": {
+            "kind": "menu",
+            "range": [0.5, 1.0],
+            "layers": [3],
+            "ridge": 100.0,
+            "weights": {"agreement": 1.0},
+            "shrinkage": 0.25,
+        },
         "policies": policies,
-        "findings": findings(policies, "preserve"),
+        "findings": findings(policies, headline),
+        "drift": [],
         "actions": [
             {"budget": entrant.budget, "shares": action_shares(entrant.plans)}
             for entrant in entrants
         ],
+        "plan_map": [
+            {
+                "budget": 0.7,
+                "different_plans": 3,
+                "rows": [
+                    {
+                        "plan": "111101",
+                        "depth": 5 / 6,
+                        "share": 0.75,
+                        "examples": ["Is a < b?", f"{name}?"],
+                    },
+                    {"plan": "111111", "depth": 1.0, "share": 0.25, "examples": []},
+                ],
+            }
+        ],
         "front": contest.front_figures(table),
         "runtime_check": {
-            "routed 0.70": {
+            "menu 0.70": {
                 "prompts": 2,
                 "choices": 4,
                 "mean_difference": 0.005,
@@ -105,6 +130,12 @@ def made_up(*, labels: bool = True, name: str = "piqa") -> dict[str, Any]:
         "versions": {"dynadepth": "0.1.0"},
         "seconds": 1.5,
     }
+    if curve:
+        content["learning_curve"] = [
+            {"prompts": count, "gain": 0.01 * count / 40, "standard_error": 0.02}
+            for count in (40, 80, 160)
+        ]
+    return content
 
 
 class _Page(HTMLParser):
@@ -116,6 +147,7 @@ class _Page(HTMLParser):
         self.ids: Counter[str] = Counter()
         self.attributes: list[tuple[str, str]] = []
         self.words: list[str] = []
+        self.title = ""
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -136,6 +168,8 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        if self._open[-1:] == ["title"] and "svg" not in self._open:
+            self.title = data
 
     @property
     def text(self) -> str:
@@ -155,13 +189,44 @@ def html(evaluation: dict[str, Any]) -> str:
 def test_the_page_is_well_formed_and_every_id_is_unique(html: str) -> None:
     page = _Page(html)
     assert html.startswith("<!DOCTYPE html>")
-    assert page.tags["svg"] == 3
-    assert page.tags["title"] == 4  # the page's and one for each plot
+    assert page.tags["svg"] == 4
+    assert page.tags["title"] == 5  # the page's and one for each plot
     assert [name for name, count in page.ids.items() if count > 1] == []
     targets = {v[1:] for name, v in page.attributes if name.endswith("href")}
     targets |= set(re.findall(r"url\(#([^)]+)\)", html))
     assert targets
     assert targets <= set(page.ids)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("headline", ["agreement", "preserve", "reward"])
+def test_every_id_is_unique_whatever_was_measured(labels: bool, headline: str) -> None:
+    if headline == "reward" and not labels:
+        pytest.skip("there is no reward without labels")
+    page = _Page(report_html(made_up(labels=labels, headline=headline)))
+    assert [name for name, count in page.ids.items() if count > 1] == []
+
+
+def test_the_page_is_called_after_the_model_and_the_task(html: str) -> None:
+    assert _Page(html).title == "dynadepth: tiny-llama on piqa"
+
+
+def test_the_page_shows_which_prompts_got_which_plan(html: str) -> None:
+    text = _Page(html).text
+    for words in (
+        "Which prompts got which plan at budget 0.70",
+        "111101 0.833 75% Is a < b? piqa?",
+        "111111 1.000 25%",
+        "How many prompts it takes",
+    ):
+        assert words in text, words
+    assert "Is a &lt; b?<br>piqa?" in html
+
+
+def test_without_a_learning_curve_none_is_drawn() -> None:
+    page = _Page(report_html(made_up(curve=False)))
+    assert "How many prompts it takes" not in page.text
+    assert page.tags["svg"] == 3
 
 
 def test_the_page_fetches_nothing(html: str) -> None:
@@ -185,7 +250,7 @@ def test_names_cannot_break_out_of_the_page() -> None:
     page = _Page(report_html(evaluation, {"answer": bad, bad: {bad: bad}}))
     assert "script" not in page.tags
     assert "b" not in page.tags
-    assert page.text.count('alert("x")') >= 6
+    assert page.text.count('alert("x")') >= 7
 
 
 def test_the_page_says_what_was_found_and_run(html: str, evaluation: dict[str, Any]) -> None:
@@ -197,7 +262,7 @@ def test_the_page_says_what_was_found_and_run(html: str, evaluation: dict[str, A
         "oracle (saw the answers)",
         "static plans, mixed",
         "12 held-out prompts, 9 training prompts, 6 decoder layers",
-        "shrinkage s 0.25",
+        "kind menu layers 3 ridge 100 shrinkage 0.25 budgets 0.5 to 1",
         "search 12.35",
         "two lines",
         "differ from the sweep's by 0.0050 nats on average and 0.0100 at most (bfloat16)",
@@ -210,12 +275,13 @@ def test_the_page_says_what_was_found_and_run(html: str, evaluation: dict[str, A
 def test_a_task_without_labels_has_no_accuracy() -> None:
     page = _Page(report_html(made_up(labels=False)))
     assert "accuracy" not in page.text
+    # Agreement, what is done to each layer, and the learning curve; no plot twice.
     assert page.tags["svg"] == 3
 
 
 def test_nothing_is_said_of_scores_that_were_not_compared() -> None:
     evaluation = made_up(labels=False)
-    check = evaluation["runtime_check"]["routed 0.70"]
+    check = evaluation["runtime_check"]["menu 0.70"]
     check |= {"choices": 0, "mean_difference": 0.0, "max_difference": 0.0, "plans_differing": 1}
     text = _Page(report_html(evaluation)).text
     assert "nats" not in text
@@ -251,11 +317,11 @@ def test_tables_have_a_cell_for_every_title(evaluation: dict[str, Any]) -> None:
         assert len(rows) == len(evaluation["policies"])
         assert {len(row) for row in rows} == {len(head)}
     head, rows = against_base_table(evaluation)
-    assert head[:2] == ["against base [95 %]", "fidelity (-KL)"]
+    assert head[:2] == ["against base [95 %]", "agreement, %"]
     assert len(rows) == len(evaluation["policies"]) - 1
     assert all(all(row) and len(row) == len(head) for row in rows)
     head, rows = quality_table(evaluation)
-    assert head[:4] == ["policy", "depth", "fidelity (-KL)", "against static [95 %]"]
+    assert head[:4] == ["policy", "depth", "agreement, %", "against static [95 %]"]
     assert [row[3] == "" for row in rows][:4] == [True, False, True, False]
 
 

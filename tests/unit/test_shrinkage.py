@@ -9,6 +9,7 @@ from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError, PlanError
 from dynadepth.plans import plan_depth
 from dynadepth.shrinkage import SHRINKAGES, logit_scale, plans_of, select_shrinkage
+from dynadepth.training import train_heads
 
 LAYERS, WIDTH, PROMPTS = 8, 12, 100
 CONFIG = RouterConfig(num_layers=LAYERS, hidden_size=WIDTH, num_windows=2, bottleneck=16)
@@ -41,6 +42,7 @@ class World:
         for prompt, kind in enumerate(self.kind):
             self.actions[prompt, kind:6:2] = 0
         self.calls = 0
+        self.trained: list[tuple[np.ndarray, int]] = []
         self.pairs: list[tuple[int, bytes]] = []
 
     def evaluate(self, prompts, plans):
@@ -51,13 +53,19 @@ class World:
             cost[row, self.kind[prompt] : 6 : 2] -= 1.0
         return -(cost * (plans == 0)).sum(axis=1)
 
-    def choose(self, **changes):
+    def train(self, prompts, seed):
+        """Return routers that learned from some prompts, and note which."""
+        self.trained.append((prompts, seed))
+        features, actions = self.features[prompts], self.actions[prompts]
+        return train_heads(features, actions, CONFIG, RECIPE, seed=seed)
+
+    def choose(self, *, features=None, front=None, **changes):
         return select_shrinkage(
-            self.features,
-            self.actions,
-            make_front(),
+            self.features if features is None else features,
+            self.train,
+            make_front() if front is None else front,
             self.evaluate,
-            **{"config": CONFIG, "training": RECIPE, "seed": 0, **changes},
+            **{"seed": 0, **changes},
         )
 
 
@@ -107,7 +115,24 @@ def test_features_that_betray_the_label_gain_nothing_without_them():
     betraying[:, :, -1, 0] = 2.0 * torch.from_numpy(world.kind)[:, None] - 1.0
     clean, world.features = world.features, betraying
     assert world.choose().shrinkage == 1.0
-    assert world.choose(unforced=clean).shrinkage == 0.0
+    assert world.choose(features=clean).shrinkage == 0.0
+
+
+def test_every_prompt_is_judged_by_routers_that_did_not_learn_from_it(monkeypatch):
+    world, judged = World(0, readable=True), []
+    compare = shrinkage._compare_fold
+
+    def watch(logits, held_logits, bias, prompts, front, pairs):
+        judged.append(prompts)
+        return compare(logits, held_logits, bias, prompts, front, pairs)
+
+    monkeypatch.setattr(shrinkage, "_compare_fold", watch)
+    world.choose()
+    assert len(world.trained) == len(judged) == 5
+    assert sorted(np.concatenate(judged).tolist()) == list(range(PROMPTS))
+    for (trained, _), prompts in zip(world.trained, judged, strict=True):
+        assert sorted([*trained.tolist(), *prompts.tolist()]) == list(range(PROMPTS))
+    assert len({seed for _, seed in world.trained}) == 5
 
 
 def test_protected_layers_run_once_in_every_plan():
@@ -149,16 +174,8 @@ def test_the_choice_is_the_same_for_the_same_seed():
 
 def test_a_front_of_the_identity_alone_needs_no_evaluation():
     world = World(0, readable=True)
-    choice = select_shrinkage(
-        world.features,
-        world.actions,
-        make_front()[:1],
-        world.evaluate,
-        config=CONFIG,
-        training=RECIPE,
-        seed=0,
-    )
-    assert (choice.shrinkage, choice.trials, world.calls) == (0.0, (), 0)
+    choice = world.choose(front=make_front()[:1])
+    assert (choice.shrinkage, choice.trials, world.calls, world.trained) == (0.0, (), 0, [])
 
 
 def test_the_evidence_goes_to_json():
@@ -173,15 +190,8 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="100 prompts cannot be cross-validated in 51 folds"):
         world.choose(folds=51)
     with pytest.raises(PlanError, match="starts with a plan that edits layers"):
-        select_shrinkage(
-            world.features,
-            world.actions,
-            make_front()[1:],
-            world.evaluate,
-            config=CONFIG,
-            training=RECIPE,
-            seed=0,
-        )
+        world.choose(front=make_front()[1:])
+    assert world.trained == []
     world.evaluate = lambda prompts, plans: np.full(len(prompts), np.nan)
     with pytest.raises(ConfigError, match="some are not finite"):
         world.choose()

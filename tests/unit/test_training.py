@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError, PlanError
-from dynadepth.training import centre_heads, effective_number_weights, focal_loss, train_heads
+from dynadepth.losses import effective_number_weights, focal_loss
+from dynadepth.training import centre_heads, train_damage_heads, train_heads
 
 LAYERS, WIDTH = 4, 24
 CONFIG = RouterConfig(num_layers=LAYERS, hidden_size=WIDTH, num_windows=3, bottleneck=16)
@@ -221,3 +222,98 @@ def test_bad_arrays_are_refused(data, spoil, error, message):
     features, actions = spoil(data[0][:20], data[1][:20])
     with pytest.raises(error, match=message):
         train_heads(features, actions, CONFIG, TrainConfig(epochs=1), seed=0)
+
+
+def planted_damage(num_prompts: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Features, and what skipping costs: layer 0 by the last token, 1 by the windows, 2 by chance, 3 always 0.25."""
+    features, _ = planted(num_prompts, seed=5)
+    standard = (features - features.mean(dim=0)) / features.std(dim=0)
+    generator = torch.Generator().manual_seed(6)
+    damage = torch.full((num_prompts, LAYERS), 0.25)
+    damage[:, 0] = 0.5 + 0.1 * standard[:, 0, -1, :4].sum(dim=1)
+    damage[:, 1] = 0.1 - 0.1 * standard[:, 1, :-1, :4].mean(dim=1).sum(dim=1)
+    damage[:, 2] = 0.3 + 0.2 * torch.randn(num_prompts, generator=generator)
+    return features, damage.numpy()
+
+
+def correlation(predicted, wanted):
+    return float(np.corrcoef(predicted, wanted)[0, 1])
+
+
+class TestDamage:
+    RECIPE = TrainConfig(centre=False, epochs=20, learning_rate=5e-3)
+
+    @pytest.fixture(scope="class")
+    def data(self):
+        return planted_damage(1200)
+
+    @pytest.fixture(scope="class")
+    def heads(self, data):
+        return train_damage_heads(data[0][:800], data[1][:800], CONFIG, self.RECIPE, seed=0)
+
+    def test_skips_logit_is_minus_the_damage_in_spreads_of_all(self, data, heads):
+        features, damage = data[0][800:], data[1][800:]
+        skip = heads.all_logits(features)[..., 0].numpy()
+        wanted = -damage / data[1][:800].std(ddof=1)
+        assert correlation(skip[:, 0], wanted[:, 0]) > 0.8
+        assert correlation(skip[:, 1], wanted[:, 1]) > 0.8
+        # As large as the damage, and of its mean, so that layers can be compared with each other.
+        np.testing.assert_allclose(skip.mean(axis=0), wanted.mean(axis=0), atol=0.25)
+        assert np.square(skip - wanted)[:, :2].mean() < 0.5 * wanted[:, :2].var(axis=0).mean()
+
+    def test_noise_teaches_nothing_and_what_never_varies_is_constant(self, data, heads):
+        skip = heads.all_logits(data[0][800:])[..., 0]
+        spread = skip.std(dim=0)
+        assert spread[2] < 0.3 * spread[0]
+        assert spread[3] == 0.0
+        assert heads.varying_layers()[:2] == (0, 1)
+        assert 3 not in heads.varying_layers()
+        expected = -0.25 / data[1][:800].std(ddof=1)
+        assert float(skip[0, 3]) == pytest.approx(expected, rel=1e-3)
+
+    def test_execute_and_repeat_are_never_moved(self, data, heads):
+        assert heads.all_logits(data[0][:50])[..., 1:].eq(0).all()
+
+    def test_the_unit_of_damage_does_not_matter(self, data, heads):
+        again = train_damage_heads(
+            data[0][:800], 1000.0 * data[1][:800], CONFIG, self.RECIPE, seed=0
+        )
+        torch.testing.assert_close(
+            again.all_logits(data[0][:50]), heads.all_logits(data[0][:50]), rtol=1e-3, atol=1e-3
+        )
+
+    def test_damage_that_is_nowhere_leaves_constant_heads(self, data):
+        heads = train_damage_heads(
+            data[0][:40], np.zeros((40, LAYERS)), CONFIG, self.RECIPE, seed=0
+        )
+        assert heads.varying_layers() == ()
+        assert heads.constant_logits().eq(0).all()
+
+    def test_the_same_seed_gives_the_same_heads_and_another_seed_others(self, data):
+        def heads(seed):
+            recipe = TrainConfig(epochs=2)
+            return train_damage_heads(data[0][:64], data[1][:64], CONFIG, recipe, seed=seed)
+
+        first, again, other = (heads(seed).state_dict() for seed in (1, 1, 2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not all(torch.equal(first[name], other[name]) for name in first)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda d: d[:19], r"damage has shape \(19, 4\) .* finite numbers of shape \(20, 4\)"),
+            (lambda d: d[:, :3], r"damage has shape \(20, 3\)"),
+            (lambda d: np.where(d == d[7, 2], np.nan, d), "numbers that are not finite"),
+        ],
+    )
+    def test_bad_damage_is_refused(self, data, spoil, message):
+        with pytest.raises(ConfigError, match=message):
+            train_damage_heads(
+                data[0][:20], spoil(data[1][:20]), CONFIG, TrainConfig(epochs=1), seed=0
+            )
+
+    def test_bad_features_are_refused(self, data):
+        with pytest.raises(ConfigError, match=r"features are torch.float64"):
+            train_damage_heads(
+                data[0][:20].double(), data[1][:20], CONFIG, TrainConfig(epochs=1), seed=0
+            )

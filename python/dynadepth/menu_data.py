@@ -1,0 +1,150 @@
+"""What a menu's heads are trained on, and the recipes that they can be trained by.
+
+Works on arrays. Knows nothing of how heads are fitted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dynadepth.errors import ConfigError
+from dynadepth.plans import Plans, plan_depth, prefix_numbers
+
+__all__ = ["FOLDS", "MenuData", "MenuRecipe", "MenuTrial"]
+
+FOLDS = 5
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MenuData:
+    """What heads are trained on: N prompts under K plans.
+
+    Args:
+        plans: The identity first. Shape (K, num_layers), uint8.
+        views: By layer, what a head reads of each prompt that comes there under each distinct prefix of the plans,
+            prefixes numbered in the order in which plans first show them. Shape (N, prefixes, views, hidden), floating.
+        agreement: 1 where a plan keeps the base model's answer. Shape (N, K).
+        total_variation: Between base and plan, 0 to 1. Shape (N, K).
+        reward: Probability of the right answer; None where there is none. Shape (N, K).
+        groups: Names of the prompts; rows of one name share a fold. None: all differ.
+
+    Raises:
+        ConfigError: Shapes that do not belong together, numbers that are not finite, or fewer than 20 prompts.
+    """
+
+    plans: Plans
+    views: Mapping[int, Tensor]
+    agreement: Floats
+    total_variation: Floats
+    reward: Floats | None = None
+    groups: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.agreement), len(self.plans))
+        if shape[0] < 4 * FOLDS:
+            raise ConfigError(
+                f"{shape[0]} prompts cannot train and cross-validate a menu; score {4 * FOLDS} or more"
+            )
+        for name in ("agreement", "total_variation", "reward"):
+            values = getattr(self, name)
+            if values is not None and (values.shape != shape or not np.isfinite(values).all()):
+                raise ConfigError(
+                    f"{name} has shape {values.shape} or values that are not finite; expected finite numbers of shape "
+                    f"{shape}"
+                )
+        for layer, views in self.views.items():
+            if len(views) != shape[0] or not bool(torch.isfinite(views).all()):
+                raise ConfigError(
+                    f"the states of layer {layer} are of {len(views)} prompts or not finite; expected finite states of "
+                    f"{shape[0]} prompts"
+                )
+
+    @property
+    def depths(self) -> Floats:
+        """Depth of each plan. Shape (K,)."""
+        return plan_depth(self.plans)
+
+    def targets(self) -> dict[str, Floats]:
+        """Return what is learned, all between 0 and 1 with 1 best. Shape (N, K) each."""
+        found = {"agreement": self.agreement, "closeness": 1.0 - self.total_variation}
+        if self.reward is not None:
+            found["reward"] = self.reward
+        return found
+
+    def prefixes(self, layer_idx: int) -> Indices:
+        """Return the number of each plan's prefix before a layer. Shape (K,)."""
+        return prefix_numbers(self.plans, layer_idx)
+
+    def folds(self, seed: int) -> Indices:
+        """Return the fold of each prompt. Shape (N,)."""
+        names = list(self.groups) if self.groups is not None else list(range(len(self.agreement)))
+        number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        drawn = np.random.default_rng(seed).permutation(len(number)) % FOLDS
+        folds: Indices = drawn[[number[name] for name in names]]
+        return folds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MenuRecipe:
+    """How a menu's heads are trained.
+
+    Args:
+        layers: Where they read, ascending; two or more decide in steps.
+        num_windows: Windows that they read besides the last token's state.
+        rank: Principal components that are kept.
+        ridge: Penalty of the squared weights on them.
+        weights: Share of each target in the blend that is learned; they sum to 1.
+        shrinkage: How far a prompt's scores may leave the plans' means, 0 to 1.
+        inner: Hidden units of a perceptron; 0 for a linear head.
+    """
+
+    layers: tuple[int, ...]
+    num_windows: int
+    rank: int
+    ridge: float
+    weights: tuple[tuple[str, float], ...]
+    shrinkage: float = 1.0
+    inner: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as values that JSON knows."""
+        return {
+            "layers": list(self.layers),
+            "num_windows": self.num_windows,
+            "rank": self.rank,
+            "ridge": self.ridge,
+            "weights": dict(self.weights),
+            "shrinkage": self.shrinkage,
+            "inner": self.inner,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MenuTrial:
+    """A recipe and what it gained in cross-validation.
+
+    Args:
+        recipe: The recipe.
+        gain: Mean over prompts and depths of what it gains over the static mixture of equal depth.
+        standard_error: Of that mean.
+    """
+
+    recipe: MenuRecipe
+    gain: float
+    standard_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as values that JSON knows."""
+        return {
+            **self.recipe.to_dict(),
+            "gain": self.gain,
+            "standard_error": self.standard_error,
+        }

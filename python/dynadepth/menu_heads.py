@@ -1,0 +1,163 @@
+"""How one head of a menu is fitted: standardise, principal components, ridge or a small perceptron.
+
+Works on arrays. Knows nothing of recipes, folds or what a head is for.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Basis", "Perceptron", "ridge"]
+
+_FLAT = 1e-6
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+
+class Basis:
+    """Standardised principal components of the states under the first prefix, fitted on some prompts.
+
+    All prefixes share it: they are a few visits apart, and one basis keeps their heads comparable.
+    """
+
+    def __init__(self, views: Floats, rows: Indices, keep: int | None = None) -> None:
+        self._views = views
+        fitted = views[rows, 0]
+        self._mean = fitted.mean(axis=0)
+        spread = fitted.std(axis=0)
+        size = np.sqrt(np.square(fitted).mean(axis=0))
+        self._scale = np.where(
+            spread > _FLAT * np.maximum(size, 1e-30), 1 / np.maximum(spread, 1e-30), 0.0
+        )
+        standard = (fitted - self._mean) * self._scale
+        # The smaller of the two Gram matrices has the same components.
+        if standard.shape[0] <= standard.shape[1]:
+            values, left = np.linalg.eigh(standard @ standard.T)
+            order = self._leading(values, keep)
+            components = standard.T @ (left[:, order] / np.sqrt(values[order]))
+        else:
+            values, right = np.linalg.eigh(standard.T @ standard)
+            order = self._leading(values, keep)
+            components = right[:, order]
+        # States that are the same for all prompts have none, and say nothing.
+        self._components = components if len(order) else np.zeros((standard.shape[1], 1))
+        self._projected: dict[int, Floats] = {}
+
+    @staticmethod
+    def _leading(values: Floats, keep: int | None) -> Indices:
+        order = np.argsort(-values, kind="stable")
+        order = order[values[order] > max(1e-9 * float(values.max()), 1e-12)]
+        return order[: keep or len(order)]
+
+    @property
+    def rank(self) -> int:
+        """Components."""
+        return int(self._components.shape[1])
+
+    def project(self, prefix: int) -> Floats:
+        """Return the components of all prompts under a prefix. Shape (N, rank)."""
+        if prefix not in self._projected:
+            standard = (self._views[:, prefix] - self._mean) * self._scale
+            self._projected[prefix] = standard @ self._components
+        return self._projected[prefix]
+
+    def fold(self, weight: Floats) -> tuple[Floats, Floats]:
+        """Return weights on raw states that do what given ones do on components, and what to subtract."""
+        wide = self._scale[:, None] * (self._components[:, : len(weight)] @ weight)
+        return wide, self._mean @ wide
+
+
+class Perceptron:
+    """One hidden layer on the components, trained on the squared error, stopped by prompts held out of it.
+
+    Args:
+        basis: Of the states.
+        numbers: The prefix of each plan, under whose states it is judged. Shape (K,).
+        rank: Components that are read.
+        inner: Hidden units.
+        seed: Of the weights and the order.
+    """
+
+    _EPOCHS = 60
+    _BATCH = 64
+
+    def __init__(self, basis: Basis, numbers: Indices, *, rank: int, inner: int, seed: int) -> None:
+        self._basis, self._numbers, self._seed = basis, numbers, seed
+        self._rank = min(rank, basis.rank)
+        self._inner = inner
+        self.inner_weight = self.inner_bias = self.weight = self.bias = np.empty(0)
+
+    @torch.enable_grad()
+    def fit(self, rows: Indices, target: Floats) -> None:
+        """Train on some prompts."""
+        generator = torch.Generator().manual_seed(self._seed)
+        inputs = self._inputs(rows)
+        size = float(inputs[:, 0].std()) or 1.0
+        wanted = torch.from_numpy(target[rows])
+        means = wanted.mean(dim=0)
+        first = torch.randn(self._rank, self._inner, generator=generator, dtype=torch.float64)
+        parameters = [
+            (first / (size * self._rank**0.5)).requires_grad_(),
+            torch.zeros(self._inner, dtype=torch.float64, requires_grad=True),
+            torch.zeros(self._inner, target.shape[1], dtype=torch.float64, requires_grad=True),
+            means.clone().requires_grad_(),
+        ]
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
+        order = torch.randperm(len(rows), generator=generator)
+        held, used = order[: len(rows) // 6], order[len(rows) // 6 :]
+        best, kept = float("inf"), [part.detach().clone() for part in parameters]
+        own = torch.from_numpy(self._numbers)
+        for _ in range(self._EPOCHS):
+            with torch.no_grad():
+                loss = float(
+                    (self._forward(parameters, inputs[held], own) - wanted[held]).square().mean()
+                )
+            if loss < best:
+                best, kept = loss, [part.detach().clone() for part in parameters]
+            shuffled = used[torch.randperm(len(used), generator=generator)]
+            for batch in shuffled.split(self._BATCH):
+                optimizer.zero_grad(set_to_none=True)
+                error = self._forward(parameters, inputs[batch], own) - wanted[batch]
+                error.square().mean().backward()
+                optimizer.step()
+        self.inner_weight, self.inner_bias, self.weight, self.bias = (part.numpy() for part in kept)
+
+    def scores(self, rows: Indices) -> Floats:
+        """Return the scores of prompts. Shape (rows, K)."""
+        parts = [
+            torch.from_numpy(part)
+            for part in (self.inner_weight, self.inner_bias, self.weight, self.bias)
+        ]
+        with torch.no_grad():
+            found: Floats = self._forward(
+                parts, self._inputs(rows), torch.from_numpy(self._numbers)
+            ).numpy()
+        return found
+
+    def _inputs(self, rows: Indices) -> Tensor:
+        """Shape (rows, prefixes, rank)."""
+        count = int(self._numbers.max()) + 1
+        stacked = [self._basis.project(number)[rows, : self._rank] for number in range(count)]
+        return torch.from_numpy(np.stack(stacked, axis=1))
+
+    @staticmethod
+    def _forward(parts: Sequence[Tensor], inputs: Tensor, own: Tensor) -> Tensor:
+        inner = functional.gelu(inputs @ parts[0] + parts[1])
+        every = inner @ parts[2] + parts[3]
+        # Plan k is judged by the states under its own prefix.
+        return every[:, own, torch.arange(every.shape[2])]
+
+
+def ridge(z: Floats, target: Floats, penalty: float) -> tuple[Floats, Floats]:
+    """Return weights (rank, columns) and bias (columns,) of least squares with a penalty on the weights."""
+    centre, mean = z.mean(axis=0), target.mean(axis=0)
+    inner = z - centre
+    gram = inner.T @ inner + penalty * np.eye(z.shape[1])
+    weight: Floats = np.linalg.solve(gram, inner.T @ (target - mean))
+    bias: Floats = mean - centre @ weight
+    return weight, bias
