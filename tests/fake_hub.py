@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_of_a_writer"
 READER = "hf_of_a_reader"
@@ -136,6 +137,7 @@ def point_at(url: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         "ENDPOINT": url,
         "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_CACHE": str(home / "cache"),
         "HF_TOKEN_PATH": str(home / "token"),
@@ -147,6 +149,8 @@ def point_at(url: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    # transformers keeps one client, with the address of when it was first asked.
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
     # The client of before has its own idea of proxies.
     close_session()
 

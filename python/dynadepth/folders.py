@@ -43,6 +43,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def find_routers(model: nn.Module) -> Path:
     """Find the routers beside a base model, where `from_pretrained` found the model itself.
 
+    On the hub they are the main branch's, whatever revision the model is of: transformers notes it on no model (where
+    a configuration has `_commit_hash`, that commit is asked). `load_routers` takes a revision.
+
     Args:
         model: A transformers model.
 

@@ -243,6 +243,9 @@ def _advice(error: Exception) -> str:
     """Say what an error of the hub means and what to do about it."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    # An upload in a thread fails with a RuntimeError of which the hub's answer is the cause.
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         return "huggingface_hub is in offline mode; to push, unset HF_HUB_OFFLINE"

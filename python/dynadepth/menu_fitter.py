@@ -176,10 +176,10 @@ class MenuFitter:
         return min(self._basis(layer, num_windows, 0).rank for layer in layers)
 
     def _predictions(
-        self, layer: int, num_windows: int, rank: int, ridge: float
+        self, layer: int, num_windows: int, rank: int, penalty: float
     ) -> dict[str, Floats]:
         """Return held-out predictions of every target: ridge is linear in it, so blends need no fit of their own."""
-        key = (layer, num_windows, rank, ridge)
+        key = (layer, num_windows, rank, penalty)
         if key in self._known:
             return self._known[key]
         names = list(self._targets)
@@ -192,7 +192,7 @@ class MenuFitter:
             for number in range(int(numbers.max()) + 1):
                 columns = np.flatnonzero(numbers == number)
                 z = basis.project(number)[:, : min(rank, basis.rank)]
-                weight, bias = ridge(z[inside], stacked[np.ix_(inside, columns)], ridge)
+                weight, bias = ridge(z[inside], stacked[np.ix_(inside, columns)], penalty)
                 found[np.ix_(outside, columns)] = z[outside] @ weight + bias
         count = len(self._data.plans)
         self._known[key] = {

@@ -139,7 +139,7 @@ def test_the_card_shows_the_table(folder):
         (lambda c: c.pop("schema_version"), "schema_version None"),
         (lambda c: c.update(kind="forest"), "kind is 'forest'; expected one of menu, routers"),
         (lambda c: c.pop("kind"), "kind is None"),
-        (lambda c: c.update(kind="menu"), "unknown key 'router'"),
+        (lambda c: c.update(kind="menu"), "unknown key 'action_order'"),
         (lambda c: c["router"].update(num_layers=5), "'bias' is torch.float32 of shape (4, 3)"),
         (lambda c: c["router"].update(hidden_size=31), "torch.float32 of shape (4, 31, 16)"),
         (lambda c: c["router"].update(last_token=False), "is unknown; expected exactly"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynadepth.errors import ConfigError, PlanError
-from dynadepth.fronts import front_bias, front_calibration, removed_layers
+from dynadepth.fronts import front_bias, front_calibration, neighbours, removed_layers
 
 FRONT = [[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0]]
 
@@ -64,3 +64,18 @@ def test_what_is_no_front_is_refused(front, message):
 def test_a_scale_must_be_positive_and_finite(scale):
     with pytest.raises(ConfigError, match="expected a positive finite number"):
         front_bias(FRONT, scale=scale)
+
+
+def test_neighbours_differ_in_one_layer_each():
+    assert neighbours([1, 0, 2]).tolist() == [[1, 0, 2], [0, 0, 2], [1, 1, 2], [1, 0, 0]]
+    assert neighbours([1, 0, 2]).dtype == "uint8"
+
+
+def test_a_neighbour_that_would_run_no_layer_is_the_plan_itself():
+    assert neighbours([0, 1, 0]).tolist() == [[0, 1, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("plan", [[1, 3], [0, 0], [0.5, 1], [[1, 1], [1, 1]]])
+def test_only_a_plan_has_neighbours(plan):
+    with pytest.raises(PlanError):
+        neighbours(plan)

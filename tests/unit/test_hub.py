@@ -10,7 +10,7 @@ from dynadepth import load_routers, push_routers, save_routers
 from dynadepth.checkpoint import export_policy
 from dynadepth.errors import CheckpointError, ConfigError, HubError
 from tests import fake_hub
-from tests.fake_hub import READER, TOKEN
+from tests.fake_hub import READER, TOKEN, FakeHub
 from tests.tiny_hub import KINDS, OWN_FILES, contents, save_whole, six_layers, trained, truncate
 
 REPO = "org/routers"
@@ -238,6 +238,19 @@ def test_a_token_that_may_not_write_is_explained(hub, routers_folder, repo_id, t
     assert hub.repositories == {}
 
 
+def test_a_repository_that_costs_money_is_explained(hub, routers_folder):
+    hub.failures["POST", "/repos/create"] = (402, "pay first")
+    with pytest.raises(HubError, match="the hub wants a paid plan .* push to another one"):
+        push_routers(routers_folder, REPO, token=TOKEN)
+    assert hub.repositories == {}
+
+
+def test_an_endpoint_that_is_no_hub_is_named(hub, routers_folder, monkeypatch):
+    monkeypatch.setattr(FakeHub, "make", lambda *_: {}["not a hub"])
+    with pytest.raises(HubError, match="check the network, a proxy and HF_ENDPOINT"):
+        push_routers(routers_folder, REPO, token=TOKEN)
+
+
 def test_a_pull_request_to_a_branch_that_is_not_there_is_refused(hub, routers_folder):
     hub.make(REPO)
     with pytest.raises(HubError, match="at revision v9: there is no such repository or revision"):
@@ -252,7 +265,6 @@ def test_a_pull_request_to_a_branch_that_is_not_there_is_refused(hub, routers_fo
         (("POST", "/commit/"), 400, "the hub does not take what it was given"),
         (("POST", "/commit/"), 503, "the hub is out of order; push again later"),
         (("POST", "/preupload/"), 403, "the token may not write there"),
-        (("POST", "/repos/create"), 402, "the hub wants a paid plan"),
         (("POST", "/repos/create"), 429, "too many requests; push again later"),
         (("POST", "/validate-yaml"), 400, "does not take what it was given; .* Invalid metadata"),
         (("PUT", "/lfs/"), 403, "the token may not write there"),

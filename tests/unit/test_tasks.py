@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dynadepth.errors import TaskError
-from dynadepth_search.tasks import Example, Task, read_task
+from dynadepth_search.tasks import Example, Task, read_task, read_text_task
 
 CHOICES = {"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}
 
@@ -137,3 +137,25 @@ def test_hashes_see_what_they_must():
     assert task.sha256 == Task("other", (one,), "raw").sha256
     assert task.sha256 != Task("t", (one,), "letter").sha256
     assert task.sha256 != Task("t", (Example("p", ("a", "b"), 1),), "raw").sha256
+
+
+def test_a_text_gives_a_prompt_for_each_line(tmp_path):
+    path = tmp_path / "tales.txt"
+    path.write_text("Once upon\n\n  a time \nOnce upon\r\n\tlived é\n", "utf-8")
+    task = read_text_task(path)
+    assert (task.name, task.kind) == ("tales", "prompt")
+    assert task.examples == (Example("Once upon"), Example("a time"), Example("lived é"))
+    assert read_text_task(path, limit=2).examples == task.examples[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "tales.txt holds no prompts"), (b" \n\n", "holds no prompts"), (b"\xff\n", "not UTF-8")],
+)
+def test_a_text_without_prompts_is_refused(tmp_path, content, message):
+    path = tmp_path / "tales.txt"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=message):
+        read_text_task(path)
+    with pytest.raises(FileNotFoundError):
+        read_text_task(tmp_path / "other.txt")
