@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=2000)
     parser.add_argument("--from-layer", type=int, help="no plan edits a layer before this one")
     parser.add_argument("--min-depth", type=float, default=0.8)
-    parser.add_argument("--size", type=int, default=16, help="plans on the menu")
+    parser.add_argument("--size", type=int, default=20, help="plans on the menu")
     parser.add_argument(
         "--out", type=Path, help="folder of the run [default: runs/bench-policy/MODEL]"
     )

@@ -224,7 +224,7 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
         config = RouterConfig.from_dict(content["router"])
         bias = _read_bias(folder / WEIGHTS_NAME, tensors, config)
         return Routers(
-            heads=RouterHeads.from_state_dict(config, tensors),
+            heads=_read_heads(folder / WEIGHTS_NAME, tensors, config),
             bias=bias,
             shrinkage=content["shrinkage"],
             **common,
@@ -318,6 +318,13 @@ def _read_bias(file: Path, tensors: dict[str, Tensor], config: RouterConfig) -> 
             f"{file}: tensor 'bias' holds values that are not finite; train the routers again"
         )
     return bias
+
+
+def _read_heads(file: Path, tensors: dict[str, Tensor], config: RouterConfig) -> RouterHeads:
+    try:
+        return RouterHeads.from_state_dict(config, tensors)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _read_menu(file: Path, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> Menu:

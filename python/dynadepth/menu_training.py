@@ -22,6 +22,8 @@ __all__ = ["MenuFit", "choose_plans", "decision_layers", "fit_menu"]
 
 _SHRINKAGES = (1.0, 0.5, 0.25)
 _INNER = 32
+# Of a plan's static shortfall, when a menu is chosen.
+_SHORTFALL = 0.5
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -156,9 +158,11 @@ def choose_plans(
 ) -> Indices:
     """Choose a menu from a pool of plans, so that choosing among them by the prompt gains most.
 
-    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still
-    has those. Each step adds the plan with which a policy that was trained on other prompts does best, averaged over
-    four depths. What an oracle would gain is not asked: most of that is luck.
+    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still has
+    those. Each step adds the plan with which a policy that was trained on other prompts surely gains most (the mean over
+    prompts and four depths, less its standard error), less half of what the plan, given to all prompts, falls short of
+    the best mixture of its depth: where the prompts are too few to tell what a plan gains, a good plan is the better bet.
+    What an oracle would gain is not asked: most of that is luck.
 
     Args:
         data: The pool.
@@ -182,24 +186,34 @@ def choose_plans(
     scores = fitter.held_out_scores(fitter.default(first))[0]
     depths = data.depths
     # The graded figures beside the counted one: with few prompts counts alone cannot tell plans apart.
-    values = np.mean(list(data.targets().values()), axis=0)
-    taken = sorted({0, *concave_hull(depths, fitter.values.mean(axis=0)).tolist()})
+    values = 0.75 * fitter.values + 0.25 * data.targets()["closeness"]
+    hull = concave_hull(depths, fitter.values.mean(axis=0))
+    taken = sorted({0, *hull.tolist()})
+    frontier = concave_hull(depths, values.mean(axis=0))
+    shortfall = np.interp(depths, depths[frontier], values.mean(axis=0)[frontier])
+    shortfall = shortfall - values.mean(axis=0)
     wanted = depth_grid(depths)
     while len(taken) < min(size, len(data.plans)):
         rest = [plan for plan in range(len(data.plans)) if plan not in taken]
-        gains = [_menu_value(scores, values, depths, [*taken, plan], wanted) for plan in rest]
-        taken.append(rest[int(np.argmax(gains))])
+        before = _menu_values(scores, values, depths, taken, wanted)
+        worth = []
+        for plan in rest:
+            gains = _menu_values(scores, values, depths, [*taken, plan], wanted) - before
+            sure = float(gains.mean()) - standard_error(gains)
+            worth.append(sure - _SHORTFALL * float(shortfall[plan]))
+        taken.append(rest[int(np.argmax(worth))])
     others = sorted(taken[1:], key=lambda plan: (-depths[plan], plan))
     return np.array([0, *others], dtype=np.int64)
 
 
-def _menu_value(
+def _menu_values(
     scores: Floats, values: Floats, depths: Floats, rows: list[int], wanted: Floats
-) -> float:
-    """Return what a policy that chooses among some plans by held-out scores gets, averaged over depths."""
+) -> Floats:
+    """Return what each prompt gets from a policy that chooses among some plans by held-out scores, over the depths."""
     one = np.zeros(len(rows), dtype=np.int64)
     curve = depth_curve([scores[:, rows]], [one], depths[rows])
-    return float(np.mean(at_depths(curve, values[:, rows], wanted)))
+    each: Floats = at_depths(curve, values[:, rows], wanted).mean(axis=0)
+    return each
 
 
 def _alternatives(

@@ -55,7 +55,17 @@ def test_help_names_the_verbs_of_the_runtime_and_of_the_search_application(capsy
     code, out, _ = run(capsys, "--help")
     assert code == 0
     verbs = {line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()}
-    assert verbs >= {"generate", "bake", "export", "search", "train", "eval", "report", "demo"}
+    assert verbs >= {
+        "generate",
+        "bake",
+        "export",
+        "push",
+        "search",
+        "train",
+        "eval",
+        "report",
+        "demo",
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,6 +94,8 @@ def test_help_names_the_verbs_of_the_runtime_and_of_the_search_application(capsy
         ),
         (["export", "--routers", "no/where"], "--routers no/where is not a folder, so --out"),
         (["bake", "--model", "m", "--plan", "1"], "Missing option '--out'"),
+        (["push", "--routers", "no/where", "--repo", "org/name"], "no/where is not a folder"),
+        (["push", "--routers", "."], "Missing option '--repo'"),
         (["--plan"], "No such option: --plan"),
     ],
 )

@@ -1,6 +1,7 @@
 """Pushing routers: what is checked before anything is sent, and every way in which the hub can refuse."""
 
 import socket
+import sys
 
 import pytest
 from huggingface_hub import constants
@@ -193,6 +194,13 @@ def test_a_card_that_says_nothing_is_not_sent(hub, routers_folder, content):
 def test_an_onnx_file_of_other_routers_is_not_sent(hub, folder, kind, model):
     export_policy(trained(kind, model, seed=8), folder / "routers.onnx")
     with pytest.raises(CheckpointError, match=r"routers\.onnx was made from other routers"):
+        push_routers(folder, REPO, token=TOKEN)
+    assert hub.requests == []
+
+
+def test_an_onnx_file_that_cannot_be_checked_is_not_sent(hub, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match="onnxruntime is not installed"):
         push_routers(folder, REPO, token=TOKEN)
     assert hub.requests == []
 

@@ -1,5 +1,7 @@
 """How examples become tokens and sweeps; that the numbers are right is `tests/parity/test_scoring.py`."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from dynadepth.errors import ConfigError, PlanError, TaskError, UnsupportedModelError, WrapError
 from dynadepth.wrap import unwrap_model, wrap_model
 from dynadepth_search.prompts import encode_example, prompt_text
-from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.scoring import Scorer, check_objective, plan_values
 from dynadepth_search.sweeping import Work, pack
 from dynadepth_search.tasks import Example
 from tests.tiny import tiny_model
@@ -297,3 +299,29 @@ class TestScorer:
         assert "dynadepth" in model.__dict__
         unwrap_model(model)
         assert scorer.base([Example("Q")]).agrees.all()
+
+
+class TestPlanValues:
+    SCORED = SimpleNamespace(
+        agreement=np.array([[1.0, 0.0], [1.0, 0.5]]),
+        total_variation=np.array([[0.0, 0.8], [0.4, 0.0]]),
+        reward=np.log([[0.5, 0.25], [1.0, 0.125]]),
+    )
+
+    def test_to_preserve_is_agreement_before_closeness(self):
+        expected = [[1.0, 0.05], [0.9, 0.625]]
+        np.testing.assert_allclose(plan_values(self.SCORED, "preserve"), expected)
+
+    def test_the_reward_is_the_probability_of_the_right_answer(self):
+        expected = [[0.5, 0.25], [1.0, 0.125]]
+        np.testing.assert_allclose(plan_values(self.SCORED, "reward"), expected)
+
+    def test_rounding_makes_no_probability_above_one(self):
+        scored = SimpleNamespace(**{**vars(self.SCORED), "reward": np.array([1e-7, -np.inf])})
+        assert plan_values(scored, "reward").tolist() == [1.0, 0.0]
+
+    def test_prompts_alone_have_no_reward(self):
+        scored = SimpleNamespace(**{**vars(self.SCORED), "reward": np.full((2, 2), np.nan)})
+        assert np.isfinite(plan_values(scored, "preserve")).all()
+        with pytest.raises(ConfigError, match="objective 'reward' needs prompts with right ans"):
+            plan_values(scored, "reward")
