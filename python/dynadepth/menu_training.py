@@ -158,11 +158,11 @@ def choose_plans(
 ) -> Indices:
     """Choose a menu from a pool of plans, so that choosing among them by the prompt gains most.
 
-    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still has
-    those. Each step adds the plan with which a policy that was trained on other prompts surely gains most (the mean over
-    prompts and four depths, less its standard error), less half of what the plan, given to all prompts, falls short of
-    the best mixture of its depth: where the prompts are too few to tell what a plan gains, a good plan is the better bet.
-    What an oracle would gain is not asked: most of that is luck.
+    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still
+    has those. Each step adds the plan with which a policy that was trained on other prompts surely gains most (the mean
+    over prompts and four depths, less its standard error), less half of what the plan, given to all prompts, falls
+    short of the best mixture of its depth: where the prompts are too few to tell what a plan gains, a good plan is the
+    better bet. What an oracle would gain is not asked: most of that is luck.
 
     Args:
         data: The pool.
