@@ -413,6 +413,8 @@ def _part(number: int) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth score`")
     content = read_json(path, LabelError)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise LabelError(

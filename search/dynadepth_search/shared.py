@@ -442,6 +442,8 @@ class _SharedSearch:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth search --shared`")
     content = read_json(path, LabelError)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise LabelError(
