@@ -101,7 +101,9 @@ class MenuRecipe:
         num_windows: Windows that they read besides the last token's state.
         rank: Principal components that are kept.
         ridge: Penalty of the squared weights on them.
-        weights: Share of each target in the blend that is learned; they sum to 1.
+        weights: Share of each target in the blend whose deviations from its mean are learned; they sum to 1. What they
+            deviate from is the plans' means of the figure that is maximised.
+        factors: Directions in which the plans' scores may deviate together; 0 for as many as there are plans.
         shrinkage: How far a prompt's scores may leave the plans' means, 0 to 1.
         inner: Hidden units of a perceptron; 0 for a linear head.
     """
@@ -111,6 +113,7 @@ class MenuRecipe:
     rank: int
     ridge: float
     weights: tuple[tuple[str, float], ...]
+    factors: int = 0
     shrinkage: float = 1.0
     inner: int = 0
 
@@ -122,6 +125,7 @@ class MenuRecipe:
             "rank": self.rank,
             "ridge": self.ridge,
             "weights": dict(self.weights),
+            "factors": self.factors,
             "shrinkage": self.shrinkage,
             "inner": self.inner,
         }

@@ -3,6 +3,8 @@
 Works on arrays. Which recipes are tried, and which one wins, is `menu_training`.
 """
 
+from itertools import product
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor
 from dynadepth.errors import ConfigError
 from dynadepth.menu_curves import at_depths, depth_curve, depth_grid, static_values
 from dynadepth.menu_data import FOLDS, MenuData, MenuRecipe, MenuTrial
-from dynadepth.menu_heads import Basis, Perceptron, ridge
+from dynadepth.menu_heads import Basis, Moments, Perceptron
 from dynadepth.menus import Menu, MenuHead
 
 __all__ = ["MenuFitter", "standard_error"]
 
-_RANKS = (16, 32, 64, 128, 256)
+_RANKS = (32, 64, 128, 256)
 # In units of the standardised features' squared singular values.
-_RIDGES = (10.0, 100.0, 1000.0, 10000.0)
+_RIDGES = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
+# Damages of plans share few causes, above all how sure an answer is; 0 lets every plan have its own.
+_FACTORS = (1, 2, 0)
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -36,11 +40,10 @@ class MenuFitter:
         self._static = static_values(self.values, data.depths, self._wanted)
         self._flat: dict[tuple[int, int], Floats] = {}
         self._bases: dict[tuple[int, int, int], Basis] = {}
-        self._known: dict[tuple[int, int, int, float], dict[str, Floats]] = {}
+        self._known: dict[tuple[int, int, int], list[Moments]] = {}
         blends: list[dict[str, float]] = [
             {"agreement": 1.0},
             {"agreement": 0.5, "closeness": 0.5},
-            {"closeness": 1.0},
         ]
         if "reward" in self._targets:
             blends += [
@@ -52,7 +55,12 @@ class MenuFitter:
     def default(self, layer_idx: int) -> MenuRecipe:
         """Return a recipe that does well without a choice, for pools of few prompts."""
         return MenuRecipe(
-            layers=(layer_idx,), num_windows=0, rank=32, ridge=1000.0, weights=self._blends[1]
+            layers=(layer_idx,),
+            num_windows=0,
+            rank=_RANKS[-1],
+            ridge=10000.0,
+            weights=self._blends[1],
+            factors=1,
         )
 
     def best_of(self, layers: tuple[int, ...]) -> tuple[MenuTrial, Floats]:
@@ -63,19 +71,18 @@ class MenuFitter:
             for rank in _RANKS:
                 if rank > self._most_rank(layers, num_windows) and rank != _RANKS[0]:
                     continue
-                for penalty in _RIDGES:
-                    for weights in self._blends:
-                        found = self.try_recipe(
-                            MenuRecipe(
-                                layers=layers,
-                                num_windows=num_windows,
-                                rank=rank,
-                                ridge=penalty,
-                                weights=weights,
-                            )
-                        )
-                        if best is None or found[0].gain > best[0].gain:
-                            best = found
+                for penalty, weights, factors in product(_RIDGES, self._blends, _FACTORS):
+                    recipe = MenuRecipe(
+                        layers=layers,
+                        num_windows=num_windows,
+                        rank=rank,
+                        ridge=penalty,
+                        weights=weights,
+                        factors=factors,
+                    )
+                    found = self.try_recipe(recipe)
+                    if best is None or found[0].gain > best[0].gain:
+                        best = found
         if best is None:
             raise ConfigError(f"no recipe can be tried at layers {layers}")
         return best
@@ -98,49 +105,38 @@ class MenuFitter:
             centred: Let the scores deviate from the plans' means over all prompts, as those of the final heads do, not
                 from the means of each fold, which part prompts that the final heads treat alike.
         """
-        means = np.empty_like(self.values)
-        target = self._blend(recipe)
-        for fold in range(FOLDS):
-            means[self._fold == fold] = target[self._fold != fold].mean(axis=0)
-        scores = []
-        for layer in recipe.layers:
-            if recipe.inner:
-                predicted = self._perceptron_scores(layer, recipe, target)
-            else:
-                known = self._predictions(layer, recipe.num_windows, recipe.rank, recipe.ridge)
-                predicted = sum(
-                    (share * known[name] for name, share in recipe.weights),
-                    start=np.zeros_like(means),
-                )
-            start = target.mean(axis=0) if centred else means
-            scores.append(start + recipe.shrinkage * (predicted - means))
-        return scores
+        means = np.tile(self.values.mean(axis=0), (len(self.values), 1))
+        if not centred:
+            for fold in range(FOLDS):
+                means[self._fold == fold] = self.values[self._fold != fold].mean(axis=0)
+        deviations = self._perceptron_deviations if recipe.inner else self._deviations
+        return [means + recipe.shrinkage * deviations(layer, recipe) for layer in recipe.layers]
 
     def train(self, recipe: MenuRecipe) -> Menu:
         """Train on all prompts."""
-        target = self._blend(recipe)
-        means = target.mean(axis=0)
+        means = self.values.mean(axis=0)
+        everyone = np.arange(len(self.values))
         heads = []
         for layer in recipe.layers:
-            basis = Basis(self._views(layer, recipe.num_windows), np.arange(len(target)))
-            numbers = self._data.prefixes(layer)
-            rank = min(recipe.rank, basis.rank)
+            basis = Basis(self._views(layer, recipe.num_windows), everyone)
             if recipe.inner:
-                heads.append(self._train_perceptron(layer, recipe, basis, target, means))
+                heads.append(self._train_perceptron(layer, recipe, basis, means))
                 continue
-            weight = np.zeros((rank, len(means)))
-            bias = means.copy()
-            for number in range(int(numbers.max()) + 1):
-                columns = numbers == number
-                z = basis.project(number)[:, :rank]
-                weight[:, columns], bias[columns] = ridge(z, target[:, columns], recipe.ridge)
+            weight = np.zeros((min(recipe.rank, basis.rank), len(means)))
+            offset = np.zeros(len(means))
+            for number, columns in self._groups(layer):
+                moments = self._moments_of(basis, number, columns, everyone)
+                weight[:, columns] = moments.weights(
+                    recipe.weights, recipe.rank, recipe.ridge, recipe.factors
+                )
+                offset[columns] = moments.centre[: len(weight)] @ weight[:, columns]
             wide, shift = basis.fold(weight)
             heads.append(
                 MenuHead(
                     layer,
                     recipe.num_windows,
                     _tensor(recipe.shrinkage * wide.T),
-                    _tensor(means + recipe.shrinkage * (bias - shift - means)),
+                    _tensor(means - recipe.shrinkage * (shift + offset)),
                 )
             )
         return Menu(self._data.plans, tuple(heads))
@@ -175,59 +171,70 @@ class MenuFitter:
     def _most_rank(self, layers: tuple[int, ...], num_windows: int) -> int:
         return min(self._basis(layer, num_windows, 0).rank for layer in layers)
 
-    def _predictions(
-        self, layer: int, num_windows: int, rank: int, penalty: float
-    ) -> dict[str, Floats]:
-        """Return held-out predictions of every target: ridge is linear in it, so blends need no fit of their own."""
-        key = (layer, num_windows, rank, penalty)
-        if key in self._known:
-            return self._known[key]
-        names = list(self._targets)
-        stacked = np.concatenate([self._targets[name] for name in names], axis=1)
-        numbers = np.tile(self._data.prefixes(layer), len(names))
-        found = np.empty_like(stacked)
-        for fold in range(FOLDS):
-            basis = self._basis(layer, num_windows, fold)
-            inside, outside = np.flatnonzero(self._fold != fold), np.flatnonzero(self._fold == fold)
-            for number in range(int(numbers.max()) + 1):
-                columns = np.flatnonzero(numbers == number)
-                z = basis.project(number)[:, : min(rank, basis.rank)]
-                weight, bias = ridge(z[inside], stacked[np.ix_(inside, columns)], penalty)
-                found[np.ix_(outside, columns)] = z[outside] @ weight + bias
-        count = len(self._data.plans)
-        self._known[key] = {
-            name: found[:, index * count : (index + 1) * count] for index, name in enumerate(names)
-        }
+    def _groups(self, layer: int) -> list[tuple[int, Indices]]:
+        """Return the prefixes of the plans before a layer, and which plans have each."""
+        numbers = self._data.prefixes(layer)
+        return [
+            (number, np.flatnonzero(numbers == number)) for number in range(int(numbers.max()) + 1)
+        ]
+
+    def _moments_of(self, basis: Basis, number: int, columns: Indices, rows: Indices) -> Moments:
+        targets = {name: values[np.ix_(rows, columns)] for name, values in self._targets.items()}
+        return Moments(basis.project(number)[rows], targets)
+
+    def _moments(self, layer: int, num_windows: int, fold: int) -> list[Moments]:
+        """Return what the prompts outside a fold say of each prefix's plans."""
+        key = (layer, num_windows, fold)
+        if key not in self._known:
+            basis, inside = self._basis(*key), np.flatnonzero(self._fold != fold)
+            self._known[key] = [
+                self._moments_of(basis, number, columns, inside)
+                for number, columns in self._groups(layer)
+            ]
         return self._known[key]
 
-    def _perceptron_scores(self, layer: int, recipe: MenuRecipe, target: Floats) -> Floats:
-        found = np.empty_like(target)
-        numbers = self._data.prefixes(layer)
+    def _deviations(self, layer: int, recipe: MenuRecipe) -> Floats:
+        """Return how far each prompt leaves the plans' means, by heads that did not learn from it. Shape (N, K)."""
+        found = np.empty_like(self.values)
         for fold in range(FOLDS):
             basis = self._basis(layer, recipe.num_windows, fold)
-            inside, outside = self._fold != fold, self._fold == fold
-            net = Perceptron(basis, numbers, rank=recipe.rank, inner=recipe.inner, seed=self._seed)
-            net.fit(np.flatnonzero(inside), target)
-            found[outside] = net.scores(np.flatnonzero(outside))
+            outside = np.flatnonzero(self._fold == fold)
+            every = self._moments(layer, recipe.num_windows, fold)
+            for (number, columns), moments in zip(self._groups(layer), every, strict=True):
+                weight = moments.weights(recipe.weights, recipe.rank, recipe.ridge, recipe.factors)
+                z = basis.project(number)[outside, : len(weight)]
+                found[np.ix_(outside, columns)] = (z - moments.centre[: len(weight)]) @ weight
         return found
 
+    def _perceptron_deviations(self, layer: int, recipe: MenuRecipe) -> Floats:
+        target = self._blend(recipe)
+        found = np.empty_like(target)
+        for fold in range(FOLDS):
+            basis = self._basis(layer, recipe.num_windows, fold)
+            inside, outside = np.flatnonzero(self._fold != fold), np.flatnonzero(self._fold == fold)
+            net = self._perceptron(layer, recipe, basis, inside)
+            found[outside] = net.scores(outside) - target[inside].mean(axis=0)
+        return found
+
+    def _perceptron(
+        self, layer: int, recipe: MenuRecipe, basis: Basis, rows: Indices
+    ) -> Perceptron:
+        numbers = self._data.prefixes(layer)
+        net = Perceptron(basis, numbers, rank=recipe.rank, inner=recipe.inner, seed=self._seed)
+        net.fit(rows, self._blend(recipe))
+        return net
+
     def _train_perceptron(
-        self, layer: int, recipe: MenuRecipe, basis: "Basis", target: Floats, means: Floats
+        self, layer: int, recipe: MenuRecipe, basis: Basis, means: Floats
     ) -> MenuHead:
-        net = Perceptron(
-            basis,
-            self._data.prefixes(layer),
-            rank=recipe.rank,
-            inner=recipe.inner,
-            seed=self._seed,
-        )
-        net.fit(np.arange(len(target)), target)
+        target = self._blend(recipe)
+        net = self._perceptron(layer, recipe, basis, np.arange(len(target)))
         inner, inner_shift = basis.fold(net.inner_weight)
         return MenuHead(
             layer,
             recipe.num_windows,
             _tensor(recipe.shrinkage * net.weight.T),
-            _tensor(means + recipe.shrinkage * (net.bias - means)),
+            _tensor(means + recipe.shrinkage * (net.bias - target.mean(axis=0))),
             _tensor(inner.T),
             _tensor(net.inner_bias - inner_shift),
         )

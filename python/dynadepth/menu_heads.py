@@ -3,7 +3,7 @@
 Works on arrays. Knows nothing of recipes, folds or what a head is for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Basis", "Perceptron", "ridge"]
+__all__ = ["Basis", "Moments", "Perceptron"]
 
 _FLAT = 1e-6
 
@@ -153,11 +153,53 @@ class Perceptron:
         return every[:, own, torch.arange(every.shape[2])]
 
 
-def ridge(z: Floats, target: Floats, penalty: float) -> tuple[Floats, Floats]:
-    """Return weights (rank, columns) and bias (columns,) of least squares with a penalty on the weights."""
-    centre, mean = z.mean(axis=0), target.mean(axis=0)
-    inner = z - centre
-    gram = inner.T @ inner + penalty * np.eye(z.shape[1])
-    weight: Floats = np.linalg.solve(gram, inner.T @ (target - mean))
-    bias: Floats = mean - centre @ weight
-    return weight, bias
+class Moments:
+    """What ridge regressions need of some prompts, so that many of them cost little.
+
+    Args:
+        z: Components of the prompts' states. Shape (N, rank), float64.
+        targets: By name. Shape (N, K) each.
+
+    Attributes:
+        centre: Mean of the components. Shape (rank,).
+    """
+
+    def __init__(self, z: Floats, targets: Mapping[str, Floats]) -> None:
+        self.centre: Floats = z.mean(axis=0)
+        inner = z - self.centre
+        self._gram: Floats = inner.T @ inner
+        self._cross: dict[str, Floats] = {
+            name: inner.T @ (values - values.mean(axis=0)) for name, values in targets.items()
+        }
+
+    def weights(
+        self, blend: Sequence[tuple[str, float]], rank: int, penalty: float, factors: int
+    ) -> Floats:
+        """Return weights on the centred components that predict how a blend of targets leaves its mean.
+
+        Args:
+            blend: Names of targets and their shares.
+            rank: Components that are used, the leading ones.
+            penalty: Of the squared weights.
+            factors: Principal directions of the K predictions that are kept; 0 keeps all.
+
+        Returns:
+            Shape (rank or fewer, K).
+
+        Source:
+            Ridge regression; reduced rank as in Mukherjee and Zhu (2011), Statistical Analysis and Data Mining 4:612.
+        """
+        used = min(rank, len(self._gram))
+        gram = self._gram[:used, :used]
+        cross = sum(
+            (share * self._cross[name][:used] for name, share in blend),
+            start=np.zeros_like(next(iter(self._cross.values()))[:used]),
+        )
+        solved = np.linalg.solve(gram + penalty * np.eye(used), cross)
+        weight: Floats = np.asarray(solved, dtype=np.float64)
+        if not 0 < factors < weight.shape[1]:
+            return weight
+        _, directions = np.linalg.eigh(weight.T @ gram @ weight)
+        kept = directions[:, -factors:]
+        reduced: Floats = weight @ (kept @ kept.T)
+        return reduced
