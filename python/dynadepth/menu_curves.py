@@ -82,10 +82,11 @@ def at_depths(curve: tuple[Floats, Indices], values: Floats, wanted: Floats) -> 
         if after <= 0:
             found[index] = values[rows, chosen[after]]
             continue
-        high, low = falling[after - 1], falling[after]
+        before = int(np.flatnonzero(means[:after] == falling[after - 1])[-1])
+        high, low = means[before], means[after]
         share = 0.0 if high == low else (depth - low) / (high - low)
         found[index] = (1 - share) * values[rows, chosen[after]] + share * values[
-            rows, chosen[after - 1]
+            rows, chosen[before]
         ]
     return found
 

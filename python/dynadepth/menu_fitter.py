@@ -38,6 +38,8 @@ class MenuFitter:
         self.values = self._targets["agreement" if objective == "preserve" else "reward"]
         self._wanted = depth_grid(data.depths)
         self._static = static_values(self.values, data.depths, self._wanted)
+        # Gains on every prompt of all recipes that were compared.
+        self._tried: list[Floats] = []
         self._flat: dict[tuple[int, int], Floats] = {}
         self._bases: dict[tuple[int, int, int], Basis] = {}
         self._known: dict[tuple[int, int, int], list[Moments]] = {}
@@ -92,10 +94,27 @@ class MenuFitter:
         numbers = [self._data.prefixes(layer) for layer in recipe.layers]
         curve = depth_curve(self.held_out_scores(recipe), numbers, self._data.depths)
         gains = (at_depths(curve, self.values, self._wanted) - self._static).mean(axis=0)
+        if recipe.shrinkage == 1.0:
+            self._tried.append(gains)
         trial = MenuTrial(
             recipe=recipe, gain=float(gains.mean()), standard_error=standard_error(gains)
         )
         return trial, gains
+
+    def selection_bias(self) -> float:
+        """Return by how much the best gain flatters: the best of many recipes is also the luckiest.
+
+        For each fold the recipe is taken that gains most on the prompts outside it, and judged on those inside.
+
+        Returns:
+            The best gain over all recipes tried, less what recipes so chosen gain; at least 0.
+        """
+        gains = np.stack(self._tried)
+        honest = np.empty(gains.shape[1])
+        for fold in range(FOLDS):
+            inside = self._fold == fold
+            honest[inside] = gains[gains[:, ~inside].mean(axis=1).argmax()][inside]
+        return max(0.0, float(gains.mean(axis=1).max() - honest.mean()))
 
     def held_out_scores(self, recipe: MenuRecipe, *, centred: bool = False) -> list[Floats]:
         """Return every prompt's scores by heads that did not learn from it, for each step. Shape (N, K) each.

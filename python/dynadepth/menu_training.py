@@ -36,6 +36,7 @@ class MenuFit:
     Args:
         menu: Trained on all prompts.
         recipe: The chosen one.
+        gain: What the best recipe gains in cross-validation at shrinkage 1, less what its choice flatters it by.
         trials: Those that came to the last rounds, in order.
         scores: Scores of each prompt by heads that did not learn from it, about the plans' means over all prompts, one
             array for each step. Shape (N, K) each.
@@ -43,6 +44,7 @@ class MenuFit:
 
     menu: Menu
     recipe: MenuRecipe
+    gain: float
     trials: tuple[MenuTrial, ...]
     scores: tuple[Floats, ...]
 
@@ -65,8 +67,8 @@ def fit_menu(
     Recipes are compared by what they gain over the best mixture of the menu's own plans of equal depth, averaged over
     four depths: in agreement for `preserve`, in the probability of the right answer for `reward`. A perceptron, and a
     decision in several steps, is taken only if it gains more by at least one standard error of the paired difference.
-    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain is more than one standard error, else 0: then all prompts
-    are treated alike.
+    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain, less what the choice of the recipe flatters it by, is
+    more than one standard error, else 0: then all prompts are treated alike.
 
     Args:
         data: Prompts under plans.
@@ -117,12 +119,12 @@ def fit_menu(
     trials.append(perceptron[0])
     if _wins(perceptron[1], best[1]):
         best = perceptron
-    recipe = replace(best[0].recipe, shrinkage=0.0)
+    recipe, bias = replace(best[0].recipe, shrinkage=0.0), fitter.selection_bias()
     for shrinkage in _SHRINKAGES:
         trial, _ = fitter.try_recipe(replace(best[0].recipe, shrinkage=shrinkage))
         if shrinkage != 1.0:
             trials.append(trial)
-        if trial.gain > trial.standard_error:
+        if trial.gain - shrinkage * bias > trial.standard_error:
             recipe = trial.recipe
             break
     if progress is not None:
@@ -131,6 +133,7 @@ def fit_menu(
         menu=fitter.train(recipe),
         recipe=recipe,
         trials=tuple(trials),
+        gain=best[0].gain - bias,
         scores=tuple(fitter.held_out_scores(recipe, centred=True)),
     )
 

@@ -74,6 +74,7 @@ def fit_trained_menu(
             **{key: task[key] for key in ("kind", "scoring", "sha256")},
         },
         "recipe": fit.recipe.to_dict(),
+        "cross_validated_gain": fit.gain,
         "trials": [trial.to_dict() for trial in fit.trials],
         "mean_depth_of_plans": float(depths.mean()),
     }
@@ -133,8 +134,8 @@ def learning_curve(
         progress("learning curve", step, len(counts))
         part = table.take(np.arange(count))
         fit = fit_menu(menu_data(part, columns), objective=check_objective(objective), seed=seed)
-        best = max(fit.trials, key=lambda trial: trial.gain)
-        points.append({"prompts": count, "gain": best.gain, "standard_error": best.standard_error})
+        error = max(fit.trials, key=lambda trial: trial.gain).standard_error
+        points.append({"prompts": count, "gain": fit.gain, "standard_error": error})
     progress("learning curve", len(counts), len(counts))
     return points
 

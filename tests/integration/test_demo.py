@@ -18,8 +18,11 @@ from dynadepth.errors import (
 )
 from dynadepth.files import sha256_file
 from dynadepth_search import demo
+from dynadepth_search.damage import read_damage
 from dynadepth_search.demo import DemoConfig, run_demo
+from dynadepth_search.labels import read_labels
 from dynadepth_search.progress import silent
+from dynadepth_search.shared import read_shared
 from tests.tiny_folder import save_tiny_base
 
 
@@ -38,7 +41,7 @@ def write_questions(path: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_questions(tmp_path_factory.mktemp("task") / "mine.jsonl", 44)
+    return write_questions(tmp_path_factory.mktemp("task") / "mine.jsonl", 60)
 
 
 def config(base: Path, questions: Path, out: Path, **changes: Any) -> DemoConfig:
@@ -47,7 +50,8 @@ def config(base: Path, questions: Path, out: Path, **changes: Any) -> DemoConfig
         "cache": out / "no-cache",
         "model": str(base),
         "task": questions,
-        "prompts": 18,
+        "prompts": 44,
+        "heldout": 12,
         "evaluations": 4,
         "quick": True,
     }
@@ -70,33 +74,53 @@ def test_a_demo_leaves_everything_a_user_needs(
     assert files >= {
         "train.jsonl",
         "heldout.jsonl",
-        "labels/manifest.json",
-        "labels/front.json",
-        "labels/part-00000.parquet",
-        "routers/router_config.json",
-        "routers/routers.safetensors",
-        "routers/routers.onnx",
-        "routers/README.md",
+        "plans/menu.json",
+        "plans/pool/damage.json",
+        "damage/damage.json",
+        "damage/part-00000.parquet",
+        "damage/part-00000.safetensors",
+        "menu/router_config.json",
+        "menu/routers.safetensors",
+        "menu/routers.onnx",
+        "menu/README.md",
         "evaluation/evaluation.json",
         "report.html",
         "report.json",
         "steps.json",
     }
+    # The dearer comparisons are left out of a quick demo.
+    assert not {path.split("/")[0] for path in files} & {"routers", "drllm", "labels"}
     assert result["report"] == str(out / "report.html")
-    assert result["search"]["labels"] == 18
-    assert result["search"]["evaluations per label"] <= 4
-    assert result["search"]["sharing factor"] > 1.0
-    assert result["identity_rate"].keys() == {"routed 0.90", "routed 0.80"}
+    plans = read_shared(out / "plans")
+    assert result["search"]["plans on the menu"] == len(plans.menu)
+    assert result["search"]["plans measured"] == len(plans.pool) > len(plans.menu) - 1
+    assert result["search"]["prompts scored"] == 44
+    assert result["identity_rate"].keys() == {"menu 0.95", "menu 0.90"}
     assert result["seconds"]["total"] > 0
-    routers = load_routers(out / "routers")
-    assert result["train"]["shrinkage s"] == routers.shrinkage
-    assert [row["policy"] for row in routers.metrics["table"]] == [
-        "base",
-        "routed 0.90",
-        "routed 0.80",
-    ]
-    assert "| routed 0.80 |" in (out / "routers" / "README.md").read_text()
+    menu = load_routers(out / "menu")
+    assert menu.kind == "menu"
+    assert result["train"]["shrinkage s"] == menu.training["recipe"]["shrinkage"]
+    assert result["train"]["budgets"] == list(menu.calibration.range)
+    assert result["train"]["budgets"][0] < 0.9
+    assert [row["policy"] for row in menu.metrics["table"]] == ["base", "menu 0.95", "menu 0.90"]
+    assert menu.metrics["drifts"] == []
+    assert "| menu 0.90 |" in (out / "menu" / "README.md").read_text()
     json.dumps(result, allow_nan=False)
+
+
+def test_the_report_shows_the_plans_and_the_learning_curve(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    out, result = finished
+    curve = result["evaluation"]["learning_curve"]
+    assert [point["prompts"] for point in curve] == [44]
+    page = (out / "report.html").read_text()
+    for words in (
+        "Which prompts got which plan at budget 0.90",
+        "How many prompts it takes",
+        "plans on the menu",
+    ):
+        assert words in page
 
 
 def test_the_answer_comes_from_the_routed_model(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -114,7 +138,7 @@ def test_training_and_heldout_prompts_are_apart(finished: tuple[Path, dict[str, 
         {json.loads(line)["prompt"] for line in (out / f"{name}.jsonl").read_text().splitlines()}
         for name in ("train", "heldout")
     ]
-    assert [len(side) for side in sides] == [18, 18]
+    assert [len(side) for side in sides] == [44, 12]
     assert not sides[0] & sides[1]
 
 
@@ -142,7 +166,16 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "stage", ["search", "front", "training", "scoring held-out prompts", "write the model card"]
+    "stage",
+    [
+        "removing single layers",
+        "growing plans",
+        "scoring plans",
+        "training the menu",
+        "learning curve",
+        "scoring held-out prompts",
+        "write the model card",
+    ],
 )
 def test_a_killed_demo_goes_on_and_ends_alike(
     stage: str,
@@ -169,19 +202,58 @@ def test_a_killed_demo_goes_on_and_ends_alike(
         assert {**one, "time": None} == {**other, "time": None}
 
 
-def test_a_demo_killed_between_search_and_record_knows_no_sharing(
-    tiny_deep_base: Path, questions: Path, tmp_path: Path
-) -> None:
-    def kill(now: str, done: int, total: int) -> None:
-        if now == "search" and done == total:
-            raise _Killed
+class TestWhole:
+    """A demo that is not quick: routers of all layers and the published ones are compared with the menu."""
 
-    asked = config(tiny_deep_base, questions, tmp_path)
-    with pytest.raises(_Killed):
-        run_demo(asked, progress=kill)
-    result = run_demo(asked)
-    assert result["search"]["sharing factor"] is None
-    assert "sharing factor</dt><dd>0" not in (tmp_path / "report.html").read_text()
+    @pytest.fixture(scope="class")
+    def whole(
+        self, tiny_deep_base: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> tuple[Path, dict[str, Any]]:
+        out = tmp_path_factory.mktemp("whole") / "demo"
+
+        def kill(now: str, done: int, total: int) -> None:
+            if now == "search" and done == total:
+                raise _Killed
+
+        asked = config(tiny_deep_base, questions, out, quick=False)
+        with pytest.raises(_Killed):
+            run_demo(asked, progress=kill)
+        assert not (out / "drllm").exists()
+        return out, run_demo(asked)
+
+    def test_all_three_policies_are_there(self, whole: tuple[Path, dict[str, Any]]) -> None:
+        out, result = whole
+        kinds = {policy["name"]: policy["kind"] for policy in result["evaluation"]["policies"]}
+        assert {name for name, kind in kinds.items() if kind == "routed"} == {
+            f"menu {budget}" for budget in ("0.95", "0.90", "0.85", "0.80")
+        }
+        assert {name.split()[0] for name, kind in kinds.items() if kind == "preset"} <= {
+            "routers",
+            "drllm",
+        }
+        left_out = [text for text in result["evaluation"]["findings"] if "was left out" in text]
+        assert sum(kind == "preset" for kind in kinds.values()) + len(left_out) == 8
+        for name in ("menu", "routers", "drllm"):
+            loaded = load_routers(out / name)
+            assert loaded.kind == ("menu" if name == "menu" else "routers")
+            assert (out / name / "routers.onnx").is_file()
+
+    def test_a_part_of_the_prompts_trains_the_dearer_ones(
+        self, whole: tuple[Path, dict[str, Any]]
+    ) -> None:
+        out, _ = whole
+        assert len(read_damage(out / "damage")) == 44
+        # Two fifths; of labels at least sixteen.
+        assert len(read_damage(out / "router-damage")) == 18
+        assert len(read_labels(out / "labels")) == 16
+
+    def test_killed_between_search_and_record_it_knows_no_sharing(
+        self, whole: tuple[Path, dict[str, Any]]
+    ) -> None:
+        out, _ = whole
+        found = json.loads((out / "steps.json").read_text())["steps"]["train drllm"]
+        assert "sharing factor" in json.dumps(found)
+        assert '"sharing factor": null' in json.dumps(found)
 
 
 def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
@@ -195,30 +267,41 @@ def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
         del steps["steps"][later]
     (run / "steps.json").write_text(json.dumps(steps))
     # What a kill between the two renames of a replacement leaves.
-    (run / "routers").rename(run / ".routers.replaced")
+    (run / "menu").rename(run / ".menu.replaced")
     result = run_demo(config(tiny_deep_base, questions, run))
     assert result["answer"] == whole["answer"]
-    assert (run / "routers" / "routers.onnx").is_file()
-    assert not (run / ".routers.replaced").exists()
+    assert (run / "menu" / "routers.onnx").is_file()
+    assert not (run / ".menu.replaced").exists()
 
 
-@pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize(("num_layers", "fewest"), [(30, 23), (16, 11), (6, 3), (4, 2), (2, 1)])
-def test_the_front_goes_below_every_budget(
-    quick: bool, num_layers: int, fewest: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("num_layers", "quick", "fewest"),
+    [
+        (30, True, 26),
+        (30, False, 23),
+        (16, True, 13),
+        (16, False, 11),
+        (6, True, 4),
+        (6, False, 3),
+        (4, True, 2),
+        (2, False, 1),
+    ],
+)
+def test_plans_go_below_every_budget(
+    num_layers: int, quick: bool, fewest: int, tmp_path: Path
 ) -> None:
     asked = DemoConfig(out=tmp_path, cache=tmp_path, quick=quick)
-    spec = asked.front(num_layers)
-    # The smallest plan of a front, as the search of the front ends it.
+    spec = asked.shared(num_layers)
+    # The smallest plan of a search, as it ends it.
     smallest = math.ceil(spec.min_depth * num_layers - 1e-9)
     assert smallest / num_layers < min(asked.budgets)
-    assert smallest == (fewest if quick else min(fewest, math.ceil(0.7 * num_layers - 1e-9)))
+    assert smallest == fewest
 
 
 def test_a_small_model_reaches_every_budget(questions: Path, tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base", num_layers=6)
     result = run_demo(config(base, questions, tmp_path / "run"))
-    assert result["train"]["budgets"][0] < 0.8
+    assert result["train"]["budgets"][0] < 0.9
 
 
 @pytest.mark.parametrize("wrong", ["model", "objective", "long prompt"])
@@ -230,10 +313,10 @@ def test_a_refused_demo_leaves_the_folder_free(
     if wrong == "model":
         asked, error = config(tmp_path / "typo", questions, run), AssetError
     elif wrong == "objective":
-        task.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(44)))
+        task.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(60)))
         asked, error = config(tiny_deep_base, task, run, objective="reward"), TaskError
     else:
-        lines = [{"prompt": f"Say {n}, {'very ' * 9999}so."} for n in range(44)]
+        lines = [{"prompt": f"Say {n}, {'very ' * 9999}so."} for n in range(60)]
         task.write_text("".join(json.dumps(line) + "\n" for line in lines))
         asked, error = config(tiny_deep_base, task, run), TaskError
     with pytest.raises(error):
@@ -241,7 +324,7 @@ def test_a_refused_demo_leaves_the_folder_free(
     assert not run.exists()
 
     def enough(now: str, done: int, total: int) -> None:
-        if now == "search":
+        if now == "growing plans":
             raise _Killed
 
     with pytest.raises(_Killed):
@@ -269,7 +352,7 @@ def test_another_demo_in_the_same_folder_is_refused(
         LabelError, match=r"was made with evaluations = 4, but now it is 5; .*another folder"
     ):
         run_demo(config(tiny_deep_base, questions, out, evaluations=5))
-    other = write_questions(out.parent / "other.jsonl", 45)
+    other = write_questions(out.parent / "other.jsonl", 61)
     with pytest.raises(LabelError, match="was made with task = "):
         run_demo(config(tiny_deep_base, other, out))
 
@@ -278,9 +361,9 @@ def test_a_task_too_small_names_what_it_has(
     tiny_deep_base: Path, questions: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        TaskError, match="30 held-out prompts wanted, but the task has 44 different prompts"
+        TaskError, match="50 training and 12 held-out prompts wanted, but the task has 60 different"
     ):
-        run_demo(config(tiny_deep_base, questions, tmp_path, prompts=30))
+        run_demo(config(tiny_deep_base, questions, tmp_path, prompts=50))
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -305,12 +388,12 @@ def test_the_command_prints_table_report_and_answer(
     out, result = finished
     path = tmp_path / "demo.json"
     argv = ["demo", "--quick", "--out", out, "--model", tiny_deep_base, "--task", questions]
-    argv += ["--prompts", "18", "--evaluations", "4", "--json", path]
+    argv += ["--prompts", "44", "--heldout", "12", "--evaluations", "4", "--json", path]
     code = cli.main([str(word) for word in argv])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert json.loads(path.read_text()) == result
-    assert "routed 0.80" in shown.out
+    assert "menu 0.90" in shown.out
     assert f"report: {out / 'report.html'}" in shown.out
     assert shown.out.rstrip().endswith(
         f"{result['answer']['prompt']} {result['answer']['text']}".rstrip()
@@ -330,7 +413,8 @@ def test_the_command_prints_table_report_and_answer(
             1,
             "error: objective 'rewards' is unknown (did you mean 'reward'?)",
         ),
-        (["--prompts", "3"], 2, "16"),
+        (["--prompts", "39"], 2, "40"),
+        (["--heldout", "7"], 2, "--heldout"),
         (["--evaluations", "1"], 2, "--evaluations"),
         (["--seed", "-1"], 2, "--seed"),
         (["--bugdet", "0.8"], 2, "--bugdet"),
@@ -347,7 +431,7 @@ def test_a_wrong_command_line_says_so_in_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = ["demo", "--out", "run", "--prompts", "18"]
+    argv = ["demo", "--out", "run", "--prompts", "44", "--heldout", "12"]
     if "--model" not in options:
         argv += ["--model", str(tiny_deep_base)]
     if "--task" not in options:

@@ -13,7 +13,7 @@ from dynadepth.budget import Calibration
 from dynadepth.config import TrainConfig
 from dynadepth.errors import BudgetError, ConfigError, LabelError, SearchError, TaskError
 from dynadepth.fingerprint import fingerprint
-from dynadepth.plans import identity_plan
+from dynadepth.plans import identity_plan, parse_plan, plan_depth, plan_text
 from dynadepth.wrap import unwrap_model, wrap_model
 from dynadepth_search.contest import Front
 from dynadepth_search.evaluating import (
@@ -26,6 +26,7 @@ from dynadepth_search.outcomes import score_plans
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example, Task
 from tests.tiny import tiny_model
+from tests.tiny_menus import random_menu
 from tests.tiny_routers import random_routers
 from tests.tiny_text import word_tokenizer
 
@@ -108,7 +109,7 @@ def _policy(result: dict[str, Any], name: str) -> dict[str, Any]:
 def test_every_policy_of_the_issue_is_there(result: dict[str, Any]) -> None:
     names = [policy["name"] for policy in result["policies"]]
     for budget in ("0.90", "0.70"):
-        kinds = ["routed", "static mixture", "ShortGPT", "random", "oracle"]
+        kinds = ["routers", "static mixture", "ShortGPT", "random", "oracle"]
         assert [name for name in names if budget in name] == [f"{kind} {budget}" for kind in kinds]
     assert names[0] == "base"
     assert [p["ranked"] for p in result["policies"] if p["kind"] == "oracle"] == [False, False]
@@ -131,7 +132,7 @@ def test_figures_agree_with_a_recount_by_the_wrapped_model(
         agreed.append(
             scorer.outcomes([example], plan, np.array([0])).answer[0] == base.answer[index]
         )
-    routed = _policy(result, "routed 0.70")
+    routed = _policy(result, "routers 0.70")
     assert routed["depth"] == pytest.approx(np.mean(depths))
     assert routed["metrics"]["agreement"]["mean"] == pytest.approx(np.mean(agreed))
     assert _policy(result, "base")["metrics"]["preserve"]["mean"] == 0.0
@@ -140,7 +141,7 @@ def test_figures_agree_with_a_recount_by_the_wrapped_model(
 
 
 def test_policies_of_a_budget_have_one_depth(result: dict[str, Any]) -> None:
-    depth = _policy(result, "routed 0.70")["depth"]
+    depth = _policy(result, "routers 0.70")["depth"]
     for name in ("static mixture 0.70", "ShortGPT 0.70", "random 0.70"):
         assert _policy(result, name)["depth"] == pytest.approx(
             depth, abs=0.5 / (LAYERS * 10) + 1e-9
@@ -155,10 +156,10 @@ def test_the_wrapped_model_scores_as_the_sweep(result: dict[str, Any]) -> None:
 
 
 def test_times_and_findings_are_there(result: dict[str, Any]) -> None:
-    for name in ("routed 0.90", "static mixture 0.90", "ShortGPT 0.90", "random 0.90"):
+    for name in ("routers 0.90", "static mixture 0.90", "ShortGPT 0.90", "random 0.90"):
         assert _policy(result, name)["time"]["median"] > 0
     assert _policy(result, "oracle 0.90")["time"] is None
-    sentences = [finding for finding in result["findings"] if finding.startswith("routed 0.90")]
+    sentences = [finding for finding in result["findings"] if finding.startswith("routers 0.90")]
     assert len(sentences) == 1
     for words in ("fidelity", "agreement", "accuracy", "graded reward", "identity plan"):
         assert words in sentences[0]
@@ -220,6 +221,14 @@ def test_a_preset_cannot_take_the_name_of_something_else(
 ) -> None:
     with pytest.raises(ConfigError, match=f"routers to compare are named '{name}'.*rename"):
         _evaluate(model, routers, front, tmp_path, presets={name: routers})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_routers_to_compare_cannot_have_the_name_of_those_under_test(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="named 'routers', as those under test are; rename"):
+        _evaluate(model, routers, front, tmp_path, presets={"routers": routers})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -340,9 +349,126 @@ def test_a_model_that_overflows_is_an_error(tmp_path: Path) -> None:
 def test_a_damaged_evaluation_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_evaluation(tmp_path)
-    (tmp_path / "evaluation.json").write_text('{"schema_version": 1')
+    (tmp_path / "evaluation.json").write_text('{"schema_version": 2')
     with pytest.raises(ConfigError, match="is not JSON"):
         read_evaluation(tmp_path)
-    (tmp_path / "evaluation.json").write_text(json.dumps({"schema_version": 2}))
-    with pytest.raises(ConfigError, match="has schema_version 2; this dynadepth"):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"schema_version": 1}))
+    with pytest.raises(ConfigError, match="has schema_version 1; this dynadepth .* reads 2: eval"):
         read_evaluation(tmp_path)
+
+
+class TestMenu:
+    """A menu under test, routers beside it, and prompts of another kind."""
+
+    UNSEEN = Task("elsewhere", tuple(Example(f"{'no ' * (i % 5)}the end {i}") for i in range(7)))
+
+    @pytest.fixture(scope="class")
+    def menu(self, model: Any, routers: Any) -> Any:
+        return random_menu(
+            layers=(2,),
+            hidden_size=32,
+            seed=2,
+            fingerprint=fingerprint(model),
+            calibration=routers.calibration,
+            training={"recipe": {"layers": [2], "rank": 16}, "task": {"name": "train"}},
+        )
+
+    @pytest.fixture(scope="class")
+    def result(
+        self,
+        model: Any,
+        menu: Any,
+        routers: Any,
+        front: Front,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> dict[str, Any]:
+        return _evaluate(
+            model,
+            menu,
+            front,
+            tmp_path_factory.mktemp("menu"),
+            presets={"routers": routers},
+            unseen=self.UNSEEN,
+        )
+
+    def test_the_menu_is_under_test_and_the_routers_are_compared(
+        self, result: dict[str, Any]
+    ) -> None:
+        kinds = {policy["name"]: policy["kind"] for policy in result["policies"]}
+        assert kinds["menu 0.90"] == kinds["menu 0.70"] == "routed"
+        assert kinds["routers 0.90"] == kinds["routers 0.70"] == "preset"
+        assert result["routers"] == {"kind": "menu", "range": [0.4, 1.0], "layers": [2], "rank": 16}
+        assert set(result["runtime_check"]) == {"menu 0.90", "menu 0.70"}
+        assert [action["budget"] for action in result["actions"]] == [0.9, 0.7]
+
+    def test_to_preserve_is_measured_by_agreement(
+        self, model: Any, menu: Any, front: Front, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        assert (result["schema_version"], result["headline"]) == (2, "agreement")
+        graded = _evaluate(model, menu, front, tmp_path, objective="reward")
+        assert graded["headline"] == "reward"
+
+    def test_the_map_shows_which_prompts_got_which_plan(
+        self, model: Any, menu: Any, result: dict[str, Any]
+    ) -> None:
+        scorer = Scorer(model, word_tokenizer())
+        texts = {" ".join(example.prompt.split()) for example in HELDOUT.examples}
+        for mapped, budget in zip(result["plan_map"], (0.9, 0.7), strict=True):
+            plans = {}
+            wrap_model(model, budget=budget, routers=menu)
+            for example in HELDOUT.examples:
+                ids, mask = scorer.encode_prompts([example])
+                with torch.inference_mode():
+                    model(input_ids=ids, attention_mask=mask)
+                plans[" ".join(example.prompt.split())] = plan_text(model.dynadepth.last_plans[0])
+            unwrap_model(model)
+            assert mapped["budget"] == budget
+            assert mapped["different_plans"] == len(set(plans.values())) == len(mapped["rows"])
+            shares = [row["share"] for row in mapped["rows"]]
+            assert shares == sorted(shares, reverse=True)
+            assert sum(shares) == pytest.approx(1.0)
+            for row in mapped["rows"]:
+                got = [text for text, plan in plans.items() if plan == row["plan"]]
+                assert row["share"] == pytest.approx(len(got) / len(plans))
+                assert row["depth"] == pytest.approx(plan_depth(parse_plan(row["plan"], LAYERS)))
+                assert row["examples"] == got[:2]
+                assert set(row["examples"]) <= texts
+
+    def test_the_depth_of_prompts_of_another_kind_is_told(
+        self, model: Any, menu: Any, result: dict[str, Any]
+    ) -> None:
+        scorer = Scorer(model, word_tokenizer())
+        assert [row["budget"] for row in result["drift"]] == [0.9, 0.7]
+        for row in result["drift"]:
+            wrap_model(model, budget=row["budget"], routers=menu)
+            depths = []
+            for example in self.UNSEEN.examples:
+                ids, mask = scorer.encode_prompts([example])
+                with torch.inference_mode():
+                    model(input_ids=ids, attention_mask=mask)
+                depths.append(float(model.dynadepth.last_plans.sum() / LAYERS))
+            unwrap_model(model)
+            assert (row["n"], row["task"]) == (7, "elsewhere")
+            assert row["depth"] == pytest.approx(np.mean(depths))
+        (finding,) = (text for text in result["findings"] if "another kind" in text)
+        shown = [f"{row['depth']:.3f} for {row['budget']:.2f}" for row in result["drift"]]
+        assert finding.startswith("On 7 prompts of another kind (elsewhere)")
+        assert finding.endswith(f"the mean depth is {shown[0]}, {shown[1]}.")
+
+
+def test_without_prompts_of_another_kind_nothing_is_said_of_them(result: dict[str, Any]) -> None:
+    assert result["drift"] == []
+    assert not any("another kind" in finding for finding in result["findings"])
+
+
+def test_a_long_prompt_is_cut_in_the_map(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    long = Task("heldout", tuple(Example(f"{i} {'the ' * 20}\n\tend") for i in range(4)))
+    train = Task("train", (Example("the other"),))
+    result = _evaluate(model, routers, front, tmp_path, heldout=long, train=train)
+    texts = [text for row in result["plan_map"][0]["rows"] for text in row["examples"]]
+    assert texts
+    whole = [" ".join(example.prompt.split()) for example in long.examples]
+    assert all(len(text) <= 90 and "\n" not in text for text in texts)
+    assert set(texts) <= set(whole) | {f"{text[:87]}..." for text in whole}

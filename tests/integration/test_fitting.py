@@ -1,4 +1,4 @@
-"""From labels to a routers folder that keeps its budget, on a tiny random model."""
+"""From a damage table, or labels, to a routers folder that keeps its budget, on a tiny random model."""
 
 from dataclasses import replace
 from itertools import groupby
@@ -9,17 +9,18 @@ import torch
 
 from dynadepth import load_routers, unwrap_model, wrap_model
 from dynadepth.config import TrainConfig
-from dynadepth.errors import CheckpointError, LabelError, PlanError, WrapError
+from dynadepth.errors import CheckpointError, ConfigError, LabelError, PlanError, WrapError
 from dynadepth.fingerprint import fingerprint
 from dynadepth.forest import EditPrior, Evaluated
 from dynadepth.plans import identity_plan, plan_depth
 from dynadepth.shrinkage import ShrinkageChoice
 from dynadepth_search import fitting
-from dynadepth_search.fitting import fit_routers, write_routers
+from dynadepth_search.damage import score_damage
+from dynadepth_search.fitting import fit_imitation, fit_routers, router_plans, write_routers
 from dynadepth_search.labels import Labels, Manifest
 from dynadepth_search.measuring import planned, wrapped
-from dynadepth_search.scoring import Scorer
-from dynadepth_search.tasks import Example
+from dynadepth_search.scoring import Scorer, plan_values
+from dynadepth_search.tasks import Example, Task
 from tests.tiny import tiny_model
 from tests.tiny_text import word_tokenizer
 
@@ -94,6 +95,30 @@ def labels(model):
     return make_labels(model)
 
 
+def make_table(model, tokenizer, folder, *, count=PROMPTS, plans=None, kind="prompt"):
+    """What the plans that routers learn from do to prompts."""
+    examples = make_examples(count, seed=0)
+    if kind == "choices":
+        examples = [Example(item.prompt, (" yes", " no"), 0) for item in examples]
+    return score_damage(
+        model,
+        tokenizer,
+        Task("hand", tuple(examples)),
+        router_plans(FRONT) if plans is None else plans,
+        folder,
+        layers=(),
+    )
+
+
+@pytest.fixture(scope="module")
+def table(model, tokenizer, tmp_path_factory):
+    return make_table(model, tokenizer, tmp_path_factory.mktemp("damage"))
+
+
+def split(model, tokenizer, examples, seed=0):
+    return fitting._Prompts(model, tokenizer, examples, "raw").split(seed)
+
+
 def force_shrinkage(monkeypatch, shrinkage):
     choice = ShrinkageChoice(shrinkage=shrinkage, trials=(), prompts=40, evaluations=1)
     monkeypatch.setattr(fitting, "select_shrinkage", lambda *args, **kwargs: choice)
@@ -121,13 +146,38 @@ def untouched(model):
     assert same_logits(model, before)
 
 
+class TestPlans:
+    def test_the_front_and_the_neighbours_of_its_middle_each_once(self):
+        plans = router_plans(FRONT)
+        assert (plans[: len(FRONT)] == FRONT).all()
+        assert len(np.unique(plans, axis=0)) == len(plans)
+        middle = FRONT[2]
+        for layer in range(LAYERS):
+            beside = middle.copy()
+            beside[layer] = 1 - middle[layer]
+            assert (plans == beside).all(axis=1).any(), layer
+        # The front's plans beside the middle one are neighbours of it.
+        assert len(plans) == len(FRONT) + LAYERS - 2
+
+    def test_only_a_front_has_them(self):
+        with pytest.raises(PlanError, match="starts with a plan that edits layers"):
+            router_plans(FRONT[1:])
+
+    def test_the_identity_alone_has_its_own_neighbours(self):
+        assert len(router_plans(FRONT[:1])) == 1 + LAYERS
+
+
 @pytest.mark.usefixtures("untouched")
-def test_labels_become_a_folder_that_wraps_the_model(model, tokenizer, labels, tmp_path):
-    routers = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+def test_a_damage_table_becomes_a_folder_that_wraps_the_model(model, tokenizer, table, tmp_path):
+    routers = fit_routers(model, tokenizer, table, FRONT, training=QUICK)
     evidence = routers.training["shrinkage"]
     assert evidence["shrinkage"] == routers.shrinkage
     assert evidence["prompts"] == routers.training["train_prompts"] == 40
     assert routers.training["validation_prompts"] == 10
+    assert routers.training["plans_scored"] == len(router_plans(FRONT))
+    assert routers.training["objective"] == "preserve"
+    assert routers.training["task"]["name"] == "hand"
+    assert routers.training["task"]["sha256"] == table.manifest["asked"]["task"]["sha256"]
     assert routers.training["recipe"] == QUICK.to_dict()
     # 40 prompts without the recipe's held-out fifth: one batch in each of four epochs, all in the warm-up.
     assert routers.training["optimiser_steps"] == 4
@@ -152,11 +202,9 @@ def test_labels_become_a_folder_that_wraps_the_model(model, tokenizer, labels, t
 
 
 @pytest.mark.usefixtures("untouched")
-def test_without_shrinkage_every_budget_of_the_front_is_exact(
-    model, tokenizer, labels, monkeypatch
-):
+def test_without_shrinkage_every_budget_of_the_front_is_exact(model, tokenizer, table, monkeypatch):
     force_shrinkage(monkeypatch, 0.0)
-    routers = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+    routers = fit_routers(model, tokenizer, table, FRONT, training=QUICK)
     for plan in FRONT:
         plans = plans_at(model, tokenizer, routers, float(plan_depth(plan)), make_examples(3, 9))
         assert (plans == plan).all()
@@ -164,14 +212,13 @@ def test_without_shrinkage_every_budget_of_the_front_is_exact(
 
 @pytest.mark.usefixtures("untouched")
 def test_with_shrinkage_the_budget_is_that_of_the_policy_as_it_runs(
-    model, tokenizer, labels, monkeypatch
+    model, tokenizer, table, monkeypatch
 ):
     force_shrinkage(monkeypatch, 1.0)
-    routers = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+    recipe = replace(QUICK, epochs=40, learning_rate=2e-2)
+    routers = fit_routers(model, tokenizer, table, FRONT, training=recipe)
     assert routers.shrinkage == 1.0
-    validation = [
-        labels.examples[i] for i in fitting._split([item.prompt for item in labels.examples], 0)[1]
-    ]
+    validation = [table.examples[i] for i in split(model, tokenizer, table.examples)[1]]
     seen = set()
     for budget in (0.6, 0.7, 0.8, 0.9):
         plans = plans_at(model, tokenizer, routers, budget, validation)
@@ -183,38 +230,125 @@ def test_with_shrinkage_the_budget_is_that_of_the_policy_as_it_runs(
     assert len(seen) > len(FRONT), "the policy must tell prompts apart"
 
 
-@pytest.mark.usefixtures("untouched")
-def test_the_papers_preset_has_no_static_part(model, tokenizer, labels):
-    routers = fit_routers(model, tokenizer, labels, FRONT, preset="drllm")
-    assert routers.config.preset == "drllm"
-    assert routers.shrinkage == 1.0
-    assert routers.bias.eq(0).all()
-    assert routers.heads.last is None
-    assert routers.training["shrinkage"] is None
-    assert routers.training["recipe"] == TrainConfig.for_preset("drllm").to_dict()
-    assert routers.calibration.highest == 1.0
+class TestWhatIsLearnt:
+    @pytest.fixture
+    def learnt(self, monkeypatch):
+        """The arguments of every training."""
+        calls = []
+        genuine = fitting.train_damage_heads
+
+        def watch(features, damage, *arguments, **options):
+            calls.append((features, np.asarray(damage)))
+            return genuine(features, damage, *arguments, **options)
+
+        monkeypatch.setattr(fitting, "train_damage_heads", watch)
+        return calls
+
+    @pytest.mark.parametrize("objective", ["preserve", "reward"])
+    def test_what_skipping_a_layer_costs_beside_the_middle_plan(
+        self, model, tokenizer, tmp_path, learnt, monkeypatch, objective
+    ):
+        force_shrinkage(monkeypatch, 0.0)
+        table = make_table(model, tokenizer, tmp_path, kind="choices")
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK, objective=objective)
+        ((features, damage),) = learnt
+        train = split(model, tokenizer, table.examples)[0]
+        assert len(features) == len(damage) == len(train)
+        scorer = Scorer(model, tokenizer)
+        examples = [table.examples[index] for index in train]
+
+        def values(plan):
+            plans = np.tile(plan, (len(examples), 1))
+            outcomes = scorer.outcomes(examples, plans, np.arange(len(examples)))
+            return plan_values(outcomes, objective)
+
+        for layer in range(LAYERS):
+            executed, skipped = FRONT[2].copy(), FRONT[2].copy()
+            executed[layer], skipped[layer] = 1, 0
+            np.testing.assert_allclose(
+                damage[:, layer], values(executed) - values(skipped), atol=1e-4
+            )
+
+    def test_states_are_read_under_the_middle_plan(
+        self, model, tokenizer, table, learnt, monkeypatch
+    ):
+        force_shrinkage(monkeypatch, 0.0)
+        given = []
+        genuine = fitting.prompt_features
+        monkeypatch.setattr(
+            fitting,
+            "prompt_features",
+            lambda model, ids, mask, plans, **options: (
+                given.append(plans) or genuine(model, ids, mask, plans, **options)
+            ),
+        )
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+        assert sum(len(plans) for plans in given) == 40
+        assert all((plans == FRONT[2]).all() for plans in given)
+
+    def test_validation_prompts_take_no_part_in_training(
+        self, model, tokenizer, table, monkeypatch
+    ):
+        first = fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+        validation = split(model, tokenizer, table.examples)[1]
+        assert len(validation) == 10
+        spoilt = replace(
+            table,
+            agreement=table.agreement.copy(),
+            total_variation=table.total_variation.copy(),
+        )
+        spoilt.agreement[validation] = 0.0
+        spoilt.total_variation[validation] = np.linspace(0, 1, len(table.plans))
+        second = fit_routers(model, tokenizer, spoilt, FRONT, training=QUICK)
+        expected = first.heads.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
+
+    def test_validation_prompts_take_no_part_in_choosing_the_shrinkage(
+        self, model, tokenizer, table, monkeypatch
+    ):
+        given = {}
+
+        def choose(features, *args, **kwargs):
+            given.update(kwargs, prompts=len(features))
+            return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=40, evaluations=1)
+
+        monkeypatch.setattr(fitting, "select_shrinkage", choose)
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+        train = split(model, tokenizer, table.examples)[0]
+        assert given["prompts"] == len(train)
+        # The front's plans are the first of `router_plans`.
+        expected = plan_values(table, "preserve")[train, : len(FRONT)].mean(axis=0)
+        np.testing.assert_allclose(given["front_rewards"], expected)
+
+    def test_other_plans_and_another_order_in_the_table_change_nothing(
+        self, model, tokenizer, table, monkeypatch
+    ):
+        force_shrinkage(monkeypatch, 0.0)
+        plans = np.concatenate([table.plans, [[1, 2, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1]]])
+        order = np.r_[0, np.random.default_rng(0).permutation(np.arange(1, len(plans)))]
+        figures = {
+            name: np.concatenate([getattr(table, name), np.full((PROMPTS, 2), 0.5)], axis=1)
+            for name in ("agreement", "total_variation", "reward")
+        }
+        wide = replace(
+            table,
+            plans=plans[order].astype(np.uint8),
+            **{name: values[:, order] for name, values in figures.items()},
+        )
+        first = fit_routers(model, tokenizer, table, FRONT, training=QUICK).heads.state_dict()
+        second = fit_routers(model, tokenizer, wide, FRONT, training=QUICK).heads.state_dict()
+        assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
-def test_validation_prompts_take_no_part_in_training(model, tokenizer, labels, monkeypatch):
-    force_shrinkage(monkeypatch, 0.0)
-    first = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
-    spoilt = make_labels(model)
-    validation = fitting._split([item.prompt for item in spoilt.examples], 0)[1]
-    assert len(validation) == 10
-    spoilt.plans[validation] = [1, 1, 1, 1, 1, 0]
-    second = fit_routers(model, tokenizer, spoilt, FRONT, training=QUICK)
-    expected = first.heads.state_dict()
-    assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
-
-
-def test_rows_of_one_prompt_are_on_one_side_of_every_split(model, tokenizer, labels, monkeypatch):
+def test_rows_of_one_prompt_are_on_one_side_of_every_split(model, tokenizer, table, monkeypatch):
     """The same text with other choices is the same prompt to a router."""
-    texts = [f"prompt {index // 3}" for index in range(60)]
+    examples = [Example(f"prompt {index // 3}{' ' * (index % 3)}") for index in range(60)]
     for seed in range(5):
-        train, validation = fitting._split(texts, seed)
+        train, validation = split(model, tokenizer, examples, seed)
         assert sorted([*train, *validation]) == list(range(60))
         assert len(validation) == 12
-        assert not {texts[i] for i in train} & {texts[i] for i in validation}
+        sides = [{examples[i].prompt.strip() for i in side} for side in (train, validation)]
+        assert not sides[0] & sides[1]
 
     given = {}
 
@@ -223,21 +357,23 @@ def test_rows_of_one_prompt_are_on_one_side_of_every_split(model, tokenizer, lab
         return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=40, evaluations=1)
 
     monkeypatch.setattr(fitting, "select_shrinkage", choose)
-    fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
-    train = fitting._split([item.prompt for item in labels.examples], 0)[0]
-    assert given["groups"] == [labels.examples[i].prompt for i in train]
+    fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+    train = split(model, tokenizer, table.examples)[0]
+    assert given["groups"] == [table.examples[i].prompt for i in train]
 
 
-def test_repeated_prompts_do_not_count_as_enough(model, tokenizer):
-    few = make_labels(model)
-    repeated = tuple(few.examples[index % 15] for index in range(PROMPTS))
-    with pytest.raises(LabelError, match="15 labelled prompts cannot .* 16 or more different ones"):
-        fit_routers(model, tokenizer, replace(few, examples=repeated), FRONT)
+def test_repeated_prompts_do_not_count_as_enough(model, tokenizer, table, labels):
+    repeated = tuple(table.examples[index % 15] for index in range(PROMPTS))
+    text = "15 prompts cannot train and calibrate routers; give 16 or more different ones"
+    with pytest.raises(LabelError, match=text):
+        fit_routers(model, tokenizer, replace(table, examples=repeated), FRONT)
+    with pytest.raises(LabelError, match=text):
+        fit_imitation(model, tokenizer, replace(labels, examples=repeated))
 
 
-def test_the_same_seed_gives_the_same_routers(model, tokenizer, labels):
-    first = fit_routers(model, tokenizer, labels, FRONT, training=QUICK, seed=3)
-    second = fit_routers(model, tokenizer, labels, FRONT, training=QUICK, seed=3)
+def test_the_same_seed_gives_the_same_routers(model, tokenizer, table):
+    first = fit_routers(model, tokenizer, table, FRONT, training=QUICK, seed=3)
+    second = fit_routers(model, tokenizer, table, FRONT, training=QUICK, seed=3)
     expected = first.heads.state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
     assert torch.equal(first.bias, second.bias)
@@ -247,7 +383,7 @@ def test_the_same_seed_gives_the_same_routers(model, tokenizer, labels):
 
 @pytest.mark.usefixtures("untouched")
 def test_an_error_in_the_middle_leaves_the_model_unwrapped(
-    model, tokenizer, labels, monkeypatch, tmp_path
+    model, tokenizer, table, labels, monkeypatch
 ):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -255,75 +391,168 @@ def test_an_error_in_the_middle_leaves_the_model_unwrapped(
     force_shrinkage(monkeypatch, 1.0)
     monkeypatch.setattr(fitting, "planned", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_imitation(model, tokenizer, labels, training=QUICK)
 
 
-def test_protected_layers_are_never_decided(model, tokenizer, monkeypatch):
+def test_protected_layers_are_never_decided(model, tokenizer, table, monkeypatch):
     force_shrinkage(monkeypatch, 1.0)
-    protecting = make_labels(model, protect=(0, 5))
-    routers = fit_routers(model, tokenizer, protecting, FRONT, training=QUICK)
+    routers = fit_routers(model, tokenizer, table, FRONT, training=QUICK, protect=(0, 5))
     assert routers.protect == (0, 5)
     plans = plans_at(model, tokenizer, routers, routers.calibration.lowest, make_examples(8, 5))
     assert (plans[:, [0, 5]] == 1).all()
     with pytest.raises(PlanError, match=r"skips layers \[3\], which are protected"):
-        fit_routers(model, tokenizer, make_labels(model, protect=(3,)), FRONT)
+        fit_routers(model, tokenizer, table, FRONT, protect=(3,))
 
 
-def test_every_stage_reports_until_it_is_done(model, tokenizer, labels):
+def stages_of(seen):
+    """Return the stages in their order, having checked that each reports upwards until it is done."""
+    for stage in {report[0] for report in seen}:
+        reports = [(done, total) for name, done, total in seen if name == stage]
+        assert reports[-1][0] == reports[-1][1], stage
+        assert reports == sorted(reports), stage
+    return [stage for stage, _ in groupby(seen, key=lambda report: report[0])]
+
+
+def test_every_stage_reports_until_it_is_done(model, tokenizer, table, labels, monkeypatch):
     seen = []
-    fit_routers(
-        model,
-        tokenizer,
-        labels,
-        FRONT,
-        training=QUICK,
-        progress=lambda *report: seen.append(report),
-    )
-    stages = [stage for stage, _ in groupby(seen, key=lambda report: report[0])]
-    assert stages[:5] == [
-        "reading states under the labels",
+    progress = lambda *report: seen.append(report)  # noqa: E731
+    fit_routers(model, tokenizer, table, FRONT, training=QUICK, progress=progress)
+    assert stages_of(seen)[:4] == [
         "reading states under the static front",
         "cross-validating",
         "scoring held-out plans",
         "training",
     ]
-    for stage in set(stages):
-        reports = [(done, total) for name, done, total in seen if name == stage]
-        assert reports[-1][0] == reports[-1][1]
-        assert reports == sorted(reports)
+    seen.clear()
+    force_shrinkage(monkeypatch, 1.0)
+    fit_routers(model, tokenizer, table, FRONT, training=QUICK, progress=progress)
+    assert stages_of(seen)[-1] == "calibrating"
+    seen.clear()
+    fit_imitation(model, tokenizer, labels, training=QUICK, progress=progress)
+    assert stages_of(seen) == ["reading states under the labels", "training", "calibrating"]
 
 
 @pytest.mark.usefixtures("untouched")
-def test_wrong_arguments_are_refused_before_any_work(model, tokenizer, labels):
+def test_wrong_arguments_are_refused_before_any_work(model, tokenizer, table, labels):
     def no_progress(*report):
         raise AssertionError(f"work began: {report}")
 
-    def fit(labels, front, on=model):
-        fit_routers(on, tokenizer, labels, front, progress=no_progress)
+    def fit(table, front, on=model, **options):
+        fit_routers(on, tokenizer, table, front, progress=no_progress, **options)
 
-    with pytest.raises(LabelError, match="15 labelled prompts cannot train and calibrate routers"):
-        fit(make_labels(model, count=15), FRONT)
-    with pytest.raises(LabelError, match="the static front is for 5 layers, but the model has 6"):
-        fit(labels, FRONT[:, :5])
+    with pytest.raises(LabelError, match="15 prompts cannot train and calibrate routers"):
+        fit(table.take(np.arange(15)), FRONT)
+    with pytest.raises(LabelError, match="for 6 layers and the plans for 5, but the model has 6"):
+        fit(table, FRONT[:, :5])
     with pytest.raises(PlanError, match="starts with a plan that edits layers"):
-        fit(labels, FRONT[1:])
-    with pytest.raises(LabelError, match="the labels are for 6 layers, but the model has 4"):
-        fit(labels, FRONT, on=tiny_model(num_layers=4))
+        fit(table, FRONT[1:])
+    with pytest.raises(LabelError, match="for 6 layers and the plans for 6, but the model has 4"):
+        fit(table, FRONT, on=tiny_model(num_layers=4))
+    other = FRONT.copy()
+    other[1:, 3], other[1:, 5] = 1, 0
+    with pytest.raises(ConfigError, match="of the 8 plans that routers learn from are not in the"):
+        fit(table, other)
+    with pytest.raises(ConfigError, match="objective 'reward' needs prompts with right answers"):
+        fit(table, FRONT, objective="reward")
+    with pytest.raises(ConfigError, match="objective 'fidelity' is unknown"):
+        fit(table, FRONT, objective="fidelity")
+    with pytest.raises(LabelError, match="15 prompts cannot train and calibrate routers"):
+        fit_imitation(model, tokenizer, make_labels(model, count=15), progress=no_progress)
+    with pytest.raises(LabelError, match="for 6 layers and the plans for 6, but the model has 4"):
+        fit_imitation(tiny_model(num_layers=4), tokenizer, labels, progress=no_progress)
 
 
-def test_a_wrapped_model_is_refused(model, tokenizer, labels):
+def test_a_wrapped_model_is_refused(model, tokenizer, table, labels):
     wrap_model(model, plan=FRONT[1])
     try:
         with pytest.raises(WrapError, match="wrapped"):
-            fit_routers(model, tokenizer, labels, FRONT)
+            fit_routers(model, tokenizer, table, FRONT)
+        with pytest.raises(WrapError, match="wrapped"):
+            fit_imitation(model, tokenizer, labels)
     finally:
         unwrap_model(model)
 
 
-def test_a_folder_with_other_files_is_left_alone(model, tokenizer, labels, tmp_path, monkeypatch):
+def test_a_folder_with_other_files_is_left_alone(model, tokenizer, table, tmp_path, monkeypatch):
     force_shrinkage(monkeypatch, 0.0)
-    routers = fit_routers(model, tokenizer, labels, FRONT, training=QUICK)
+    routers = fit_routers(model, tokenizer, table, FRONT, training=QUICK)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(CheckpointError, match="thesis.tex"):
         write_routers(tmp_path, routers)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+class TestImitation:
+    """The published routers, which learn from labels."""
+
+    @pytest.mark.usefixtures("untouched")
+    def test_there_is_no_static_part(self, model, tokenizer, labels, tmp_path):
+        routers = fit_imitation(model, tokenizer, labels)
+        assert routers.config.preset == "drllm"
+        assert routers.shrinkage == 1.0
+        assert routers.bias.eq(0).all()
+        assert routers.heads.last is None
+        assert routers.training["recipe"] == TrainConfig.for_preset("drllm").to_dict()
+        assert routers.training["labels"]["identity_rate"] == 0.0
+        assert routers.training["labels"]["mean_depth"] == pytest.approx(4 / 6)
+        assert routers.training["depth_penalty"] == 0.1
+        assert (routers.training["train_prompts"], routers.training["validation_prompts"]) == (
+            40,
+            10,
+        )
+        assert routers.calibration.highest == 1.0
+        loaded = load_routers(write_routers(tmp_path / "drllm", routers), model=model)
+        assert (loaded.kind, loaded.training) == ("routers", routers.training)
+
+    @pytest.mark.usefixtures("untouched")
+    def test_the_budget_is_that_of_the_policy_as_it_runs(self, model, tokenizer, labels):
+        recipe = replace(TrainConfig.for_preset("drllm"), warmup_steps=10, learning_rate=5e-3)
+        routers = fit_imitation(model, tokenizer, labels, training=recipe, lowest=0.6)
+        validation = [labels.examples[i] for i in split(model, tokenizer, labels.examples)[1]]
+        for budget in (routers.calibration.lowest, 0.8, routers.calibration.highest):
+            plans = plans_at(model, tokenizer, routers, budget, validation)
+            wanted = routers.calibration.depth_for(budget)
+            assert float(plan_depth(plans).mean()) == pytest.approx(wanted, abs=1 / 60 + 1e-9)
+
+    def test_labels_are_imitated_from_states_under_themselves(
+        self, model, tokenizer, labels, monkeypatch
+    ):
+        given = []
+        genuine = fitting.prompt_features
+
+        def watch(model, ids, mask, plans, **options):
+            given.extend(plan.tobytes() for plan in plans)
+            return genuine(model, ids, mask, plans, **options)
+
+        monkeypatch.setattr(fitting, "prompt_features", watch)
+        fit_imitation(model, tokenizer, labels, training=QUICK)
+        train = split(model, tokenizer, labels.examples)[0]
+        assert sorted(given) == sorted(plan.tobytes() for plan in labels.plans[train])
+        assert len(set(given)) == 2
+
+    def test_validation_prompts_take_no_part_in_training(self, model, tokenizer, labels):
+        first = fit_imitation(model, tokenizer, labels, training=QUICK)
+        spoilt = make_labels(model)
+        validation = split(model, tokenizer, spoilt.examples)[1]
+        assert len(validation) == 10
+        spoilt.plans[validation] = [1, 1, 1, 1, 1, 0]
+        second = fit_imitation(model, tokenizer, spoilt, training=QUICK)
+        expected = first.heads.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
+
+    def test_protected_layers_are_never_decided(self, model, tokenizer):
+        routers = fit_imitation(
+            model, tokenizer, make_labels(model, protect=(0, 5)), training=QUICK
+        )
+        assert routers.protect == (0, 5)
+        plans = plans_at(model, tokenizer, routers, routers.calibration.lowest, make_examples(8, 5))
+        assert (plans[:, [0, 5]] == 1).all()
+
+    def test_the_same_seed_gives_the_same_routers(self, model, tokenizer, labels):
+        first = fit_imitation(model, tokenizer, labels, training=QUICK, seed=3)
+        second = fit_imitation(model, tokenizer, labels, training=QUICK, seed=3)
+        expected = first.heads.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
+        assert (first.calibration, first.training) == (second.calibration, second.training)

@@ -1,5 +1,6 @@
 """Searches that are really killed, and searches of every kind from task to labels."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dynadepth_search.front import FrontSpec, read_front, search_front
 
 from dynadepth.errors import ConfigError, SearchError, TaskError, WrapError
 from dynadepth.forest import Forest
@@ -20,6 +20,7 @@ from dynadepth.wrap import wrap_model
 from dynadepth_search.labels import read_labels
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.searching import probe_penalty, run_search
+from dynadepth_search.shared import read_shared
 from dynadepth_search.tasks import Example, Task
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_spec, tiny_task
@@ -27,13 +28,15 @@ from tests.tiny_text import word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 COUNT = 60
+SHARED = (
+    "SharedSpec(min_depth=0.5, size=4, beam=2, num_prompts=9, num_screened=3, num_confirmed=32)"
+)
 CHILD = f"""
 import sys
 import torch
 torch.set_num_threads(1)
-from dynadepth_search.front import FrontSpec, search_front
-from dynadepth_search.scoring import Scorer
 from dynadepth_search.searching import run_search
+from dynadepth_search.shared import SharedSpec, search_shared
 from tests.tiny import tiny_model
 from tests.tiny_search import tiny_spec, tiny_task
 from tests.tiny_text import word_tokenizer
@@ -44,8 +47,7 @@ task = tiny_task({COUNT})
 run_search(model, tokenizer, tiny_task(4), sys.argv[1] + "-warm", tiny_spec())
 print("ready", flush=True)
 run_search(model, tokenizer, task, sys.argv[1], tiny_spec(config={{"max_evaluations": 16, "max_repeats": 1}}))
-spec = FrontSpec(min_depth=0.3, num_prompts=12, num_screened=4)
-search_front(Scorer(model, tokenizer), task, sys.argv[1], spec)
+search_shared(model, tokenizer, task, sys.argv[1] + "/plans", {SHARED})
 """
 
 
@@ -73,13 +75,30 @@ def stored_prompts(folder: Path) -> set[str]:
     return {item.prompt_id for item in read_labels(folder, accept_partial=True).examples}
 
 
+PROMPT_IDS = [item.prompt_id for item in tiny_task(COUNT).examples]
+
+
 def num_written(folder: Path) -> int:
-    """Roughly how many prompts are on disk; cheap, and never mind a file that goes away."""
-    shards = len(list(folder.glob("part-*.parquet"))) * 8
+    """How many prompts are on disk at least; cheap, and never mind a file that goes away.
+
+    A prompt never leaves the disk: it goes from the journal into a shard, and is in both for a moment. So the journal
+    is read first, and each prompt counts once.
+    """
     try:
-        return shards + (folder / "journal.jsonl").read_bytes().count(b"\n")
+        lines = (folder / "journal.jsonl").read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
-        return shards
+        lines = []
+    written = {json.loads(line)["prompt_id"] for line in lines}
+    for path in folder.glob("part-*.parquet"):
+        first = 8 * int(path.stem.removeprefix("part-"))
+        written.update(PROMPT_IDS[first : first + 8])
+    return len(written)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """All files of a search, those of the plans for all prompts included."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.timeout(400)
@@ -88,7 +107,7 @@ def test_kill_minus_nine(tmp_path):
     with child(whole):
         pass
     assert len(read_labels(whole)) == COUNT
-    assert len(read_front(whole).plans) == 5
+    assert len(read_shared(whole / "plans").front) == 4
 
     generator = np.random.default_rng()
     few, many = generator.integers([1, COUNT // 3], [COUNT // 3, COUNT - 8]).tolist()
@@ -96,7 +115,8 @@ def test_kill_minus_nine(tmp_path):
         lambda: True,
         lambda: num_written(killed) >= few,
         lambda: num_written(killed) >= many,
-        lambda: (killed / "front.json").exists(),
+        lambda: (killed / "plans" / "menu.json").exists(),
+        lambda: any((killed / "plans" / "pool").glob("part-*.parquet")),
     ]
     found, waits = [], generator.uniform(0, 0.05, size=len(strikes)).tolist()
     before: set[str] = set()
@@ -113,9 +133,9 @@ def test_kill_minus_nine(tmp_path):
     with child(killed) as process:
         pass
     assert process.returncode == 0
-    assert folder_bytes(killed) == folder_bytes(whole), (few, many, waits, found)
-    # `num_written` counts the prompts of a shard twice until the journal has let them go.
-    assert few - 8 < found[1] < found[3] == COUNT, (few, many, waits, found)
+    assert content_of(killed) == content_of(whole), (few, many, waits, found)
+    assert few <= found[1], (few, many, waits, found)
+    assert many <= found[2] <= found[3] == found[4] == COUNT, (few, many, waits, found)
 
 
 class TestEveryKind:
@@ -246,12 +266,3 @@ class TestEveryKind:
         labels = read_labels(tmp_path)
         assert all((tried.plans[:, [0, 3]] == 1).all() for tried in labels.evaluated)
         assert np.isnan(labels.manifest.prior.mean[[0, 3]]).all()
-
-    def test_front_and_labels_share_a_folder(self, model, tmp_path):
-        task = tiny_task(6)
-        run_search(model, word_tokenizer(), task, tmp_path, tiny_spec())
-        prior = read_labels(tmp_path).manifest.prior
-        search_front(
-            Scorer(model, word_tokenizer()), task, tmp_path, FrontSpec(min_depth=0.5), prior=prior
-        )
-        assert len(read_labels(tmp_path)) == 6
