@@ -119,8 +119,8 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     title = f"dynadepth: {evaluation['model'] or 'a model'} on {task['name']}"
     others = [
         metric
-        for metric in ("agreement", "accuracy")
-        if metric in evaluation["policies"][0]["metrics"]
+        for metric in ("agreement", "reward", "accuracy")
+        if metric != headline and metric in evaluation["policies"][0]["metrics"]
     ]
     counts = (
         f"{task['heldout_prompts']} held-out prompts, {task['train_prompts']} training prompts, "
@@ -149,8 +149,8 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     if evaluation["actions"]:
         parts += ["<h2>What is done to each layer</h2>", _card(action_map(evaluation["actions"]))]
     for mapped in evaluation["plan_map"]:
-        title = f"Which prompts got which plan at budget {show_budget(mapped['budget'])}"
-        parts += [f"<h2>{escape(title)}</h2>", _plan_map(mapped)]
+        heading = f"Which prompts got which plan at budget {show_budget(mapped['budget'])}"
+        parts += [f"<h2>{escape(heading)}</h2>", _plan_map(mapped)]
     if evaluation.get("learning_curve"):
         parts += [
             "<h2>How many prompts it takes</h2>",

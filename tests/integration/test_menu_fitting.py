@@ -54,7 +54,13 @@ def make_task(count: int, seed: int, *, kind: str = "prompt") -> Task:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model(num_layers=LAYERS, dtype=torch.float32)
+    """A model whose later layers add little, so that most prompts keep their answer, and how sure it is tells which."""
+    model = tiny_model(num_layers=LAYERS, dtype=torch.float32, seed=1)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.mul_(0.2)
+            layer.mlp.down_proj.weight.mul_(0.2)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def tokenizer() -> Any:
 def table(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> DamageTable:
     folder = tmp_path_factory.mktemp("damage")
     return score_damage(
-        model, tokenizer, make_task(400, 0), PLANS, folder, layers=(1, 2, 4), num_windows=2
+        model, tokenizer, make_task(800, 0), PLANS, folder, layers=(1, 2, 4), num_windows=2
     )
 
 
@@ -116,7 +122,7 @@ def test_a_table_becomes_a_folder_that_wraps_the_model(
     for name in ("calibration", "protect", "fingerprint", "training", "base_model"):
         assert getattr(loaded, name) == getattr(trained, name), name
     notes = loaded.training
-    assert (notes["train_prompts"], notes["objective"], notes["seed"]) == (400, "preserve", 0)
+    assert (notes["train_prompts"], notes["objective"], notes["seed"]) == (800, "preserve", 0)
     assert notes["task"]["sha256"] == table.manifest["asked"]["task"]["sha256"]
     assert tuple(notes["recipe"]["layers"]) == loaded.menu.decision_layers
     assert loaded.calibration.range == pytest.approx((plan_depth(PLANS).min(), 1.0))
@@ -130,8 +136,7 @@ def test_a_table_becomes_a_folder_that_wraps_the_model(
 def test_the_states_of_this_model_tell_prompts_apart(trained: Any, table: DamageTable) -> None:
     """Or the tests below would test a static mixture."""
     assert trained.training["recipe"]["shrinkage"] > 0
-    best = max(trial["gain"] for trial in trained.training["trials"])
-    assert best > 0.02
+    assert trained.training["cross_validated_gain"] > 0.01
     assert table.agreement[:, 1:].mean() > 0.05
 
 
@@ -139,11 +144,11 @@ def test_the_states_of_this_model_tell_prompts_apart(trained: Any, table: Damage
 def test_the_budget_is_met_on_prompts_that_trained_nothing(
     model: Any, tokenizer: Any, folder: Any, heldout: Any, budget: float
 ) -> None:
-    """300 prompts of a policy that mixes plans have a mean that is off by chance as well."""
+    """The means of 300 prompts here and of 800 in calibration are off by chance as well."""
     plans = plans_at(model, tokenizer, heldout, budget, routers=folder)
     depths = plan_depth(plans)
     assert {plan.tobytes() for plan in plans} <= {plan.tobytes() for plan in PLANS}
-    chance = float(depths.std() / np.sqrt(len(depths)))
+    chance = float(depths.std() * np.sqrt(1 / 300 + 1 / 800))
     assert abs(float(depths.mean()) - budget) < 0.01 + 2 * chance
 
 
@@ -229,8 +234,8 @@ class TestLimits:
     @pytest.fixture(scope="class")
     def early(self, table: DamageTable) -> Any:
         """A menu of one step, whose plans the limits may cut after they are chosen."""
-        data = replace(table, views={2: table.views[2]})
-        return fit_trained_menu(data)
+        few = table.take(np.arange(300))
+        return fit_trained_menu(replace(few, views={2: few.views[2]}))
 
     def test_no_prompt_is_deeper_than_max_depth(
         self, model: Any, tokenizer: Any, heldout: Any, tmp_path: Any
@@ -259,7 +264,7 @@ class TestLimits:
     def test_layers_that_no_plan_edits_can_be_protected(
         self, model: Any, tokenizer: Any, table: DamageTable, heldout: Any
     ) -> None:
-        menu = fit_trained_menu(table, protect=(0, 3))
+        menu = fit_trained_menu(table.take(np.arange(100)), protect=(0, 3))
         assert menu.protect == (0, 3)
         plans = plans_at(model, tokenizer, heldout[:20], 0.6, routers=menu, protect=(3,))
         assert (plans[:, [0, 3]] == 1).all()
@@ -268,7 +273,7 @@ class TestLimits:
 
     def test_layers_that_a_plan_edits_cannot(self, table: DamageTable) -> None:
         with pytest.raises(ConfigError, match=r"plans of the menu edit layers \[2, 4\], which are"):
-            fit_trained_menu(table, protect=(0, 2, 4))
+            fit_trained_menu(table.take(np.arange(40)), protect=(0, 2, 4))
 
     def test_one_step_can_be_had_from_states_of_one_layer(
         self, model: Any, tokenizer: Any, early: Any, heldout: Any
@@ -285,11 +290,12 @@ class TestLimits:
 
 
 def test_some_plans_of_a_table_make_a_menu(table: DamageTable) -> None:
-    fit = fit_trained_menu(table, plans=PLANS[[0, 3, 1]])
+    few = table.take(np.arange(100))
+    fit = fit_trained_menu(few, plans=PLANS[[0, 3, 1]])
     assert np.array_equal(fit.menu.plans, PLANS[[0, 3, 1]])
     assert fit.calibration.range == pytest.approx((4 / 6, 1.0))
     with pytest.raises(ConfigError, match=r"a plan of depth 0\.833 of the menu is not in the dam"):
-        fit_trained_menu(table, plans=[PLANS[0], [1, 1, 1, 0, 1, 1]])
+        fit_trained_menu(few, plans=[PLANS[0], [1, 1, 1, 0, 1, 1]])
 
 
 def test_what_cannot_be_trained_is_refused(table: DamageTable) -> None:
@@ -331,6 +337,5 @@ def test_every_stage_reports_until_it_is_done(table: DamageTable) -> None:
         assert reports == sorted(reports)
         assert reports[-1][0] == reports[-1][1]
     assert [point["prompts"] for point in points] == [50, 100]
-    assert points[-1]["gain"] == pytest.approx(
-        max(trial["gain"] for trial in fit_trained_menu(few).training["trials"])
-    )
+    gain = fit_trained_menu(few).training["cross_validated_gain"]
+    assert points[-1]["gain"] == pytest.approx(gain)
