@@ -15,7 +15,8 @@ prime, mix = 2**31 - 1, []
 for ids, mask in zip(prompts["token_ids"], prompts["attention_mask"], strict=True):
     total, power = 0, 1
     for token in ids[mask == 1].tolist():
-        total, power = (total + (token + 1) * power) % prime, power * 1_103_515_245 % prime
+        power = power * 1_103_515_245 % prime
+        total = (total + (token + 1) * power) % prime
     mix.append((48_271 * total % prime >> 7) / 2**24)
 feed = {"mix": np.array(mix, np.float32), "budget": np.array(sys.argv[3], np.float32)}
 feed["attention_mask"], plan = prompts["attention_mask"], np.zeros(len(mix), np.int64)

@@ -53,9 +53,7 @@ __all__ = [
 SCHEMA_VERSION = 2
 _WINDOWS = "w: tokens floor(w*n/W) up to max(floor(w*n/W)+1, floor((w+1)*n/W)) of the n real ones"
 _ACTION_ORDER = [action.name.lower() for action in Action]
-_MIX = (
-    "sum((t_i + 1) * 1103515245^i) mod p, times 48271 mod p, / 2^31, cut to 24 bits; p = 2^31 - 1"
-)
+_MIX = "sum((t_i + 1) * 1103515245^(i+1)) mod p, times 48271 mod p, / 2^31, cut to 24 bits; p = 2^31 - 1"
 _KEYS = (
     "schema_version",
     "dynadepth_version",

@@ -116,18 +116,13 @@ class MenuFitter:
             honest[inside] = gains[gains[:, ~inside].mean(axis=1).argmax()][inside]
         return max(0.0, float(gains.mean(axis=1).max() - honest.mean()))
 
-    def held_out_scores(self, recipe: MenuRecipe, *, centred: bool = False) -> list[Floats]:
+    def held_out_scores(self, recipe: MenuRecipe) -> list[Floats]:
         """Return every prompt's scores by heads that did not learn from it, for each step. Shape (N, K) each.
 
-        Args:
-            recipe: How the heads are trained.
-            centred: Let the scores deviate from the plans' means over all prompts, as those of the final heads do, not
-                from the means of each fold, which part prompts that the final heads treat alike.
+        What the heads deviate from is the plans' means over all prompts, as it is for the final heads: the means of
+        each fold by itself would make one fold's prompts deeper than another's.
         """
-        means = np.tile(self.values.mean(axis=0), (len(self.values), 1))
-        if not centred:
-            for fold in range(FOLDS):
-                means[self._fold == fold] = self.values[self._fold != fold].mean(axis=0)
+        means = self.values.mean(axis=0)
         deviations = self._perceptron_deviations if recipe.inner else self._deviations
         return [means + recipe.shrinkage * deviations(layer, recipe) for layer in recipe.layers]
 

@@ -134,7 +134,7 @@ def fit_menu(
         recipe=recipe,
         trials=tuple(trials),
         gain=best[0].gain - bias,
-        scores=tuple(fitter.held_out_scores(recipe, centred=True)),
+        scores=tuple(fitter.held_out_scores(recipe)),
     )
 
 

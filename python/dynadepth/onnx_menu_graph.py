@@ -27,7 +27,7 @@ __all__ = ["MIX_FORMULA", "ExportableMenu", "build_menu_onnx", "menu_digest"]
 # `dynadepth.prompts.prompt_mix`, for those who write a runtime of their own.
 MIX_FORMULA = (
     "t_0 .. t_(n-1) are the ids of the prompt's n real tokens, p = 2^31 - 1; "
-    "h = sum over i of (t_i + 1) * 1103515245^i mod p; mix = floor((48271 * h mod p) / 2^7) / 2^24"
+    "h = sum over i of (t_i + 1) * 1103515245^(i+1) mod p; mix = floor((48271 * h mod p) / 2^7) / 2^24"
 )
 
 

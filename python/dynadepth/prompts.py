@@ -58,9 +58,9 @@ class PromptBatch:
 def prompt_mix(tokens: Tensor, mask: Tensor) -> Tensor:
     """Return a number in [0, 1) for each prompt that depends on its real tokens alone.
 
-    With the n real tokens t_0 .. t_{n-1} of a prompt: h = sum over i of (t_i + 1) * 1103515245^i modulo 2^31 - 1, and
-    the number is (48271 * h modulo 2^31 - 1) / 2^31, cut to 24 bits so that float32 holds it exactly. Padding has no
-    effect. Nothing waits for the device.
+    With the n real tokens t_0 .. t_{n-1} of a prompt: h = sum over i of (t_i + 1) * 1103515245^(i + 1) modulo 2^31 - 1,
+    and the number is (48271 * h modulo 2^31 - 1) / 2^31, cut to 24 bits so that float32 holds it exactly. Padding has
+    no effect. Nothing waits for the device.
 
     Args:
         tokens: Token ids, shape (batch, tokens), integer; or embeddings, shape (batch, tokens, hidden), whose bfloat16
@@ -91,6 +91,7 @@ def _powers(count: int, device: torch.device) -> Tensor:
     powers = np.empty(count, dtype=np.int64)
     power = 1
     for index in range(count):
-        powers[index] = power
+        # From the first power on: the zeroth would leave the first token where it is.
         power = power * _BASE % _PRIME
+        powers[index] = power
     return torch.from_numpy(powers).to(device)

@@ -33,6 +33,7 @@ from dynadepth_search.outcomes import score_plans
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import dtype_name
 from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.splitting import prompt_marks
 from dynadepth_search.tasks import Task
 
 __all__ = [
@@ -121,7 +122,7 @@ def evaluate(
         BudgetError: A budget is out of the routers' range.
         ConfigError: The objective is unknown, or needs labels that the task does not have; or a
             preset has the name of something else in the comparison.
-        TaskError: A held-out prompt is also a training prompt.
+        TaskError: A held-out prompt is also a training prompt, or one that a policy to compare was trained on.
     """
     settings = config or EvaluationConfig()
     check_preset_names(presets or {})
@@ -138,6 +139,7 @@ def evaluate(
             "use objective 'preserve'"
         )
     _check_apart(train, heldout)
+    _check_unseen(sources, heldout)
     for budget in settings.budgets:
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
@@ -367,6 +369,19 @@ def _check_apart(train: Task, heldout: Task) -> None:
             f"{len(shared)} of {len(heldout.examples)} held-out prompts are training prompts too, such as "
             f"{shared[0][:60]!r}; give prompts that took no part in search or training"
         )
+
+
+def _check_unseen(sources: Mapping[str, TrainedPolicy], heldout: Task) -> None:
+    """Refuse held-out prompts that one of the compared policies remembers to have learned from."""
+    marks = set(prompt_marks(heldout.examples))
+    for name, trained in sources.items():
+        known = trained.training.get("prompt_marks")
+        shared = marks & set(known) if isinstance(known, list) else set()
+        if shared:
+            raise TaskError(
+                f"{len(shared)} of {len(marks)} held-out prompts were among those that {name} was trained on; give "
+                "prompts that no policy of the comparison has seen, or leave it out"
+            )
 
 
 def _plan(

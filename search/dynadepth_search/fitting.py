@@ -35,6 +35,7 @@ from dynadepth_search.labels import Labels
 from dynadepth_search.measuring import planned, wrapped
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring import Objective, Scorer, check_objective, plan_values
+from dynadepth_search.splitting import prompt_marks
 from dynadepth_search.tasks import Example
 
 __all__ = ["fit_imitation", "fit_routers", "router_plans", "write_routers"]
@@ -147,7 +148,7 @@ def fit_routers(
         rows,
         lambda pairs, plans: prompts.values(train, pairs, plans, goal),
         seed=seed,
-        front_rewards=value[:, _columns(table.plans, rows)].mean(axis=0),
+        front_rewards=value[train][:, _columns(table.plans, rows)].mean(axis=0),
         protect=protect,
         groups=[prompts.texts[index] for index in train],
         progress=lambda done, total: progress("cross-validating", done, total),
@@ -170,6 +171,7 @@ def fit_routers(
             **{key: task[key] for key in ("kind", "scoring", "sha256")},
         },
         "plans_scored": len(columns),
+        "prompt_marks": prompt_marks(table.examples),
         "shrinkage": choice.to_dict(),
     }
     return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes)
@@ -239,6 +241,7 @@ def fit_imitation(
     goal = check_objective(manifest.objective)
     notes = _notes(config, recipe, seed, train, validation, goal) | {
         "depth_penalty": manifest.depth_penalty,
+        "prompt_marks": prompt_marks(labels.examples),
         "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
         "labels": {
             "identity_rate": labels.identity_rate,

@@ -15,6 +15,7 @@ from dynadepth.trained import TrainedMenu
 from dynadepth_search.damage import DamageTable, menu_data
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring import check_objective
+from dynadepth_search.splitting import prompt_marks
 
 __all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
 
@@ -59,7 +60,6 @@ def fit_trained_menu(
         seed=seed,
         progress=lambda done, total: progress("training the menu", done, total),
     )
-    depths = fit.menu.depths
     progress("calibrating", 0, 1)
     calibration = calibrate_menu(fit)
     progress("calibrating", 1, 1)
@@ -76,7 +76,7 @@ def fit_trained_menu(
         "recipe": fit.recipe.to_dict(),
         "cross_validated_gain": fit.gain,
         "trials": [trial.to_dict() for trial in fit.trials],
-        "mean_depth_of_plans": float(depths.mean()),
+        "prompt_marks": prompt_marks(table.examples),
     }
     return TrainedMenu(
         menu=fit.menu,

@@ -173,8 +173,9 @@ def search_shared(
             f"{len(task.examples)} prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
         )
     place = Path(folder)
+    # What can be refused is refused before a folder is made.
+    search = _SharedSearch(model, tokenizer, task, place, spec, progress)
     with locked(place):
-        search = _SharedSearch(model, tokenizer, task, place, spec, progress)
         search.run()
     return read_shared(place)
 

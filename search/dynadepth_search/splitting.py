@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dynadepth.errors import TaskError
-from dynadepth.files import write_text_atomic
+from dynadepth.files import sha256_text, write_text_atomic
 from dynadepth_search.tasks import Example
 
-__all__ = ["split_examples", "write_task"]
+__all__ = ["prompt_marks", "split_examples", "write_task"]
 
 
 def split_examples(
@@ -52,6 +52,18 @@ def split_examples(
     drawn = np.random.default_rng(seed).permutation(len(distinct))[: train + heldout].tolist()
     chosen = [distinct[index] for index in drawn]
     return chosen[:train], chosen[train:]
+
+
+def prompt_marks(examples: Sequence[Example]) -> list[str]:
+    """Return a short hash of each different prompt, sorted: what trained policies remember of what they learned from.
+
+    Args:
+        examples: Their choices and answers are not in it.
+
+    Returns:
+        12 hexadecimal digits each.
+    """
+    return sorted({sha256_text(example.prompt.strip())[:12] for example in examples})
 
 
 def write_task(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:

@@ -42,7 +42,9 @@ def batches(draw):
 
 
 def alone(prompt):
-    total = sum((token + 1) * pow(1103515245, index, _PRIME) for index, token in enumerate(prompt))
+    total = sum(
+        (token + 1) * pow(1103515245, index + 1, _PRIME) for index, token in enumerate(prompt)
+    )
     return (48271 * (total % _PRIME) % _PRIME >> 7) / 2**24
 
 

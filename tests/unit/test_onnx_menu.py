@@ -125,7 +125,7 @@ def test_the_metadata_say_what_it_is(trained, content):
     assert facts["dynadepth.action_order"] == '["skip", "execute", "repeat"]'
     assert facts["dynadepth.protect"] == "[1]"
     assert '"depths": [0.5, 0.7, 0.9, 1.1]' in facts["dynadepth.calibration"]
-    for part in ("1103515245^i mod p", "48271 * h", "p = 2^31 - 1"):
+    for part in ("1103515245^(i+1) mod p", "48271 * h", "p = 2^31 - 1"):
         assert part in facts["dynadepth.mix"]
     two = facts_of(build_menu_onnx(random_menu(**TWO_STEPS)))
     assert (two["dynadepth.layers"], two["dynadepth.windows"]) == ("[2, 4]", "[3, 0]")

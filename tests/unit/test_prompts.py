@@ -12,7 +12,7 @@ PRIME = 2**31 - 1
 
 def by_hand(ids):
     """The formula, in whole numbers of any size."""
-    total = sum((token + 1) * 1103515245**index for index, token in enumerate(ids)) % PRIME
+    total = sum((token + 1) * 1103515245 ** (index + 1) for index, token in enumerate(ids)) % PRIME
     return (48271 * total % PRIME >> 7) / 2**24
 
 
