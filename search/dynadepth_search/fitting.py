@@ -33,8 +33,9 @@ from dynadepth.training import centre_heads, logits_of, train_damage_heads, trai
 from dynadepth_search.damage import DamageTable
 from dynadepth_search.labels import Labels
 from dynadepth_search.measuring import planned, wrapped
+from dynadepth_search.objectives import Objective, check_objective, plan_values
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring import Objective, Scorer, check_objective, plan_values
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.splitting import prompt_marks
 from dynadepth_search.tasks import Example
 
@@ -96,7 +97,7 @@ def fit_routers(
         tokenizer: Of the base model.
         table: Prompts under `router_plans(front)`, and perhaps other plans.
         front: Static plans: the identity first, each with one more layer skipped. Shape (plans, num_layers), uint8.
-        objective: `preserve`: see `dynadepth_search.scoring.plan_values` for what is lost.
+        objective: What a plan is worth, see `dynadepth_search.objectives.plan_values`; damage is what is lost of it.
         protect: Layers that always run once.
         training: The recipe; None takes the preset `dynadepth`'s.
         seed: Of the split, the folds and the training.

@@ -13,8 +13,8 @@ from dynadepth.menu_training import MenuFit, fit_menu
 from dynadepth.plans import plan_depth
 from dynadepth.trained import TrainedMenu
 from dynadepth_search.damage import DamageTable, menu_data
+from dynadepth_search.objectives import check_objective
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring import check_objective
 from dynadepth_search.splitting import prompt_marks
 
 __all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]

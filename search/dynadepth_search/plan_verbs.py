@@ -93,7 +93,7 @@ def search(
     """Search plans: a menu for all prompts (--shared), or the best plan of each; can be killed and started again."""
     protected = layer_numbers(protect, "--protect")
     if shared:
-        from dynadepth_search.scoring import check_objective
+        from dynadepth_search.objectives import check_objective
         from dynadepth_search.shared import SharedSpec, search_shared
 
         spec = SharedSpec(
@@ -123,7 +123,7 @@ def search(
         return
     from dynadepth.forest import SearchConfig
     from dynadepth_search.labels import read_labels
-    from dynadepth_search.scoring import check_objective
+    from dynadepth_search.objectives import check_objective
     from dynadepth_search.search_spec import SearchSpec
     from dynadepth_search.searching import run_search
 

@@ -10,7 +10,7 @@ from typing import Any
 from dynadepth.config import config_to_dict
 from dynadepth.errors import ConfigError
 from dynadepth.forest import SearchConfig
-from dynadepth_search.scoring import Objective, check_objective
+from dynadepth_search.objectives import Objective, check_objective
 
 __all__ = ["SearchSpec", "SearchSummary"]
 

@@ -23,9 +23,10 @@ from dynadepth.plans import Plans, plan_text
 from dynadepth_search.label_store import LabelStore
 from dynadepth_search.labels import Manifest, label_row
 from dynadepth_search.locking import locked
+from dynadepth_search.objectives import check_answers
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
-from dynadepth_search.scoring import Scorer, check_answers
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.search_spec import SearchSpec, SearchSummary
 from dynadepth_search.tasks import Example, Task
 

@@ -21,16 +21,10 @@ from dynadepth.menu_training import choose_plans
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
 from dynadepth_search.damage import menu_data, score_damage
 from dynadepth_search.locking import locked
+from dynadepth_search.objectives import Objective, check_answers, check_objective, plan_values
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
-from dynadepth_search.scoring import (
-    Objective,
-    Outcomes,
-    Scorer,
-    check_answers,
-    check_objective,
-    plan_values,
-)
+from dynadepth_search.scoring import Outcomes, Scorer
 from dynadepth_search.tasks import Example, Task
 
 __all__ = ["MENU", "SharedPlans", "SharedSpec", "read_shared", "search_shared"]

@@ -19,7 +19,8 @@ from dynadepth_search.damage import score_damage
 from dynadepth_search.fitting import fit_imitation, fit_routers, router_plans, write_routers
 from dynadepth_search.labels import Labels, Manifest
 from dynadepth_search.measuring import planned, wrapped
-from dynadepth_search.scoring import Scorer, plan_values
+from dynadepth_search.objectives import plan_values
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example, Task
 from tests.tiny import tiny_model
 from tests.tiny_text import word_tokenizer

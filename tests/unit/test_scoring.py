@@ -8,8 +8,9 @@ import torch
 
 from dynadepth.errors import ConfigError, PlanError, TaskError, UnsupportedModelError, WrapError
 from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth_search.objectives import check_objective, plan_values
 from dynadepth_search.prompts import encode_example, prompt_text
-from dynadepth_search.scoring import Scorer, check_objective, plan_values
+from dynadepth_search.scoring import Scorer
 from dynadepth_search.sweeping import Work, pack
 from dynadepth_search.tasks import Example
 from tests.tiny import tiny_model
