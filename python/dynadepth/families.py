@@ -24,6 +24,9 @@ SUPPORTED_FAMILIES: dict[str, tuple[str, str]] = {
     "qwen3": ("model", "layers"),
 }
 
+# What decoder layers call the cache: since transformers 5.24, before it, and in families with a name of their own.
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerStack:
@@ -120,10 +123,10 @@ def layer_signature(forward: Callable[..., Any]) -> LayerSignature:
         for name, parameter in inspect.signature(forward).parameters.items()
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     )[1:]
-    cache_name = next((name for name in names if name in ("past_key_values", "layer_past")), None)
+    cache_name = next((name for name in names if name in _CACHE_NAMES), None)
     if cache_name is None or "attention_mask" not in names:
         raise UnsupportedModelError(
             f"{forward.__qualname__} takes {', '.join(names)}; expected an attention_mask and a cache called "
-            "past_key_values or layer_past"
+            f"{' or '.join(_CACHE_NAMES)}"
         )
     return LayerSignature(names, cache_name, "attention_mask")
