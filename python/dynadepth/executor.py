@@ -6,7 +6,8 @@ family's own forward makes masks and positions, and the layer's own forward does
 Knows nothing of plans, policies or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +51,7 @@ class LayerCall:
     arguments: dict[str, Any]
     signature: LayerSignature
     _forward: Callable[..., Any]
+    _feed_forward: nn.Module | None
 
     @property
     def cache(self) -> Any:
@@ -68,6 +70,7 @@ class LayerCall:
         cache: Any,
         index: torch.Tensor | None = None,
         num_rows: int | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layer's own forward once.
 
@@ -77,6 +80,9 @@ class LayerCall:
             index: For each row run, the row of the model's batch whose mask and positions it has. Shape (rows run,),
                 int64, on the states' device. None: the whole batch in order.
             num_rows: Rows of the model's batch; needed with `index`.
+            wanted: Numbers of the outputs that will be read, counted row by row, token by token; the others may hold
+                anything, so the feed-forward module need not run for them. Shape (outputs,), int64, on the states'
+                device. None: all.
 
         Returns:
             The layer's output. Shape as `hidden_states`.
@@ -94,7 +100,11 @@ class LayerCall:
         else:
             arguments = dict(arguments)
         arguments[self.signature.cache_name] = cache
-        output = self._forward(hidden_states, **arguments)
+        if wanted is None or self._feed_forward is None:
+            output = self._forward(hidden_states, **arguments)
+        else:
+            with _only(wanted, self._feed_forward):
+                output = self._forward(hidden_states, **arguments)
         if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
             found = (
                 tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -104,6 +114,33 @@ class LayerCall:
                 f"{tuple(hidden_states.shape)} (batch, tokens, hidden)"
             )
         return output
+
+
+@contextmanager
+def _only(wanted: torch.Tensor, feed_forward: nn.Module) -> Iterator[None]:
+    """Let a feed-forward module run for some tokens only; for the others it gives zeros."""
+
+    def before(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0].flatten(0, 1).index_select(0, wanted).unsqueeze(0),)
+
+    def after(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.new_zeros(shape).index_copy_(0, wanted, output[0]).unflatten(0, rows)
+
+    def measure(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        nonlocal rows, shape
+        rows, shape = args[0].shape[:2], (args[0].shape[:2].numel(), args[0].shape[2])
+
+    rows, shape = torch.Size(), (0, 0)
+    handles = [
+        feed_forward.register_forward_pre_hook(measure),
+        feed_forward.register_forward_pre_hook(before),
+        feed_forward.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Scope(Protocol):
@@ -146,6 +183,7 @@ class _Seat:
 
     layer_idx: int
     owner: object
+    feed_forward: str | None
 
 
 _SEAT = "_dynadepth_seat"
@@ -169,7 +207,12 @@ def _routed_forward(
     hidden_states = arguments.pop(signature.names[0])
     return scope.run(
         LayerCall(
-            seat.layer_idx, hidden_states, arguments, signature, MethodType(base.forward, layer)
+            seat.layer_idx,
+            hidden_states,
+            arguments,
+            signature,
+            MethodType(base.forward, layer),
+            None if seat.feed_forward is None else getattr(layer, seat.feed_forward),
         )
     )
 
@@ -228,7 +271,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             )
         _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
-        layer.__dict__[_SEAT] = _Seat(layer_idx, owner)
+        layer.__dict__[_SEAT] = _Seat(layer_idx, owner, stack.feed_forward)
         _set_class(layer, _routed_class(classes[layer_idx]))
 
 

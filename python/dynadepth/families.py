@@ -13,15 +13,32 @@ from torch import nn
 
 from dynadepth.errors import UnsupportedModelError
 
-__all__ = ["SUPPORTED_FAMILIES", "LayerStack", "layer_stack"]
+__all__ = ["SUPPORTED_FAMILIES", "Family", "LayerStack", "layer_stack"]
 
-# model_type -> path of the module whose forward runs the layers, and the name of its list of layers.
-SUPPORTED_FAMILIES: dict[str, tuple[str, str]] = {
-    "gemma3_text": ("model", "layers"),
-    "llama": ("model", "layers"),
-    "mistral": ("model", "layers"),
-    "qwen2": ("model", "layers"),
-    "qwen3": ("model", "layers"),
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the models of one family are built.
+
+    Attributes:
+        stack: Path of the module whose forward makes masks and positions and loops over the layers.
+        layers: Name of its list of decoder layers.
+        feed_forward: Name of a layer's module that maps each token's state by itself, called with the states alone;
+            None if there is no such module.
+    """
+
+    stack: str = "model"
+    layers: str = "layers"
+    feed_forward: str | None = "mlp"
+
+
+# By `model_type`. A line here and one in the contract suite let a family join.
+SUPPORTED_FAMILIES: dict[str, Family] = {
+    "gemma3_text": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
 }
 
 # What decoder layers call the cache: since transformers 5.24, before it, and in families with a name of their own.
@@ -38,6 +55,7 @@ class LayerStack:
         num_layers: How many there are.
         hidden_size: Width of the residual stream.
         model_type: The family, as the config names it.
+        feed_forward: As `Family` has it.
     """
 
     stack: nn.Module
@@ -45,6 +63,7 @@ class LayerStack:
     num_layers: int
     hidden_size: int
     model_type: str
+    feed_forward: str | None
 
 
 def layer_stack(model: nn.Module) -> LayerStack:
@@ -68,7 +87,8 @@ def layer_stack(model: nn.Module) -> LayerStack:
             f"{', '.join(sorted(SUPPORTED_FAMILIES))}. Other families may share caches between layers or keep "
             "recurrent state, so they are refused until they pass the parity suite"
         )
-    path, name = SUPPORTED_FAMILIES[model_type]
+    family = SUPPORTED_FAMILIES[model_type]
+    path, name = family.stack, family.layers
     try:
         stack = model.get_submodule(path)
         layers = stack.get_submodule(name)
@@ -88,7 +108,9 @@ def layer_stack(model: nn.Module) -> LayerStack:
             f"{config.num_kv_shared_layers} layers of this {model_type} read another layer's keys and values; "
             "skipping the layer that makes them would break these, so the model is refused"
         )
-    return LayerStack(stack, layers, len(layers), int(config.hidden_size), model_type)
+    return LayerStack(
+        stack, layers, len(layers), int(config.hidden_size), model_type, family.feed_forward
+    )
 
 
 @dataclass(frozen=True, slots=True)

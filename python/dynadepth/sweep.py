@@ -150,7 +150,7 @@ class Sweeper:
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         flat = score.to(device)
         handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
-        enter_scope(_SweepScope(self, plan, num_examples, device, observer))
+        enter_scope(_SweepScope(self, plan, num_examples, device, observer, score.cpu().numpy()))
         try:
             with torch.inference_mode():
                 logits = self._model(
@@ -185,10 +185,12 @@ class _SweepScope:
         num_examples: int,
         device: torch.device,
         observer: StateObserver | None,
+        score: npt.NDArray[np.int64],
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._plan = plan
+        self._score = score
         self._num_examples = num_examples
         self._observer = observer
         # The prompt whose masks and positions each state has.
@@ -205,14 +207,47 @@ class _SweepScope:
         self._example = following
         pieces = [states]
         if first.numel():
+            wanted = self._wanted(call.layer_idx, states, len(first), len(second))
             prompts = example[first]
-            pieces.append(self._visit(call, states.index_select(0, first), prompts))
+            pieces.append(
+                self._visit(call, states.index_select(0, first), prompts, wanted[: len(first)])
+            )
             if second.numel():
-                pieces.append(self._visit(call, pieces[1].index_select(0, second), prompts[second]))
+                again = pieces[1].index_select(0, second)
+                pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
         return torch.cat(pieces).index_select(0, gather)
 
-    def _visit(self, call: LayerCall, states: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return call.visit(states, cache=None, index=prompts, num_rows=self._num_examples)
+    def _wanted(
+        self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
+    ) -> npt.NDArray[np.bool_]:
+        """Return which tokens of a layer's results are read: of what no later layer visits, the scored ones.
+
+        Shape (first and second results, tokens).
+        """
+        wanted = np.ones((num_first + num_second, states.shape[1]), dtype=np.bool_)
+        observed = () if self._observer is None else self._observer.layers
+        if layer_idx >= max(observed, default=0):
+            wanted[self._plan.settled(layer_idx)] = False
+            plan, position = self._score.T
+            result = self._plan.leaving(layer_idx)[plan] - len(states)
+            made_here = result >= 0
+            wanted[result[made_here], position[made_here]] = True
+        return wanted
+
+    def _visit(
+        self,
+        call: LayerCall,
+        states: torch.Tensor,
+        prompts: torch.Tensor,
+        wanted: npt.NDArray[np.bool_],
+    ) -> torch.Tensor:
+        tokens = None
+        # Nothing at all is a shape that not every module takes.
+        if wanted.any() and not wanted.all():
+            tokens = torch.from_numpy(np.flatnonzero(wanted)).to(states.device)
+        return call.visit(
+            states, cache=None, index=prompts, num_rows=self._num_examples, wanted=tokens
+        )
 
 
 def _check_examples(example: Any, num_plans: int, num_examples: int) -> npt.NDArray[np.uint32]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dynadepth.baking import bake
 from dynadepth.errors import PlanError, WrapError
+from dynadepth.families import layer_stack
 from dynadepth.features import block_influence, prompt_features
 from dynadepth.sweep import Sweeper
 from dynadepth.wrap import wrap_model
@@ -74,6 +75,54 @@ def test_any_plans_and_prompts(data):
     for row, logits in enumerate(result.logits):
         reference = separate(model, ids, mask, plans[row], example[row])[-1]
         assert (logits - reference).abs().max().item() < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
+    """Of results that no layer visits again only scored tokens pass the feed-forward module, and only where none is observed."""
+    model = tiny_model(family)
+    name = layer_stack(model).feed_forward
+    if name is None:
+        pytest.skip("the family has no feed-forward module of its own")
+    ids, mask = random_batch([9, 5, 12], seed=1)
+    plans = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 2, 0, 0], [1, 1, 1, 0]], dtype=np.uint8)
+    example = np.array([0, 1, 2, 0])
+    score = torch.tensor([[0, 11], [0, 10], [1, 11], [2, 11], [3, 11], [3, 11]])
+    passed = []
+    handles = [
+        getattr(layer, name).register_forward_hook(
+            lambda _module, args, _output: passed.append(args[0].shape[:2].numel()), prepend=True
+        )
+        for layer in layer_stack(model).layers
+    ]
+    with Sweeper(model) as sweeper:
+        result = sweeper.sweep(ids, mask, plans, example, score=score)
+        counts, passed[:] = list(passed), []
+        watched = sweeper.sweep(ids, mask, plans, example, score=score, observer=Watch(3))
+    for handle in handles:
+        handle.remove()
+    # Layer 1: prompt 0 goes on, prompts 1 and 2 end here, prompt 2 after its repeat.
+    assert counts == [3 * 12, 2 * 12 + 1, 1, 12, 2]
+    assert passed == [3 * 12, 3 * 12, 12, 12, 2]
+    for logits, again, (plan, position) in zip(
+        result.logits, watched.logits, score.tolist(), strict=True
+    ):
+        row = int(example[plan])
+        reference = separate(model, ids, mask, plans[plan], row)[
+            position - ids.shape[1] + int(mask[row].sum())
+        ]
+        assert (logits - reference).abs().max().item() < 1e-9
+        assert (again - reference).abs().max().item() < 1e-9
+
+
+class Watch:
+    """An observer of one layer."""
+
+    def __init__(self, layer):
+        self.layers = (layer,)
+
+    def observe(self, layer_idx, states, entering):
+        assert states[entering].isfinite().all()
 
 
 def test_a_sweeper_leaves_no_trace_also_after_an_error():

@@ -99,6 +99,27 @@ def test_plans_enter_each_layer_in_their_own_state(batch):
 
 
 @given(batches())
+def test_plans_leave_each_layer_as_they_enter_the_next_and_settle_after_their_last_visit(batch):
+    plans, example, num_examples = batch
+    sweep = plan_sweep(plans, example, num_examples)
+    num_states = num_examples
+    for layer in range(sweep.num_layers):
+        first, second, gather, _ = sweep.layer(layer)
+        leaving, settled = sweep.leaving(layer), sweep.settled(layer)
+        last = layer + 1 == sweep.num_layers
+        entering = np.arange(len(plans)) if last else sweep.entering(layer + 1)
+        assert gather[entering].tolist() == leaving.tolist()
+        read = {*second.tolist()}
+        read |= {
+            int(row) - num_states
+            for plan, row in zip(plans, leaving, strict=True)
+            if row >= num_states and plan[layer + 1 :].any()
+        }
+        assert settled.tolist() == sorted({*range(len(first) + len(second))} - read)
+        num_states = len(gather)
+
+
+@given(batches())
 def test_indices_are_what_torch_indexes_with(batch):
     plans, example, num_examples = batch
     sweep = plan_sweep(plans, example, num_examples)
@@ -148,6 +169,10 @@ def test_a_layer_beyond_the_last_is_an_index_error():
         sweep.layer(2)
     with pytest.raises(IndexError, match="layer 2 is not in the sweep; expected an index below 2"):
         sweep.entering(2)
+    with pytest.raises(IndexError, match="layer 2 is not in the sweep"):
+        sweep.leaving(2)
+    with pytest.raises(IndexError, match="layer 2 is not in the sweep"):
+        sweep.settled(2)
 
 
 def test_other_dtypes_are_refused_not_converted():

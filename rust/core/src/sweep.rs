@@ -25,6 +25,10 @@ pub struct LayerStep {
     pub example: Vec<u32>,
     /// The state that each plan is in before the layer.
     pub entering: Vec<u32>,
+    /// The state that each plan is in after the layer, as a row of the same three blocks as `gather`.
+    pub leaving: Vec<u32>,
+    /// Results that no layer visits again, as rows of the first and the second results laid end to end, ascending.
+    pub settled: Vec<u32>,
 }
 
 /// One pass over the layers that yields the last hidden state of every plan.
@@ -69,11 +73,16 @@ impl SweepPlan {
     ) -> Result<Self> {
         check_input(plans, example, num_examples, num_layers)?;
         let mut rows = Rows::new(example, num_examples);
+        let last_visit: Vec<usize> = plans
+            .chunks_exact(num_layers)
+            .map(|plan| plan.iter().rposition(|&action| action != SKIP).unwrap_or(0))
+            .collect();
         let mut steps = Vec::with_capacity(num_layers);
         let mut executed = 0_u64;
         for layer in 0..num_layers {
             let actions = || plans.iter().skip(layer).step_by(num_layers).copied();
-            let step = rows.advance(actions, layer + 1 == num_layers);
+            let visited_later = || last_visit.iter().map(|&last| last > layer);
+            let step = rows.advance(actions, visited_later, layer + 1 == num_layers);
             executed += (step.first.len() + step.second.len()) as u64;
             steps.push(step);
         }
@@ -169,10 +178,11 @@ impl Rows {
         }
     }
 
-    /// Takes one layer: `actions` yields the action of each plan there.
-    fn advance<I: Iterator<Item = u8>>(
+    /// Takes one layer: `actions` yields the action of each plan there, `visited_later` whether a later layer visits it.
+    fn advance<I: Iterator<Item = u8>, J: Iterator<Item = bool>>(
         &mut self,
         actions: impl Fn() -> I,
+        visited_later: impl Fn() -> J,
         last: bool,
     ) -> LayerStep {
         let num_states = self.example.len();
@@ -208,12 +218,26 @@ impl Rows {
                 places[usize::from(EXECUTE)] += first_start;
             }
         }
-        if last {
-            for (&state, action) in self.state.iter().zip(actions()) {
-                step.gather
-                    .push(source[state as usize][usize::from(action)]);
-                step.example.push(self.example[state as usize]);
+        step.leaving = (self.state.iter().zip(actions()))
+            .map(|(&state, action)| source[state as usize][usize::from(action)])
+            .collect();
+        let mut alive = vec![false; (num_first + num_second) as usize];
+        for &row in &step.second {
+            alive[row as usize] = true;
+        }
+        for (&row, later) in step.leaving.iter().zip(visited_later()) {
+            if later && row >= first_start {
+                alive[(row - first_start) as usize] = true;
             }
+        }
+        step.settled = (0..num_first + num_second)
+            .filter(|&row| !alive[row as usize])
+            .collect();
+        if last {
+            step.gather.clone_from(&step.leaving);
+            step.example = (self.state.iter())
+                .map(|&state| self.example[state as usize])
+                .collect();
             return step;
         }
         let mut next = vec![[ABSENT; 3]; num_states];

@@ -170,6 +170,34 @@ proptest! {
             prop_assert_eq!((rows.len(), pairs.len()), (distinct.len(), distinct.len()));
         }
     }
+
+    #[test]
+    fn results_are_settled_when_no_later_visit_reads_them((num_layers, num_examples, plans, example) in batches()) {
+        let sweep = planned(&plans, &example, num_examples, num_layers)
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
+        let (history, _) = carry_out(&sweep, num_examples);
+        for layer in 0..num_layers {
+            let step = sweep.step(layer).cloned().unwrap_or_default();
+            let (states, num_first) = (history[layer].len() as u32, step.first.len() as u32);
+            // Read again: results repeated here, and those of plans that visit a later layer.
+            let mut read: BTreeSet<u32> = step.second.iter().copied().collect();
+            for (plan, &row) in plans.chunks(num_layers).zip(&step.leaving) {
+                if row >= states && plan[layer + 1..].iter().any(|&action| action > 0) {
+                    read.insert(row - states);
+                }
+            }
+            let settled: Vec<u32> = (0..num_first + step.second.len() as u32)
+                .filter(|row| !read.contains(row))
+                .collect();
+            prop_assert_eq!(&step.settled, &settled);
+            // Where a plan leaves to is what it enters the next layer as.
+            let next = sweep.step(layer + 1);
+            for (plan, &row) in step.leaving.iter().enumerate() {
+                let entered = next.map_or(plan, |next| next.entering[plan] as usize);
+                prop_assert_eq!(step.gather[entered], row);
+            }
+        }
+    }
 }
 
 #[test]

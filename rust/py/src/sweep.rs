@@ -61,6 +61,24 @@ impl PySweepPlan {
         Ok(indices(py, &self.step(layer_idx)?.entering))
     }
 
+    /// Return the state that each plan is in after a layer: a row of [states, first results, second results].
+    fn leaving<'py>(
+        &self,
+        py: Python<'py>,
+        layer_idx: usize,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(indices(py, &self.step(layer_idx)?.leaving))
+    }
+
+    /// Return the results of a layer that are visited no more: rows of [first results, second results].
+    fn settled<'py>(
+        &self,
+        py: Python<'py>,
+        layer_idx: usize,
+    ) -> PyResult<Bound<'py, PyArray1<i64>>> {
+        Ok(indices(py, &self.step(layer_idx)?.settled))
+    }
+
     fn __repr__(&self) -> String {
         format!(
             "SweepPlan(num_layers={}, naive_visits={}, executed_visits={})",
