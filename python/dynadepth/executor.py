@@ -6,8 +6,7 @@ family's own forward makes masks and positions, and the layer's own forward does
 Knows nothing of plans, policies or files.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -103,7 +102,7 @@ class LayerCall:
         if wanted is None or self._feed_forward is None:
             output = self._forward(hidden_states, **arguments)
         else:
-            with _only(wanted, self._feed_forward):
+            with _Only(wanted, self._feed_forward):
                 output = self._forward(hidden_states, **arguments)
         if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
             found = (
@@ -116,31 +115,32 @@ class LayerCall:
         return output
 
 
-@contextmanager
-def _only(wanted: torch.Tensor, feed_forward: nn.Module) -> Iterator[None]:
-    """Let a feed-forward module run for some tokens only; for the others it gives zeros."""
+class _Only:
+    """Lets a feed-forward module run for some tokens only, inside the block; for the others it gives zeros."""
 
-    def before(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (args[0].flatten(0, 1).index_select(0, wanted).unsqueeze(0),)
+    def __init__(self, wanted: torch.Tensor, feed_forward: nn.Module) -> None:
+        self._wanted, self._feed_forward = wanted, feed_forward
+        self._handles: list[Any] = []
+        self._shape = torch.Size()
 
-    def after(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
-        return output.new_zeros(shape).index_copy_(0, wanted, output[0]).unflatten(0, rows)
+    def __enter__(self) -> None:
+        self._handles = [
+            self._feed_forward.register_forward_pre_hook(self._before),
+            self._feed_forward.register_forward_hook(self._after),
+        ]
 
-    def measure(_module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        nonlocal rows, shape
-        rows, shape = args[0].shape[:2], (args[0].shape[:2].numel(), args[0].shape[2])
-
-    rows, shape = torch.Size(), (0, 0)
-    handles = [
-        feed_forward.register_forward_pre_hook(measure),
-        feed_forward.register_forward_pre_hook(before),
-        feed_forward.register_forward_hook(after),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def _before(self, _module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        self._shape = args[0].shape
+        return (args[0].flatten(0, 1).index_select(0, self._wanted).unsqueeze(0),)
+
+    def _after(self, _module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        full = output.new_zeros(self._shape)
+        full.flatten(0, 1).index_copy_(0, self._wanted, output[0])
+        return full
 
 
 class Scope(Protocol):
