@@ -79,7 +79,7 @@ def test_any_plans_and_prompts(data):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
-    """Of results that no layer visits again only scored tokens pass the feed-forward module, from the last observed on."""
+    """Of results that no layer visits again only scored tokens pass it, from the last observed layer on."""
     model = tiny_model(family)
     name = layer_stack(model).feed_forward
     if name is None:
