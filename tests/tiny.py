@@ -6,15 +6,7 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 97
 _SHAPE: dict[str, Any] = {
@@ -23,28 +15,72 @@ _SHAPE: dict[str, Any] = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 128,
     "initializer_range": 0.5,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    # A window shorter than the prompts, and layers of both kinds.
-    "gemma3": (
-        Gemma3TextConfig,
-        {
-            "sliding_window": 6,
-            "query_pre_attn_scalar": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
+_WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+# By name: the model_type and what it needs besides the shape. `layer_types` is repeated over the layers; windows are
+# shorter than the prompts.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWED}),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWED}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "gpt2": ("gpt2", {"n_inner": 48}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "falcon": ("falcon", {"ffn_hidden_size": 48, "alibi": False}),
+    "bloom": ("bloom", {}),
+    "olmo2": ("olmo2", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "stablelm": ("stablelm", {}),
+    "granite": ("granite", {"attention_multiplier": 0.35, "residual_multiplier": 0.5}),
+    "cohere": ("cohere", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0]}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 24, "mlp_only_layers": [1], **_EXPERTS},
     ),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "decoder_sparse_step": 2, **_EXPERTS}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
 }
+# Settings of some families that take other ways through their layers.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral, window": ("mistral", {"sliding_window": 6}),
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, **_WINDOWED}),
+    "phi3, window": ("phi3", {"sliding_window": 6}),
+    "gpt2, scaled": ("gpt2", {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt_neox, serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt, post-norm": (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
+    "falcon, alibi": (
+        "falcon",
+        {"ffn_hidden_size": 48, "alibi": True, "parallel_attn": False, "multi_query": False},
+    ),
+    "falcon, new": (
+        "falcon",
+        {"ffn_hidden_size": 48, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere, normed": ("cohere", {"use_qk_norm": True}),
+}
+
+
+def attentions(family: str) -> tuple[str, ...]:
+    """Return the kinds of attention that a family runs on a processor."""
+    return ("eager",) if family in ("bloom", "gemma2") else ("sdpa", "eager")
 
 
 def tiny_model(
@@ -53,18 +89,23 @@ def tiny_model(
     num_layers: int = 4,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """Return a random model in evaluation mode, the same for the same arguments."""
-    config_class, extra = FAMILIES[family]
+    """Return a random model in evaluation mode, the same for the same arguments; sdpa where the family has it."""
+    model_type, extra = {**FAMILIES, **VARIANTS}[family]
     settings = {**_SHAPE, **extra, "num_hidden_layers": num_layers}
-    if "layer_types" in extra:
-        settings["layer_types"] = (extra["layer_types"] * num_layers)[:num_layers]
+    for name in ("layer_types", "no_rope_layers"):
+        if name in extra:
+            settings[name] = (extra[name] * num_layers)[:num_layers]
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(
-            config_class(**settings), attn_implementation=attention, dtype=dtype
+            AutoConfig.for_model(model_type, **settings),
+            attn_implementation=attention or attentions(family)[0],
+            # The fused kernel has no float64.
+            experts_implementation="eager",
+            dtype=dtype,
         )
     finally:
         torch.random.set_rng_state(state)

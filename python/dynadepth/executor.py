@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dynadepth.errors import UnsupportedModelError, WrapError
-from dynadepth.families import LayerSignature, LayerStack, layer_signature
+from dynadepth.families import Family, LayerSignature, LayerStack, layer_signature
 
 __all__ = [
     "LayerCall",
@@ -29,9 +29,9 @@ __all__ = [
     "remove_executor",
 ]
 
-# Arguments of a decoder layer whose first dimension is the batch (or 1), in all supported families. Any other tensor is
+# Arguments of a decoder layer whose first dimension is the batch (or 1; for alibi a multiple), in all supported families. Any other tensor is
 # refused when rows are gathered: a guess by shape would gather packed lengths or positions of T == B tokens.
-_ROW_ARGUMENTS = frozenset({"attention_mask", "position_embeddings", "position_ids"})
+_ROW_ARGUMENTS = frozenset({"alibi", "attention_mask", "position_embeddings", "position_ids"})
 
 
 @dataclass(slots=True)
@@ -43,12 +43,15 @@ class LayerCall:
         hidden_states: The states that enter it. Shape (rows, tokens, hidden).
         arguments: Everything else it was called with, by parameter name.
         signature: How its class is called.
+        extras: What the last visit of the whole batch returned after the states; None each where there was none, since
+            of some rows they would not be the batch's. As many as the family has.
     """
 
     layer_idx: int
     hidden_states: torch.Tensor
     arguments: dict[str, Any]
     signature: LayerSignature
+    extras: tuple[Any, ...]
     _forward: Callable[..., Any]
     _feed_forward: nn.Module | None
 
@@ -104,6 +107,9 @@ class LayerCall:
         else:
             with _Only(wanted, self._feed_forward):
                 output = self._forward(hidden_states, **arguments)
+        if self.extras and isinstance(output, tuple) and len(output) == 1 + len(self.extras):
+            self.extras = output[1:] if index is None else (None,) * len(self.extras)
+            output = output[0]
         if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
             found = (
                 tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -183,7 +189,7 @@ class _Seat:
 
     layer_idx: int
     owner: object
-    feed_forward: str | None
+    family: Family
 
 
 _SEAT = "_dynadepth_seat"
@@ -205,16 +211,18 @@ def _routed_forward(
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
     hidden_states = arguments.pop(signature.names[0])
-    return scope.run(
-        LayerCall(
-            seat.layer_idx,
-            hidden_states,
-            arguments,
-            signature,
-            MethodType(base.forward, layer),
-            None if seat.feed_forward is None else getattr(layer, seat.feed_forward),
-        )
+    feed_forward = seat.family.feed_forward
+    call = LayerCall(
+        seat.layer_idx,
+        hidden_states,
+        arguments,
+        signature,
+        (None,) * seat.family.num_extras,
+        MethodType(base.forward, layer),
+        None if feed_forward is None else getattr(layer, feed_forward),
     )
+    states = scope.run(call)
+    return (states, *call.extras) if call.extras else states
 
 
 @cache
@@ -271,7 +279,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             )
         _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
-        layer.__dict__[_SEAT] = _Seat(layer_idx, owner, stack.feed_forward)
+        layer.__dict__[_SEAT] = _Seat(layer_idx, owner, stack.family)
         _set_class(layer, _routed_class(classes[layer_idx]))
 
 
@@ -298,6 +306,9 @@ def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) 
                 f"a decoder layer was called with the tensor {name!r} of shape {tuple(value.shape)}; with plans that "
                 f"differ between rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row"
             )
+        if name == "alibi" and value.shape[0] % num_rows == 0:
+            # bloom has rows and heads in one dimension.
+            return value.unflatten(0, (num_rows, -1)).index_select(0, index).flatten(0, 1)
         if value.shape[0] == 1:
             return value
         if value.shape[0] != num_rows:

@@ -25,20 +25,40 @@ class Family:
         layers: Name of its list of decoder layers.
         feed_forward: Name of a layer's module that maps each token's state by itself, called with the states alone;
             None if there is no such module.
+        num_extras: Values that a layer returns after the states, as a tuple; 0 if it returns the states alone.
     """
 
     stack: str = "model"
     layers: str = "layers"
     feed_forward: str | None = "mlp"
+    num_extras: int = 0
 
 
 # By `model_type`. A line here and one in the contract suite let a family join.
 SUPPORTED_FAMILIES: dict[str, Family] = {
+    "bloom": Family("transformer", "h", feed_forward=None, num_extras=1),
+    "cohere": Family(),
+    "falcon": Family("transformer", "h", num_extras=1),
+    "gemma2": Family(),
     "gemma3_text": Family(),
+    "gpt2": Family("transformer", "h"),
+    "gpt_neox": Family("gpt_neox"),
+    "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mixtral": Family(),
+    "olmo2": Family(),
+    "olmoe": Family(),
+    "opt": Family("model.decoder", feed_forward=None),
+    "phi": Family(),
+    "phi3": Family(),
     "qwen2": Family(),
+    "qwen2_moe": Family(),
     "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "smollm3": Family(),
+    "stablelm": Family(),
+    "starcoder2": Family(),
 }
 
 # What decoder layers call the cache: since transformers 5.24, before it, and in families with a name of their own.
@@ -55,7 +75,7 @@ class LayerStack:
         num_layers: How many there are.
         hidden_size: Width of the residual stream.
         model_type: The family, as the config names it.
-        feed_forward: As `Family` has it.
+        family: How it is built.
     """
 
     stack: nn.Module
@@ -63,7 +83,7 @@ class LayerStack:
     num_layers: int
     hidden_size: int
     model_type: str
-    feed_forward: str | None
+    family: Family
 
 
 def layer_stack(model: nn.Module) -> LayerStack:
@@ -108,9 +128,12 @@ def layer_stack(model: nn.Module) -> LayerStack:
             f"{config.num_kv_shared_layers} layers of this {model_type} read another layer's keys and values; "
             "skipping the layer that makes them would break these, so the model is refused"
         )
-    return LayerStack(
-        stack, layers, len(layers), int(config.hidden_size), model_type, family.feed_forward
-    )
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"this {model_type} has cross-attention, whose states come from an encoder and are kept in a cache of "
+            "another kind; load it with add_cross_attention=False"
+        )
+    return LayerStack(stack, layers, len(layers), int(config.hidden_size), model_type, family)
 
 
 @dataclass(frozen=True, slots=True)

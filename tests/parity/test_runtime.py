@@ -10,9 +10,10 @@ from dynadepth.baking import bake
 from dynadepth.plans import identity_plan
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
-from tests.tiny import FAMILIES, VOCAB_SIZE, random_batch, tiny_model
+from tests.tiny import FAMILIES, VARIANTS, VOCAB_SIZE, attentions, random_batch, tiny_model
 
-ATTENTION = ("sdpa", "eager")
+NAMES = [*FAMILIES, *VARIANTS]
+KINDS = [(family, attention) for family in NAMES for attention in attentions(family)]
 LENGTHS = [9, 5, 7, 12]
 NEW = 7
 NUM_LAYERS = 4
@@ -33,26 +34,25 @@ def continued(side: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     return torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1), ids.shape[1]
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_padded_batch_equals_baked_rows(family, attention, side, mode):
+@pytest.mark.parametrize(("family", "attention"), KINDS)
+def test_mixed_padded_batch_equals_baked_rows(family, attention, side):
     model = tiny_model(family, attention=attention)
     plans = mixed_plans(NUM_LAYERS, len(LENGTHS), seed=3)
     ids, mask, width = continued(side, seed=5)
     expected = baked_rows(model, plans, ids, mask, padded=side == "right")
     wrap_model(model, plan=identity_plan(NUM_LAYERS))
-    with model.dynadepth.plans(plans):
-        logits = drive(model, ids, mask, width, mode)
-    for row, reference in enumerate(expected):
-        difference = (logits[row][mask[row].bool()] - reference).abs().max().item()
-        assert difference < TOLERANCE, (row, plans[row], difference)
+    for mode in MODES:
+        with model.dynadepth.plans(plans):
+            logits = drive(model, ids, mask, width, mode)
+        for row, reference in enumerate(expected):
+            difference = (logits[row][mask[row].bool()] - reference).abs().max().item()
+            assert difference < TOLERANCE, (mode, row, plans[row], difference)
     assert (model.dynadepth.last_plans == plans).all()
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", NAMES)
 def test_random_plans_cached_left_padded(family, seed):
     model = tiny_model(family, seed=seed)
     plans = mixed_plans(NUM_LAYERS, len(LENGTHS), seed=100 + seed)
@@ -66,8 +66,7 @@ def test_random_plans_cached_left_padded(family, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), KINDS)
 def test_identity_is_bit_equal(family, attention, dtype):
     model = tiny_model(family, attention=attention, dtype=dtype)
     ids, mask, width = continued("left", seed=1)
@@ -81,7 +80,7 @@ def test_identity_is_bit_equal(family, attention, dtype):
     assert torch.equal(model.generate(prompt, **settings), tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_bfloat16_equals_baked_in_the_same_batch(family):
     model = tiny_model(family, dtype=torch.bfloat16)
     plan = np.array([2, 0, 1, 2], dtype=np.uint8)
@@ -107,7 +106,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("kind", GENERATION)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_generate_equals_baked(family, kind):
     model = tiny_model(family)
     plan = np.array([0, 2, 1, 2], dtype=np.uint8)
@@ -123,7 +122,7 @@ def test_generate_equals_baked(family, kind):
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_generate_with_mixed_plans_equals_baked_rows(family):
     model = tiny_model(family)
     plans = mixed_plans(NUM_LAYERS, 3, seed=9)
@@ -173,7 +172,7 @@ def test_several_turns_on_one_cache_keep_the_plan_of_the_first():
         assert (torch.cat(logits, 1)[row] - reference).abs().max().item() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_cropping_the_cache_equals_never_having_gone_on(family):
     from transformers import DynamicCache
 

@@ -17,7 +17,9 @@ from dynadepth.features import block_influence, prompt_features
 from dynadepth.sweep import Sweeper
 from dynadepth.wrap import wrap_model
 from tests.parity.drivers import drive
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import FAMILIES, VARIANTS, attentions, random_batch, tiny_model
+
+KINDS = [(name, kind) for name in (*FAMILIES, *VARIANTS) for kind in attentions(name)]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -35,8 +37,7 @@ def separate(model, ids, mask, plan, row):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), KINDS)
 def test_sweep_equals_separate_forwards(family, attention, dtype):
     model = tiny_model(family, attention=attention, dtype=dtype)
     ids, mask = random_batch([9, 5, 12], seed=1)
@@ -81,7 +82,7 @@ def test_any_plans_and_prompts(data):
 def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
     """Of results that no layer visits again only scored tokens pass it, from the last observed layer on."""
     model = tiny_model(family)
-    name = layer_stack(model).feed_forward
+    name = layer_stack(model).family.feed_forward
     if name is None:
         pytest.skip("the family has no feed-forward module of its own")
     ids, mask = random_batch([9, 5, 12], seed=1)
