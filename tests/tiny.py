@@ -71,11 +71,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon, new": (
         "falcon",
-        {"ffn_hidden_size": 48, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+        {
+            "ffn_hidden_size": 48,
+            "alibi": False,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+        },
     ),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "cohere, normed": ("cohere", {"use_qk_norm": True}),
 }
+
+
+# Families that between them have every way in which layers are called: windows, positional arguments, tuples, names of
+# the cache, alibi and experts.
+MECHANISMS = ("llama", "gemma3", "gpt2", "falcon", "bloom", "mixtral")
 
 
 def attentions(family: str) -> tuple[str, ...]:

@@ -23,7 +23,9 @@ from dynadepth.plans import check_plans, plan_text
 __all__ = ["bake", "save_baked"]
 
 # Config fields with one entry for each decoder layer. A field that is missed would show in the check of `save_baked`.
-_PER_LAYER_FIELDS = ("layer_types",)
+_PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
+# Kernels that a checkpoint does not name: the comparison runs the same ones.
+_KERNELS = ("_attn_implementation", "_experts_implementation")
 
 
 def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
@@ -75,13 +77,27 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
         name for name, module in baked_stack.stack.named_children() if module is baked_stack.layers
     )
     setattr(baked_stack.stack, path, nn.ModuleList(layers))
-    config = baked.config
+    _set_config(baked.config, visits, stack.num_layers)
+    return baked
+
+
+def _set_config(config: Any, visits: list[int], num_layers: int) -> None:
+    """Let a config describe the layers that are visited, in that order."""
     for field in _PER_LAYER_FIELDS:
         values = getattr(config, field, None)
-        if isinstance(values, (list, tuple)) and len(values) == stack.num_layers:
+        if isinstance(values, (list, tuple)) and len(values) == num_layers:
             setattr(config, field, [values[layer_idx] for layer_idx in visits])
+    dense = getattr(config, "mlp_only_layers", None)
+    if dense is not None:
+        # Layers without experts are listed, or come at every other step: after baking all of them are listed.
+        step = config.decoder_sparse_step
+        config.mlp_only_layers = [
+            place
+            for place, layer_idx in enumerate(visits)
+            if layer_idx in dense or (layer_idx + 1) % step
+        ]
+        config.decoder_sparse_step = 1
     config.num_hidden_layers = len(visits)
-    return baked
 
 
 def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]) -> None:
@@ -108,7 +124,9 @@ def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]
     try:
         baked.save_pretrained(temporary)
         again = AutoModelForCausalLM.from_pretrained(temporary, dtype=baked.dtype)
-        again.config._attn_implementation = baked.config._attn_implementation
+        for kernel in _KERNELS:
+            if hasattr(baked.config, kernel):
+                setattr(again.config, kernel, getattr(baked.config, kernel))
         difference = _logit_difference(baked, again.to(baked.device))
         if difference != 0.0:
             raise UnsupportedModelError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def softmax_in_float64(monkeypatch):
     """Let eager attention keep float64: the families cast its softmax to float32, which alone is worth 1e-6."""
     softmax = torch.nn.functional.softmax

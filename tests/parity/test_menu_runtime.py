@@ -13,7 +13,7 @@ from dynadepth.errors import ConfigError, PlanError
 from dynadepth.policies import MenuPolicy
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive
-from tests.tiny import FAMILIES, VOCAB_SIZE, random_batch, tiny_model
+from tests.tiny import MECHANISMS, VOCAB_SIZE, random_batch, tiny_model
 from tests.tiny_menus import PLANS, random_menu
 
 LENGTHS = [9, 5, 7, 12, 1, 8, 6, 11]
@@ -25,11 +25,6 @@ STEPS = {
 }
 # Half of the prompts pay the one price, half the other.
 MIX = PenaltyMix(shallow=2.0, deep=-2.0, share=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _exact(softmax_in_float64):
-    """Keep attention in float64."""
 
 
 def policy_of(steps, *, penalty=MIX, seed=2):
@@ -54,7 +49,7 @@ def run(base, policy, ids, mask, width, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_a_row_of_a_padded_batch_is_the_prompt_alone_and_the_baked_model(family, steps, side, mode):
     base, policy = tiny_model(family, num_layers=6), policy_of(steps)
     ids, mask, width = continued(side)
@@ -83,7 +78,7 @@ def test_a_row_of_a_padded_batch_is_the_prompt_alone_and_the_baked_model(family,
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_generate_equals_the_baked_models_of_the_plans_chosen(family, steps, settings):
     base, policy = tiny_model(family, num_layers=6), policy_of(steps)
     ids, mask = random_batch(LENGTHS, seed=4)

@@ -20,11 +20,6 @@ NUM_LAYERS = 4
 TOLERANCE = 1e-9
 
 
-@pytest.fixture(autouse=True)
-def _exact(softmax_in_float64):
-    """Keep eager attention in float64."""
-
-
 def continued(side: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return padded prompts with NEW more tokens for every row, and the prompts' width."""
     lengths = LENGTHS if side != "none" else [9] * len(LENGTHS)

@@ -17,16 +17,11 @@ from dynadepth.features import block_influence, prompt_features
 from dynadepth.sweep import Sweeper
 from dynadepth.wrap import wrap_model
 from tests.parity.drivers import drive
-from tests.tiny import FAMILIES, VARIANTS, attentions, random_batch, tiny_model
+from tests.tiny import FAMILIES, MECHANISMS, VARIANTS, attentions, random_batch, tiny_model
 
 KINDS = [(name, kind) for name in (*FAMILIES, *VARIANTS) for kind in attentions(name)]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def _exact(softmax_in_float64):
-    """Keep eager attention in float64."""
 
 
 def separate(model, ids, mask, plan, row):
@@ -145,7 +140,7 @@ def test_a_sweeper_leaves_no_trace_also_after_an_error():
         pass
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_features_are_the_states_of_the_baked_model(family):
     model = tiny_model(family)
     ids, mask = random_batch([9, 5], seed=2)

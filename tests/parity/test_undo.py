@@ -22,7 +22,7 @@ from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_routers import random_routers
 
 PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
@@ -44,7 +44,7 @@ def traces(model):
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_unwrap_leaves_no_trace(family):
     model = tiny_model(family)
     ids, mask = random_batch([6, 9], seed=1)
@@ -169,7 +169,8 @@ def test_refused_models():
         hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9
     )
     with pytest.raises(
-        UnsupportedModelError, match="model_type 'bert'; supported are gemma3_text, llama"
+        UnsupportedModelError,
+        match="model_type 'bert'; supported are bloom, cohere, falcon, gemma2",
     ):
         wrap_model(BertModel(small), plan=[1])
     model = tiny_model("llama")
@@ -246,7 +247,7 @@ class Reading(Policy):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_a_prompt_is_planned_once_from_its_own_tokens(family, side):
     model = tiny_model(family)
     base = tiny_model(family)

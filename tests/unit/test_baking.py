@@ -8,17 +8,20 @@ from dynadepth import baking
 from dynadepth.baking import bake, save_baked
 from dynadepth.errors import PlanError, UnsupportedModelError, WrapError
 from dynadepth.wrap import wrap_model
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import FAMILIES, VARIANTS, random_batch, tiny_model
 
 PLAN = [0, 2, 1, 2]
+SCALED = "gpt2, scaled"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(name for name in VARIANTS if name != SCALED)])
 def test_a_saved_baked_model_reloads_to_the_same_logits_and_tokens(family, tmp_path):
     model = tiny_model(family)
     ids, _ = random_batch([12])
     save_baked(model, PLAN, tmp_path / "baked")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float64)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "baked", dtype=torch.float64, experts_implementation="eager"
+    )
     baked = bake(model, PLAN)
     assert again.config.num_hidden_layers == 5
     with torch.no_grad():
@@ -44,6 +47,13 @@ def test_baking_leaves_the_model_alone():
     )
     # The repeated layer's two visits are weights of their own, so that any engine can load them.
     assert baked.model.layers[0] is not baked.model.layers[1]
+
+
+def test_a_scale_by_layer_number_cannot_be_saved_and_is_refused(tmp_path):
+    """A layer of gpt2 takes its scale from its place, which a config cannot say of a plan."""
+    with pytest.raises(UnsupportedModelError, match="gpt2 has a per-layer setting"):
+        save_baked(tiny_model(SCALED), PLAN, tmp_path / "baked")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_reloads_differently_is_not_published(tmp_path, monkeypatch):

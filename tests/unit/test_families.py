@@ -14,8 +14,8 @@ def test_every_listed_family_is_found(family):
     model = tiny_model(family)
     stack = layer_stack(model)
     assert stack.model_type in SUPPORTED_FAMILIES
-    assert stack.stack is model.model
-    assert stack.layers is model.model.layers
+    assert {type(layer).__name__ for layer in stack.layers} <= set(model._no_split_modules)
+    assert stack.layers in list(stack.stack.children())
     assert (stack.num_layers, stack.hidden_size) == (4, 32)
 
 
@@ -41,6 +41,13 @@ def test_layers_and_config_must_agree():
     with pytest.raises(
         UnsupportedModelError, match="holds 5 decoder layers, but the config says 4"
     ):
+        layer_stack(model)
+
+
+def test_cross_attention_is_refused():
+    model = tiny_model("gpt2")
+    model.config.add_cross_attention = True
+    with pytest.raises(UnsupportedModelError, match="this gpt2 has cross-attention"):
         layer_stack(model)
 
 
