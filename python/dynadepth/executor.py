@@ -29,9 +29,9 @@ __all__ = [
     "remove_executor",
 ]
 
-# Arguments of a decoder layer whose first dimension is the batch (or 1; for alibi a multiple) in all supported families.
-# Any other tensor is refused when rows are gathered: a guess by shape would gather packed lengths or positions of
-# T == B tokens.
+# Arguments of a decoder layer whose first dimension is the batch (or 1; for alibi a multiple), in all supported
+# families. Any other tensor is refused when rows are gathered: a guess by shape would gather packed lengths or
+# positions of T == B tokens.
 _ROW_ARGUMENTS = frozenset({"alibi", "attention_mask", "position_embeddings", "position_ids"})
 
 

@@ -73,13 +73,12 @@ def test_any_plans_and_prompts(data):
         assert (logits - reference).abs().max().item() < 1e-9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("bloom", "opt")])
 def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
     """Of results that no layer visits again only scored tokens pass it, from the last observed layer on."""
     model = tiny_model(family)
     name = layer_stack(model).family.feed_forward
-    if name is None:
-        pytest.skip("the family has no feed-forward module of its own")
+    assert name is not None
     ids, mask = random_batch([9, 5, 12], seed=1)
     plans = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 2, 0, 0], [1, 1, 1, 0]], dtype=np.uint8)
     example = np.array([0, 1, 2, 0])
