@@ -317,6 +317,11 @@ def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) 
                 f"{name} has {value.shape[0]} rows in a batch of {num_rows}; packed batches cannot be split by row"
             )
         return value.index_select(0, index)
-    if isinstance(value, tuple) and name in _ROW_ARGUMENTS:
+    if name in _ROW_ARGUMENTS and value is not None:
+        if not isinstance(value, tuple):
+            raise UnsupportedModelError(
+                f"{name} is a {type(value).__name__}, which cannot be split by row; use another attn_implementation, "
+                "such as sdpa, or one plan for all rows"
+            )
         return tuple(_gather_argument(name, item, index, num_rows) for item in value)
     return value

@@ -104,8 +104,7 @@ def layer_stack(model: nn.Module) -> LayerStack:
     if config is None or model_type not in SUPPORTED_FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}; supported are "
-            f"{', '.join(sorted(SUPPORTED_FAMILIES))}. Other families may share caches between layers or keep "
-            "recurrent state, so they are refused until they pass the parity suite"
+            f"{', '.join(sorted(SUPPORTED_FAMILIES))}. {_why_not(model, config)}"
         )
     family = SUPPORTED_FAMILIES[model_type]
     path, name = family.stack, family.layers
@@ -134,6 +133,24 @@ def layer_stack(model: nn.Module) -> LayerStack:
             "another kind; load it with add_cross_attention=False"
         )
     return LayerStack(stack, layers, len(layers), int(config.hidden_size), model_type, family)
+
+
+def _why_not(model: nn.Module, config: Any) -> str:
+    """Say what keeps a model that is not on the list from being run exactly, as far as it can be seen."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "This one has an encoder, whose states its layers read besides their own"
+    if getattr(model, "_is_stateful", False):
+        return (
+            "This one keeps a recurrent state, which a skipped layer would leave behind the tokens"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "In this one layers read the keys and values of others, which must not be skipped"
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return "This one reads more than text; load its text model by itself if its family is on the list"
+    return (
+        "Other families may share caches between layers, or carry more than states of (batch, tokens, hidden) from one "
+        "to the next, so each is refused until it passes the parity suite"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dynadepth.errors import (
     UnsupportedModelError,
     WrapError,
 )
+from dynadepth.executor import _gather_argument
 from dynadepth.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy, StaticPolicy
@@ -187,6 +188,17 @@ def test_refused_models():
     ):
         wrap_model(model, plan=PLAN)
     assert traces(model) == before
+
+
+def test_a_mask_that_cannot_be_split_by_row_is_refused_only_where_rows_differ():
+    class Blocks:
+        """Stands for the mask of flex attention, which is no tensor."""
+
+    index = torch.tensor([0])
+    with pytest.raises(UnsupportedModelError, match="attention_mask is a Blocks, which cannot"):
+        _gather_argument("attention_mask", Blocks(), index, 2)
+    assert _gather_argument("attention_mask", None, index, 2) is None
+    assert _gather_argument("use_cache", True, index, 2) is True
 
 
 def test_refused_calls():

@@ -1,8 +1,20 @@
 """What the allow-list and the capability checks refuse."""
 
 import pytest
+import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.families import SUPPORTED_FAMILIES, layer_signature, layer_stack
@@ -33,6 +45,25 @@ def test_what_is_not_a_supported_causal_model_is_refused():
         UnsupportedModelError, match=r"LlamaModel has no model\.layers; expected the causal"
     ):
         layer_stack(LlamaModel(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        (T5ForConditionalGeneration, T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8), "encoder"),
+        (MambaForCausalLM, MambaConfig(num_hidden_layers=1, hidden_size=8), "recurrent state"),
+        (LlavaForConditionalGeneration, LlavaConfig(), "reads more than text"),
+        (CodeGenForCausalLM, CodeGenConfig(n_layer=1, n_embd=64, n_head=4), "until it passes the parity"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_refusal_says_what_is_in_the_way(kind, settings, reason):
+    with torch.device("meta"):
+        model = kind(settings)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"model_type '{settings.model_type}'.*{reason}"
+    ):
+        layer_stack(model)
 
 
 def test_layers_and_config_must_agree():
