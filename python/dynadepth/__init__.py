@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         identity_plan,
         parse_plan,
         plan_depth,
+        plan_ranges,
         plan_text,
     )
     from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
@@ -48,6 +49,7 @@ __all__ = [
     "load_routers",
     "parse_plan",
     "plan_depth",
+    "plan_ranges",
     "plan_text",
     "push_routers",
     "save_routers",
@@ -76,6 +78,7 @@ _MODULES = {
     "load_routers": "checkpoint",
     "parse_plan": "plans",
     "plan_depth": "plans",
+    "plan_ranges": "plans",
     "plan_text": "plans",
     "push_routers": "hub",
     "save_routers": "checkpoint",
