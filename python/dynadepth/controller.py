@@ -5,22 +5,17 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 `model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dynadepth.cache import DepthCache, adopt_cache
-from dynadepth.errors import PlanError, UnsupportedModelError, WrapError
+from dynadepth.cache import DepthCache
+from dynadepth.errors import PlanError, WrapError
 from dynadepth.executor import (
-    LayerCall,
-    Scope,
     enter_scope,
     install_executor,
     is_installed,
@@ -28,32 +23,17 @@ from dynadepth.executor import (
     remove_executor,
 )
 from dynadepth.families import LayerStack, layer_stack
-from dynadepth.plans import EXECUTE, REPEAT, Plans, check_plans
+from dynadepth.frames import Frame, frames_of, open_frame
+from dynadepth.limits import Limits
+from dynadepth.plans import REPEAT, Plans, check_plans
 from dynadepth.policies import Policy
 from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
-from dynadepth.tokens import real_tokens
+from dynadepth.scopes import PlanScope
 
 __all__ = ["Controller"]
 
 _CONTROLLER = "_dynadepth_controller"
-
-
-@dataclass(slots=True)
-class _Frame:
-    """What the caller has said for the forwards inside a `with` block, or inside one `generate`."""
-
-    owner: "Controller"
-    plans: Plans | None = None
-    prompt_lengths: torch.Tensor | None = None
-    prompt_width: int | None = None
-    # Plans of a generation without a cache to keep them on.
-    row_plans: RowPlans | None = None
-    in_generate: bool = False
-
-
-# Per thread and task, as the executor's scopes.
-_FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("dynadepth_frames", default=())
 
 
 class Controller:
@@ -78,10 +58,7 @@ class Controller:
     ) -> None:
         self.num_layers = num_layers
         self.policy = policy
-        self.protect = tuple(sorted(set(protect)))
-        self.max_visits = (
-            2 * num_layers if max_depth is None else math.floor(max_depth * num_layers + 1e-9)
-        )
+        self._limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         self.last_plans: Plans | None = None
         self._handles: list[Any] = []
 
@@ -101,7 +78,7 @@ class Controller:
         """
         fixed = check_plans(plans, self.num_layers)
         self.check_limits(fixed)
-        with self._frame(_Frame(self, plans=fixed)):
+        with open_frame(Frame(self, plans=fixed)):
             yield
 
     @contextmanager
@@ -119,7 +96,7 @@ class Controller:
             raise PlanError(
                 f"prompt lengths are {tensor.tolist()}; expected one number of at least 1 for each row"
             )
-        with self._frame(_Frame(self, prompt_lengths=tensor)):
+        with open_frame(Frame(self, prompt_lengths=tensor)):
             yield
 
     @contextmanager
@@ -129,20 +106,8 @@ class Controller:
         Args:
             prompt_width: Columns of the batch that `generate` was given, padding included; None if unknown.
         """
-        with self._frame(_Frame(self, prompt_width=prompt_width, in_generate=True)):
+        with open_frame(Frame(self, prompt_width=prompt_width, in_generate=True)):
             yield
-
-    @contextmanager
-    def _frame(self, frame: _Frame) -> Iterator[None]:
-        token = _FRAMES.set((*_FRAMES.get(), frame))
-        try:
-            yield
-        finally:
-            _FRAMES.reset(token)
-
-    def _frames(self) -> list[_Frame]:
-        """Return this controller's frames, innermost first."""
-        return [frame for frame in reversed(_FRAMES.get()) if frame.owner is self]
 
     def check_limits(self, plans: Plans) -> None:
         """Refuse given plans that break the limits the model was wrapped with.
@@ -150,21 +115,11 @@ class Controller:
         Raises:
             PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
         """
-        broken = [layer for layer in self.protect if (plans[:, layer] != EXECUTE).any()]
-        if broken:
-            raise PlanError(
-                f"layers {broken} are protected and must have action 1; change the plan or protect"
-            )
-        visits = int(plans.sum(axis=1, dtype=np.int64).max())
-        if visits > self.max_visits:
-            raise PlanError(
-                f"a plan has {visits} visits (depth {visits / self.num_layers:.3f}); max_depth allows "
-                f"{self.max_visits}: give a shorter plan or a larger max_depth"
-            )
+        self._limits.check(plans)
 
     def start(self, num_rows: int, cache: DepthCache | None) -> RowPlans:
         """Return the plans of a batch as far as they are known before its first layer."""
-        frames = self._frames()
+        frames = frames_of(self)
         # Without a cache, only `generate` knows that a longer input is the same prompt again.
         generation = (
             next((frame for frame in frames if frame.in_generate), None) if cache is None else None
@@ -182,7 +137,7 @@ class Controller:
             keeper.row_plans = known
         return known
 
-    def _fresh_plans(self, num_rows: int, frames: list[_Frame]) -> RowPlans:
+    def _fresh_plans(self, num_rows: int, frames: list[Frame]) -> RowPlans:
         fixed = next((frame.plans for frame in frames if frame.plans is not None), None)
         if fixed is not None:
             if num_rows % len(fixed):
@@ -193,7 +148,7 @@ class Controller:
         else:
             given = self.policy.initial_plans(num_rows)
             initial = self._checked(given, (num_rows, self.num_layers), 0)
-            initial = self._limit(initial, 0, np.zeros(num_rows, dtype=np.int64))
+            initial = self._limits.apply(initial, 0, np.zeros(num_rows, dtype=np.int64))
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
         if plans.num_decided == self.num_layers:
@@ -224,7 +179,7 @@ class Controller:
             given = self.policy.decide(layer_idx, hidden_states, prompts)
         actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
-        plans.decide(layer_idx, self._limit(actions, layer_idx, visits))
+        plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
         if end == self.num_layers:
             self.last_plans = plans.plans.copy()
 
@@ -240,34 +195,10 @@ class Controller:
         checked: Plans = array.astype(np.uint8)
         return checked
 
-    def _limit(
-        self, actions: Plans, first: int, visits: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> Plans:
-        """Apply protection, `max_depth` and "at least one layer runs" to the actions of consecutive layers.
-
-        A repeat is taken away where the rest of the plan, run once, would no longer fit: what later layers would gain
-        from it is not known yet.
-        """
-        visits = visits.copy()
-        for column in range(actions.shape[1]):
-            layer = first + column
-            if layer in self.protect:
-                actions[:, column] = EXECUTE
-            later = self.num_layers - layer - 1
-            too_deep = (actions[:, column] == REPEAT) & (
-                visits + int(REPEAT) + later > self.max_visits
-            )
-            actions[too_deep, column] = EXECUTE
-            visits += actions[:, column]
-            if later == 0:
-                actions[visits == 0, column] = EXECUTE
-        return actions
-
-    def prompt_mask(self, scope: "PlanScope", call: LayerCall) -> torch.Tensor:
-        """Return which tokens of the batch are the prompt. Shape (rows, tokens), bool."""
-        rows, tokens = call.hidden_states.shape[:2]
-        mask = real_tokens(call, scope.attention_mask)
-        frames = self._frames()
+    def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
+        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        mask, (rows, tokens) = real, real.shape
+        frames = frames_of(self)
         lengths = next(
             (frame.prompt_lengths for frame in frames if frame.prompt_lengths is not None), None
         )
@@ -305,85 +236,6 @@ class Controller:
         self._handles = []
         stack.stack.__dict__.pop(_CONTROLLER, None)
         remove_executor(stack)
-
-
-class PlanScope:
-    """One forward pass of a wrapped model.
-
-    Attributes:
-        owner: The controller.
-        outer: The scope that was open before, of another model.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
-    """
-
-    def __init__(
-        self,
-        owner: Controller,
-        attention_mask: torch.Tensor | None,
-        tokens: torch.Tensor | None = None,
-    ) -> None:
-        self.owner: object = owner
-        self.outer: Scope | None = None
-        self._controller = owner
-        self._tokens = tokens
-        self.attention_mask = attention_mask
-        self._plans: RowPlans | None = None
-        # The same at every layer, so it is made once.
-        self._prompt_mask: torch.Tensor | None = None
-        self._cache: DepthCache | None = None
-
-    def run(self, call: LayerCall) -> torch.Tensor:
-        """Run the visits of one layer for the rows whose plan makes them.
-
-        Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported cache.
-            PlanError: The batch does not fit the plans.
-        """
-        states, layer_idx = call.hidden_states, call.layer_idx
-        plans = self._plans
-        if plans is None:
-            plans = self._plans = self._begin(call)
-        if layer_idx >= plans.num_decided:
-            if self._prompt_mask is None:
-                self._prompt_mask = self._controller.prompt_mask(self, call)
-            self._controller.decide(
-                plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
-            )
-        cache, num_rows = self._cache, plans.num_rows
-        for visit in (0, 1):
-            rows = plans.rows(layer_idx, visit)
-            if not rows:
-                break
-            view = None if cache is None else cache.view(layer_idx, visit)
-            if len(rows) == num_rows:
-                states = call.visit(states, cache=view)
-            else:
-                index = plans.index(layer_idx, visit, states.device)
-                run = call.visit(
-                    states.index_select(0, index), cache=view, index=index, num_rows=num_rows
-                )
-                states = states.index_copy(0, index, run)
-        if cache is not None:
-            cache.advance(layer_idx, states.shape[1])
-        return states
-
-    def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
-        tokens = self._tokens
-        if tokens is None or tokens.shape[:2] != states.shape[:2]:
-            return None
-        return tokens.to(states.device)
-
-    def _begin(self, call: LayerCall) -> RowPlans:
-        states = call.hidden_states
-        if states.dim() != 3:
-            raise UnsupportedModelError(
-                f"the states that enter layer {call.layer_idx} have shape {tuple(states.shape)}; "
-                "expected (batch, tokens, hidden)"
-            )
-        if call.cache is not None:
-            self._cache = adopt_cache(call.cache, self._controller.num_layers)
-        return self._controller.start(states.shape[0], self._cache)
 
 
 # Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
