@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
     from dynadepth.prompts import PromptBatch
     from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
+    from dynadepth.watching import VisitEvent
     from dynadepth.wrap import unwrap_model, wrap_model
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "StaticPolicy",
     "TrainedMenu",
     "TrainedPolicy",
+    "VisitEvent",
     "__version__",
     "bake",
     "check_plans",
@@ -72,6 +74,7 @@ _MODULES = {
     "StaticPolicy": "policies",
     "TrainedMenu": "trained",
     "TrainedPolicy": "trained",
+    "VisitEvent": "watching",
     "bake": "baking",
     "check_plans": "plans",
     "identity_plan": "plans",

@@ -5,14 +5,15 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 `model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from dynadepth.blocks import Blocks
 from dynadepth.cache import DepthCache
 from dynadepth.errors import PlanError, WrapError
 from dynadepth.executor import (
@@ -23,10 +24,12 @@ from dynadepth.executor import (
     remove_executor,
 )
 from dynadepth.families import LayerStack, layer_stack
-from dynadepth.frames import Frame, frames_of, open_frame
+from dynadepth.frames import Frame, frames_of
+from dynadepth.kv_bytes import KvBytes
+from dynadepth.ledger import Ledger, Totals
 from dynadepth.limits import Limits
-from dynadepth.plans import REPEAT, Plans, check_plans
-from dynadepth.policies import Policy
+from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
+from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
 from dynadepth.scopes import PlanScope
@@ -36,16 +39,32 @@ __all__ = ["Controller"]
 _CONTROLLER = "_dynadepth_controller"
 
 
-class Controller:
-    """What `model.dynadepth` is: the policy of a wrapped model, and what it planned.
+class Controller(Blocks):
+    """What `model.dynadepth` is: the policy of a wrapped model, what it planned and what that came to.
+
+    Of several threads that run the model, the batch planned last counts for everything called `last`.
 
     Attributes:
         policy: Turns prompts into plans.
         num_layers: Decoder layers of the model.
-        protect: Layers that always run once.
-        max_visits: Hard limit of visits for each prompt.
-        last_plans: The plans of the batch planned last, shape (rows, num_layers), uint8; None before the first. Of
-            several threads the last one counts.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dynadepth import wrap_model
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape))
+        >>> model = wrap_model(model, plan="0-1,3")
+        >>> _ = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+        >>> model.dynadepth.last_plans, model.dynadepth.last_depths
+        (array([[1, 1, 0, 1]], dtype=uint8), array([0.75]))
+        >>> kv = model.dynadepth.last_kv
+        >>> kv.saved / kv.plain
+        0.25
+        >>> model.dynadepth.totals  # doctest: +NORMALIZE_WHITESPACE
+        Totals(prompts=1, planned_visits=3, plain_planned_visits=4, prefill_forwards=1, decode_forwards=2,
+               visits=9, plain_visits=12)
+        >>> model.dynadepth
+        <Controller: 4 layers, StaticPolicy 0-1,3; last batch 1 row at depth 0.750; in all 1 row at depth 0.750>
     """
 
     def __init__(
@@ -56,77 +75,74 @@ class Controller:
         max_depth: float | None = None,
         protect: Iterable[int] = (),
     ) -> None:
-        self.num_layers = num_layers
+        super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Ledger())
         self.policy = policy
-        self._limits = Limits(num_layers, max_depth=max_depth, protect=protect)
-        self.last_plans: Plans | None = None
         self._handles: list[Any] = []
 
-    @contextmanager
-    def plans(self, plans: Any) -> Iterator[None]:
-        """Run fixed plans in place of the policy's, for the forwards and generations inside the block.
+    def __repr__(self) -> str:
+        policy = type(self.policy).__name__
+        if isinstance(self.policy, StaticPolicy):
+            policy += f" {plan_ranges(self.policy.plan)}"
+        parts = [f"{self.num_layers} layers", policy]
+        if self._limits.max_depth is not None:
+            parts.append(f"max_depth {self._limits.max_depth:g}")
+        if self._limits.protect:
+            parts.append(f"protect {list(self._limits.protect)}")
+        done = ["nothing planned yet"]
+        plans, totals = self.last_plans, self.totals
+        if plans is not None:
+            done = [_summary("last batch", len(plans), float(plan_depth(plans).mean()))]
+        if totals.mean_depth is not None:
+            done.append(_summary("in all", totals.prompts, totals.mean_depth))
+        return f"<{type(self).__name__}: {', '.join(parts)}; {'; '.join(done)}>"
 
-        The block is this thread's: a thread started inside it runs the policy's plans.
+    @property
+    def last_plans(self) -> Plans | None:
+        """The plans of the batch planned last. Shape (rows, num_layers), uint8; None before the first."""
+        return self._ledger.last_plans
 
-        Args:
-            plans: One plan for all rows, or one for each row. Shape (num_layers,) or (rows, num_layers), uint8. A batch
-                of k times as many rows (beams, return sequences) repeats each plan k times.
+    @property
+    def last_depths(self) -> npt.NDArray[np.float64] | None:
+        """The depth of each row of that batch, 1.0 being the plain model's. Shape (rows,); None before the first."""
+        plans = self.last_plans
+        return None if plans is None else plan_depth(plans)
 
-        Raises:
-            PlanError: A plan is not one of this model, skips a protected layer, or exceeds `max_depth`; or, at the
-                forward, the batch is not a multiple of the rows.
+    @property
+    def last_mean_depth(self) -> float | None:
+        """The mean of `last_depths`; None before the first batch."""
+        depths = self.last_depths
+        return None if depths is None else float(depths.mean())
+
+    @property
+    def last_kv(self) -> KvBytes | None:
+        """Bytes of key and value states of that batch, and what the plain model would hold.
+
+        Those of this moment while its cache lives; after `generate`, those at its end. None if there is no cache, or if
+        a plain forward's cache is gone.
         """
-        fixed = check_plans(plans, self.num_layers)
-        self.check_limits(fixed)
-        with open_frame(Frame(self, plans=fixed)):
-            yield
+        return self._ledger.last_kv
 
-    @contextmanager
-    def prompt(self, lengths: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Say how many tokens of each row are the prompt, for plain forwards of prompt and continuation together.
+    @property
+    def totals(self) -> Totals:
+        """What has been planned and run since wrapping, or since `reset_totals`."""
+        return self._ledger.totals
 
-        Args:
-            lengths: Real tokens of the prompt at the start of each row, padding not counted. Shape (rows,), integer.
+    def reset_totals(self) -> None:
+        """Let `totals` begin at zero again; the last batch stays known."""
+        self._ledger.reset()
 
-        Raises:
-            PlanError: A length is below 1.
-        """
-        tensor = torch.as_tensor(lengths, dtype=torch.long).cpu()
-        if tensor.dim() != 1 or tensor.numel() == 0 or int(tensor.min()) < 1:
-            raise PlanError(
-                f"prompt lengths are {tensor.tolist()}; expected one number of at least 1 for each row"
-            )
-        with open_frame(Frame(self, prompt_lengths=tensor)):
-            yield
-
-    @contextmanager
-    def generation(self, prompt_width: int | None) -> Iterator[None]:
-        """Mark the forwards inside as one `generate` call: drafts and later tokens are not the prompt.
-
-        Args:
-            prompt_width: Columns of the batch that `generate` was given, padding included; None if unknown.
-        """
-        with open_frame(Frame(self, prompt_width=prompt_width, in_generate=True)):
-            yield
-
-    def check_limits(self, plans: Plans) -> None:
-        """Refuse given plans that break the limits the model was wrapped with.
-
-        Raises:
-            PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
-        """
-        self._limits.check(plans)
-
-    def start(self, num_rows: int, cache: DepthCache | None) -> RowPlans:
-        """Return the plans of a batch as far as they are known before its first layer."""
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
         frames = frames_of(self)
+        generation = next((frame for frame in frames if frame.in_generate), None)
         # Without a cache, only `generate` knows that a longer input is the same prompt again.
-        generation = (
-            next((frame for frame in frames if frame.in_generate), None) if cache is None else None
-        )
-        keeper = cache if cache is not None else generation
+        keeper = generation if cache is None else cache
         known = keeper.row_plans if keeper is not None else None
+        is_new = known is None
         if known is None:
+            self._ledger.begin(cache)
+            if generation is not None:
+                generation.cache = cache
             known = self._fresh_plans(num_rows, frames)
         if known.num_rows != num_rows:
             raise PlanError(
@@ -135,7 +151,11 @@ class Controller:
             )
         if keeper is not None:
             keeper.row_plans = known
-        return known
+        return known, is_new
+
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
+        self._ledger.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, frames: list[Frame]) -> RowPlans:
         fixed = next((frame.plans for frame in frames if frame.plans is not None), None)
@@ -152,7 +172,7 @@ class Controller:
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
         if plans.num_decided == self.num_layers:
-            self.last_plans = plans.plans.copy()
+            self._ledger.planned(plans.plans)
         return plans
 
     def decide(
@@ -181,7 +201,7 @@ class Controller:
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
         plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
         if end == self.num_layers:
-            self.last_plans = plans.plans.copy()
+            self._ledger.planned(plans.plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
         """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
@@ -238,6 +258,10 @@ class Controller:
         remove_executor(stack)
 
 
+def _summary(what: str, rows: int, depth: float) -> str:
+    return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
+
+
 # Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
 # original's controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,8 +274,11 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
 
 
-def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-    leave_scope(module.__dict__[_CONTROLLER])
+def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    scope = leave_scope(module.__dict__[_CONTROLLER])
+    # There is no output if the forward raised.
+    if output is not None and isinstance(scope, PlanScope):
+        scope.finish()
 
 
 def controller_of(model: nn.Module) -> Controller:

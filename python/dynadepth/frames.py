@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from dynadepth.cache import DepthCache
 from dynadepth.plans import Plans
 from dynadepth.rows import RowPlans
+from dynadepth.watching import VisitCallback, Watchers
 
-__all__ = ["Frame", "frames_of", "open_frame"]
+__all__ = ["Frame", "frames_of", "open_frame", "watchers_of"]
 
 
 @dataclass(slots=True)
@@ -27,6 +29,9 @@ class Frame:
         prompt_width: Columns of the batch that `generate` was given; None once the prompt is planned.
         row_plans: Plans of a generation without a cache to keep them on.
         in_generate: Whether the block is one `generate`.
+        cache: The cache of a generation; it holds the states until the generation's figures are taken.
+        before: Called before each visit.
+        after: Called after each visit.
     """
 
     owner: object
@@ -35,6 +40,9 @@ class Frame:
     prompt_width: int | None = None
     row_plans: RowPlans | None = None
     in_generate: bool = False
+    cache: DepthCache | None = None
+    before: VisitCallback | None = None
+    after: VisitCallback | None = None
 
 
 _FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("dynadepth_frames", default=())
@@ -53,3 +61,14 @@ def open_frame(frame: Frame) -> Iterator[Frame]:
 def frames_of(owner: object) -> list[Frame]:
     """Return the open frames of a controller, innermost first."""
     return [frame for frame in reversed(_FRAMES.get()) if frame.owner is owner]
+
+
+def watchers_of(owner: object) -> Watchers | None:
+    """Return the callbacks of the open frames of a controller, or None if there are none."""
+    watching = [frame for frame in reversed(frames_of(owner)) if frame.before or frame.after]
+    if not watching:
+        return None
+    return Watchers(
+        [frame.before for frame in watching if frame.before is not None],
+        [frame.after for frame in watching if frame.after is not None],
+    )

@@ -11,8 +11,10 @@ import torch
 from dynadepth.cache import DepthCache, adopt_cache
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.executor import LayerCall, Scope
+from dynadepth.frames import watchers_of
 from dynadepth.rows import RowPlans
 from dynadepth.tokens import real_tokens
+from dynadepth.watching import VisitEvent, Watchers
 
 __all__ = ["PlanScope", "Planner"]
 
@@ -22,8 +24,12 @@ class Planner(Protocol):
 
     num_layers: int
 
-    def start(self, num_rows: int, cache: DepthCache | None) -> RowPlans:
-        """Return the plans of a batch as far as they are known before its first layer."""
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        ...
+
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
@@ -66,6 +72,8 @@ class PlanScope:
         # The same at every layer, so it is made once.
         self._prompt_mask: torch.Tensor | None = None
         self._cache: DepthCache | None = None
+        self._is_prefill = False
+        self._watchers: Watchers | None = None
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """Run the visits of one layer for the rows whose plan makes them.
@@ -86,11 +94,15 @@ class PlanScope:
             self._planner.decide(
                 plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
             )
-        cache, num_rows = self._cache, plans.num_rows
+        cache, num_rows, watchers = self._cache, plans.num_rows, self._watchers
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
             if not rows:
                 break
+            event = None
+            if watchers is not None:
+                event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
+                watchers.before(event)
             view = None if cache is None else cache.view(layer_idx, visit)
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
@@ -100,9 +112,16 @@ class PlanScope:
                     states.index_select(0, index), cache=view, index=index, num_rows=num_rows
                 )
                 states = states.index_copy(0, index, run)
+            if watchers is not None and event is not None:
+                watchers.after(event)
         if cache is not None:
             cache.advance(layer_idx, states.shape[1])
         return states
+
+    def finish(self) -> None:
+        """Say that the forward has run to its end."""
+        if self._plans is not None:
+            self._planner.finish(self._plans, is_prefill=self._is_prefill)
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
         """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
@@ -120,4 +139,6 @@ class PlanScope:
             )
         if call.cache is not None:
             self._cache = adopt_cache(call.cache, self._planner.num_layers)
-        return self._planner.start(states.shape[0], self._cache)
+        self._watchers = watchers_of(self._planner)
+        plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
+        return plans
