@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         identity_plan,
         parse_plan,
         plan_depth,
+        plan_ranges,
         plan_text,
     )
     from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
     from dynadepth.prompts import PromptBatch
     from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
+    from dynadepth.watching import VisitEvent
     from dynadepth.wrap import unwrap_model, wrap_model
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "StaticPolicy",
     "TrainedMenu",
     "TrainedPolicy",
+    "VisitEvent",
     "__version__",
     "bake",
     "check_plans",
@@ -48,6 +51,7 @@ __all__ = [
     "load_routers",
     "parse_plan",
     "plan_depth",
+    "plan_ranges",
     "plan_text",
     "push_routers",
     "save_routers",
@@ -70,12 +74,14 @@ _MODULES = {
     "StaticPolicy": "policies",
     "TrainedMenu": "trained",
     "TrainedPolicy": "trained",
+    "VisitEvent": "watching",
     "bake": "baking",
     "check_plans": "plans",
     "identity_plan": "plans",
     "load_routers": "checkpoint",
     "parse_plan": "plans",
     "plan_depth": "plans",
+    "plan_ranges": "plans",
     "plan_text": "plans",
     "push_routers": "hub",
     "save_routers": "checkpoint",

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the base model")]
+_PLAN_HELP = (
+    "One digit for each layer (0 skips, 1 executes, 2 repeats it), "
+    "or the layers in the order of their visits: 0-3,5,5"
+)
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 
 
@@ -42,7 +46,7 @@ def _generate(
     ] = None,
     plan: Annotated[
         str | None,
-        typer.Option("--plan", help="One digit for each layer: 0 skips, 1 executes, 2 repeats it"),
+        typer.Option("--plan", help=_PLAN_HELP),
     ] = None,
     routers: Annotated[
         str | None,
@@ -80,14 +84,13 @@ def _generate(
     import torch
 
     from dynadepth import wrap_model
-    from dynadepth.families import layer_stack
     from dynadepth.loading import load_model, load_tokenizer
-    from dynadepth.plans import parse_plan, plan_depth, plan_text
+    from dynadepth.plans import plan_depth, plan_text
 
     base = load_model(model, device=device)
     tokenizer = load_tokenizer(model)
     if plan is not None:
-        wrapped = wrap_model(base, plan=parse_plan(plan, layer_stack(base).num_layers))
+        wrapped = wrap_model(base, plan=plan)
     else:
         wrapped = wrap_model(base, budget=budget, routers=routers, router_backend=router_backend)
     inputs = _encode(tokenizer, prompt, chat=chat, model=wrapped)
@@ -125,7 +128,7 @@ def _generate(
 def _bake(
     *,
     model: _Model,
-    plan: Annotated[str, typer.Option("--plan", help="One digit for each layer: 0, 1 or 2")],
+    plan: Annotated[str, typer.Option("--plan", help=_PLAN_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; new or empty")],
     as_json: _Json = False,
 ) -> None:
@@ -136,7 +139,7 @@ def _bake(
     from dynadepth.baking import save_baked
     from dynadepth.families import layer_stack
     from dynadepth.loading import load_model, load_tokenizer
-    from dynadepth.plans import parse_plan, plan_depth
+    from dynadepth.plans import parse_plan, plan_depth, plan_text
 
     base = load_model(model)
     actions = parse_plan(plan, layer_stack(base).num_layers)
@@ -152,7 +155,8 @@ def _bake(
         folder.rename(out)
     depth = float(plan_depth(actions))
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "depth": depth, "plan": plan}, sort_keys=True))
+        result = {"out": str(out), "depth": depth, "plan": plan_text(actions)}
+        typer.echo(json.dumps(result, sort_keys=True))
     else:
         typer.echo(str(out))
         typer.echo(f"depth {depth:.3f}: {int(actions.sum())} layers", err=True)

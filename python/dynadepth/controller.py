@@ -5,22 +5,18 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 `model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from dynadepth.cache import DepthCache, adopt_cache
-from dynadepth.errors import PlanError, UnsupportedModelError, WrapError
+from dynadepth.blocks import Blocks
+from dynadepth.cache import DepthCache
+from dynadepth.errors import PlanError, WrapError
 from dynadepth.executor import (
-    LayerCall,
-    Scope,
     enter_scope,
     install_executor,
     is_installed,
@@ -28,44 +24,47 @@ from dynadepth.executor import (
     remove_executor,
 )
 from dynadepth.families import LayerStack, layer_stack
-from dynadepth.plans import EXECUTE, REPEAT, Plans, check_plans
-from dynadepth.policies import Policy
+from dynadepth.frames import Frame, frames_of
+from dynadepth.kv_bytes import KvBytes
+from dynadepth.ledger import Ledger, Totals
+from dynadepth.limits import Limits
+from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
+from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
-from dynadepth.tokens import real_tokens
+from dynadepth.scopes import PlanScope
 
 __all__ = ["Controller"]
 
 _CONTROLLER = "_dynadepth_controller"
 
 
-@dataclass(slots=True)
-class _Frame:
-    """What the caller has said for the forwards inside a `with` block, or inside one `generate`."""
+class Controller(Blocks):
+    """What `model.dynadepth` is: the policy of a wrapped model, what it planned and what that came to.
 
-    owner: "Controller"
-    plans: Plans | None = None
-    prompt_lengths: torch.Tensor | None = None
-    prompt_width: int | None = None
-    # Plans of a generation without a cache to keep them on.
-    row_plans: RowPlans | None = None
-    in_generate: bool = False
-
-
-# Per thread and task, as the executor's scopes.
-_FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("dynadepth_frames", default=())
-
-
-class Controller:
-    """What `model.dynadepth` is: the policy of a wrapped model, and what it planned.
+    Of several threads that run the model, the batch planned last counts for everything called `last`.
 
     Attributes:
         policy: Turns prompts into plans.
         num_layers: Decoder layers of the model.
-        protect: Layers that always run once.
-        max_visits: Hard limit of visits for each prompt.
-        last_plans: The plans of the batch planned last, shape (rows, num_layers), uint8; None before the first. Of
-            several threads the last one counts.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dynadepth import wrap_model
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape))
+        >>> model = wrap_model(model, plan="0-1,3")
+        >>> _ = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+        >>> model.dynadepth.last_plans, model.dynadepth.last_depths
+        (array([[1, 1, 0, 1]], dtype=uint8), array([0.75]))
+        >>> kv = model.dynadepth.last_kv
+        >>> kv.saved / kv.plain
+        0.25
+        >>> model.dynadepth.totals  # doctest: +NORMALIZE_WHITESPACE
+        Totals(prompts=1, planned_visits=3, plain_planned_visits=4, prefill_forwards=1, decode_forwards=2,
+               visits=9, plain_visits=12)
+        >>> model.dynadepth
+        <Controller: 4 layers, StaticPolicy 0-1,3; last batch 1 row at depth 0.750; in all 1 row at depth 0.750>
     """
 
     def __init__(
@@ -76,102 +75,74 @@ class Controller:
         max_depth: float | None = None,
         protect: Iterable[int] = (),
     ) -> None:
-        self.num_layers = num_layers
+        super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Ledger())
         self.policy = policy
-        self.protect = tuple(sorted(set(protect)))
-        self.max_visits = (
-            2 * num_layers if max_depth is None else math.floor(max_depth * num_layers + 1e-9)
-        )
-        self.last_plans: Plans | None = None
         self._handles: list[Any] = []
 
-    @contextmanager
-    def plans(self, plans: Any) -> Iterator[None]:
-        """Run fixed plans in place of the policy's, for the forwards and generations inside the block.
+    def __repr__(self) -> str:
+        policy = type(self.policy).__name__
+        if isinstance(self.policy, StaticPolicy):
+            policy += f" {plan_ranges(self.policy.plan)}"
+        parts = [f"{self.num_layers} layers", policy]
+        if self._limits.max_depth is not None:
+            parts.append(f"max_depth {self._limits.max_depth:g}")
+        if self._limits.protect:
+            parts.append(f"protect {list(self._limits.protect)}")
+        done = ["nothing planned yet"]
+        plans, totals = self.last_plans, self.totals
+        if plans is not None:
+            done = [_summary("last batch", len(plans), float(plan_depth(plans).mean()))]
+        if totals.mean_depth is not None:
+            done.append(_summary("in all", totals.prompts, totals.mean_depth))
+        return f"<{type(self).__name__}: {', '.join(parts)}; {'; '.join(done)}>"
 
-        The block is this thread's: a thread started inside it runs the policy's plans.
+    @property
+    def last_plans(self) -> Plans | None:
+        """The plans of the batch planned last. Shape (rows, num_layers), uint8; None before the first."""
+        return self._ledger.last_plans
 
-        Args:
-            plans: One plan for all rows, or one for each row. Shape (num_layers,) or (rows, num_layers), uint8. A batch
-                of k times as many rows (beams, return sequences) repeats each plan k times.
+    @property
+    def last_depths(self) -> npt.NDArray[np.float64] | None:
+        """The depth of each row of that batch, 1.0 being the plain model's. Shape (rows,); None before the first."""
+        plans = self.last_plans
+        return None if plans is None else plan_depth(plans)
 
-        Raises:
-            PlanError: A plan is not one of this model, skips a protected layer, or exceeds `max_depth`; or, at the
-                forward, the batch is not a multiple of the rows.
+    @property
+    def last_mean_depth(self) -> float | None:
+        """The mean of `last_depths`; None before the first batch."""
+        depths = self.last_depths
+        return None if depths is None else float(depths.mean())
+
+    @property
+    def last_kv(self) -> KvBytes | None:
+        """Bytes of key and value states of that batch, and what the plain model would hold.
+
+        Those of this moment while its cache lives; after `generate`, those at its end. None if there is no cache, or if
+        a plain forward's cache is gone.
         """
-        fixed = check_plans(plans, self.num_layers)
-        self.check_limits(fixed)
-        with self._frame(_Frame(self, plans=fixed)):
-            yield
+        return self._ledger.last_kv
 
-    @contextmanager
-    def prompt(self, lengths: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Say how many tokens of each row are the prompt, for plain forwards of prompt and continuation together.
+    @property
+    def totals(self) -> Totals:
+        """What has been planned and run since wrapping, or since `reset_totals`."""
+        return self._ledger.totals
 
-        Args:
-            lengths: Real tokens of the prompt at the start of each row, padding not counted. Shape (rows,), integer.
+    def reset_totals(self) -> None:
+        """Let `totals` begin at zero again; the last batch stays known."""
+        self._ledger.reset()
 
-        Raises:
-            PlanError: A length is below 1.
-        """
-        tensor = torch.as_tensor(lengths, dtype=torch.long).cpu()
-        if tensor.dim() != 1 or tensor.numel() == 0 or int(tensor.min()) < 1:
-            raise PlanError(
-                f"prompt lengths are {tensor.tolist()}; expected one number of at least 1 for each row"
-            )
-        with self._frame(_Frame(self, prompt_lengths=tensor)):
-            yield
-
-    @contextmanager
-    def generation(self, prompt_width: int | None) -> Iterator[None]:
-        """Mark the forwards inside as one `generate` call: drafts and later tokens are not the prompt.
-
-        Args:
-            prompt_width: Columns of the batch that `generate` was given, padding included; None if unknown.
-        """
-        with self._frame(_Frame(self, prompt_width=prompt_width, in_generate=True)):
-            yield
-
-    @contextmanager
-    def _frame(self, frame: _Frame) -> Iterator[None]:
-        token = _FRAMES.set((*_FRAMES.get(), frame))
-        try:
-            yield
-        finally:
-            _FRAMES.reset(token)
-
-    def _frames(self) -> list[_Frame]:
-        """Return this controller's frames, innermost first."""
-        return [frame for frame in reversed(_FRAMES.get()) if frame.owner is self]
-
-    def check_limits(self, plans: Plans) -> None:
-        """Refuse given plans that break the limits the model was wrapped with.
-
-        Raises:
-            PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
-        """
-        broken = [layer for layer in self.protect if (plans[:, layer] != EXECUTE).any()]
-        if broken:
-            raise PlanError(
-                f"layers {broken} are protected and must have action 1; change the plan or protect"
-            )
-        visits = int(plans.sum(axis=1, dtype=np.int64).max())
-        if visits > self.max_visits:
-            raise PlanError(
-                f"a plan has {visits} visits (depth {visits / self.num_layers:.3f}); max_depth allows "
-                f"{self.max_visits}: give a shorter plan or a larger max_depth"
-            )
-
-    def start(self, num_rows: int, cache: DepthCache | None) -> RowPlans:
-        """Return the plans of a batch as far as they are known before its first layer."""
-        frames = self._frames()
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        frames = frames_of(self)
+        generation = next((frame for frame in frames if frame.in_generate), None)
         # Without a cache, only `generate` knows that a longer input is the same prompt again.
-        generation = (
-            next((frame for frame in frames if frame.in_generate), None) if cache is None else None
-        )
-        keeper = cache if cache is not None else generation
+        keeper = generation if cache is None else cache
         known = keeper.row_plans if keeper is not None else None
+        is_new = known is None
         if known is None:
+            self._ledger.begin(cache)
+            if generation is not None:
+                generation.cache = cache
             known = self._fresh_plans(num_rows, frames)
         if known.num_rows != num_rows:
             raise PlanError(
@@ -180,9 +151,13 @@ class Controller:
             )
         if keeper is not None:
             keeper.row_plans = known
-        return known
+        return known, is_new
 
-    def _fresh_plans(self, num_rows: int, frames: list[_Frame]) -> RowPlans:
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
+        self._ledger.ran(plans, is_prefill=is_prefill)
+
+    def _fresh_plans(self, num_rows: int, frames: list[Frame]) -> RowPlans:
         fixed = next((frame.plans for frame in frames if frame.plans is not None), None)
         if fixed is not None:
             if num_rows % len(fixed):
@@ -193,11 +168,11 @@ class Controller:
         else:
             given = self.policy.initial_plans(num_rows)
             initial = self._checked(given, (num_rows, self.num_layers), 0)
-            initial = self._limit(initial, 0, np.zeros(num_rows, dtype=np.int64))
+            initial = self._limits.apply(initial, 0, np.zeros(num_rows, dtype=np.int64))
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
         if plans.num_decided == self.num_layers:
-            self.last_plans = plans.plans.copy()
+            self._ledger.planned(plans.plans)
         return plans
 
     def decide(
@@ -224,9 +199,9 @@ class Controller:
             given = self.policy.decide(layer_idx, hidden_states, prompts)
         actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
-        plans.decide(layer_idx, self._limit(actions, layer_idx, visits))
+        plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
         if end == self.num_layers:
-            self.last_plans = plans.plans.copy()
+            self._ledger.planned(plans.plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
         """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
@@ -240,34 +215,10 @@ class Controller:
         checked: Plans = array.astype(np.uint8)
         return checked
 
-    def _limit(
-        self, actions: Plans, first: int, visits: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> Plans:
-        """Apply protection, `max_depth` and "at least one layer runs" to the actions of consecutive layers.
-
-        A repeat is taken away where the rest of the plan, run once, would no longer fit: what later layers would gain
-        from it is not known yet.
-        """
-        visits = visits.copy()
-        for column in range(actions.shape[1]):
-            layer = first + column
-            if layer in self.protect:
-                actions[:, column] = EXECUTE
-            later = self.num_layers - layer - 1
-            too_deep = (actions[:, column] == REPEAT) & (
-                visits + int(REPEAT) + later > self.max_visits
-            )
-            actions[too_deep, column] = EXECUTE
-            visits += actions[:, column]
-            if later == 0:
-                actions[visits == 0, column] = EXECUTE
-        return actions
-
-    def prompt_mask(self, scope: "PlanScope", call: LayerCall) -> torch.Tensor:
-        """Return which tokens of the batch are the prompt. Shape (rows, tokens), bool."""
-        rows, tokens = call.hidden_states.shape[:2]
-        mask = real_tokens(call, scope.attention_mask)
-        frames = self._frames()
+    def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
+        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        mask, (rows, tokens) = real, real.shape
+        frames = frames_of(self)
         lengths = next(
             (frame.prompt_lengths for frame in frames if frame.prompt_lengths is not None), None
         )
@@ -307,83 +258,8 @@ class Controller:
         remove_executor(stack)
 
 
-class PlanScope:
-    """One forward pass of a wrapped model.
-
-    Attributes:
-        owner: The controller.
-        outer: The scope that was open before, of another model.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
-    """
-
-    def __init__(
-        self,
-        owner: Controller,
-        attention_mask: torch.Tensor | None,
-        tokens: torch.Tensor | None = None,
-    ) -> None:
-        self.owner: object = owner
-        self.outer: Scope | None = None
-        self._controller = owner
-        self._tokens = tokens
-        self.attention_mask = attention_mask
-        self._plans: RowPlans | None = None
-        # The same at every layer, so it is made once.
-        self._prompt_mask: torch.Tensor | None = None
-        self._cache: DepthCache | None = None
-
-    def run(self, call: LayerCall) -> torch.Tensor:
-        """Run the visits of one layer for the rows whose plan makes them.
-
-        Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported cache.
-            PlanError: The batch does not fit the plans.
-        """
-        states, layer_idx = call.hidden_states, call.layer_idx
-        plans = self._plans
-        if plans is None:
-            plans = self._plans = self._begin(call)
-        if layer_idx >= plans.num_decided:
-            if self._prompt_mask is None:
-                self._prompt_mask = self._controller.prompt_mask(self, call)
-            self._controller.decide(
-                plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
-            )
-        cache, num_rows = self._cache, plans.num_rows
-        for visit in (0, 1):
-            rows = plans.rows(layer_idx, visit)
-            if not rows:
-                break
-            view = None if cache is None else cache.view(layer_idx, visit)
-            if len(rows) == num_rows:
-                states = call.visit(states, cache=view)
-            else:
-                index = plans.index(layer_idx, visit, states.device)
-                run = call.visit(
-                    states.index_select(0, index), cache=view, index=index, num_rows=num_rows
-                )
-                states = states.index_copy(0, index, run)
-        if cache is not None:
-            cache.advance(layer_idx, states.shape[1])
-        return states
-
-    def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
-        tokens = self._tokens
-        if tokens is None or tokens.shape[:2] != states.shape[:2]:
-            return None
-        return tokens.to(states.device)
-
-    def _begin(self, call: LayerCall) -> RowPlans:
-        states = call.hidden_states
-        if states.dim() != 3:
-            raise UnsupportedModelError(
-                f"the states that enter layer {call.layer_idx} have shape {tuple(states.shape)}; "
-                "expected (batch, tokens, hidden)"
-            )
-        if call.cache is not None:
-            self._cache = adopt_cache(call.cache, self._controller.num_layers)
-        return self._controller.start(states.shape[0], self._cache)
+def _summary(what: str, rows: int, depth: float) -> str:
+    return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
 
 
 # Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
@@ -398,8 +274,11 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
 
 
-def _close_scope(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-    leave_scope(module.__dict__[_CONTROLLER])
+def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    scope = leave_scope(module.__dict__[_CONTROLLER])
+    # There is no output if the forward raised.
+    if output is not None and isinstance(scope, PlanScope):
+        scope.finish()
 
 
 def controller_of(model: nn.Module) -> Controller:

@@ -1,9 +1,11 @@
 """Plans: how many times each decoder layer runs for one prompt.
 
-Owns the actions, the checks that every plan passes before it touches a model, and the arithmetic of depth. Knows
-nothing of models or policies.
+Owns the actions, the checks that every plan passes before it touches a model, the arithmetic of depth, and the two ways
+to write a plan as text: digits ("1102", one for each layer) and ranges ("0-1,3,3", the layers in the order of their
+visits). Knows nothing of models or policies.
 """
 
+import re
 from enum import IntEnum
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "identity_plan",
     "parse_plan",
     "plan_depth",
+    "plan_ranges",
     "plan_text",
     "prefix_numbers",
 ]
@@ -40,6 +43,9 @@ class Action(IntEnum):
 
 SKIP, EXECUTE, REPEAT = Action.SKIP, Action.EXECUTE, Action.REPEAT
 NUM_ACTIONS = len(Action)
+
+# One item of a plan written as ranges. No layer number is longer, and int() refuses texts of thousands of digits.
+_ITEM = re.compile(r" *([0-9]{1,9})(?: *- *([0-9]{1,9}))? *")
 
 
 def identity_plan(num_layers: int) -> Plans:
@@ -62,7 +68,8 @@ def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> 
     """Check plans and return them as a fresh array.
 
     Args:
-        plans: One plan or several, whole numbers in any form. Shape (num_layers,) or (rows, num_layers).
+        plans: One plan or several, whole numbers in any form. Shape (num_layers,) or (rows, num_layers). A text that
+            `parse_plan` reads is one plan, a list of texts one for each row.
         num_layers: Decoder layers of the model.
         num_rows: Number of rows wanted, if it matters.
 
@@ -70,12 +77,20 @@ def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> 
         The plans, copied. Shape (rows, num_layers), uint8.
 
     Raises:
-        PlanError: Wrong shape, an action other than 0, 1 and 2, or a plan in which no layer runs.
+        PlanError: Wrong shape, an action other than 0, 1 and 2, a plan in which no layer runs, or a text that is no
+            plan.
 
     Example:
         >>> check_plans([[1, 0, 2]], num_layers=3)
         array([[1, 0, 2]], dtype=uint8)
+        >>> check_plans(["102", "0-2"], num_layers=3)
+        array([[1, 0, 2],
+               [1, 1, 1]], dtype=uint8)
     """
+    if isinstance(plans, str):
+        plans = parse_plan(plans, num_layers)
+    elif isinstance(plans, (list, tuple)):
+        plans = [parse_plan(each, num_layers) if isinstance(each, str) else each for each in plans]
     try:
         array = np.asarray(plans)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -138,30 +153,103 @@ def plan_text(plan: Any) -> str:
     return "".join(str(int(action)) for action in np.asarray(plan).tolist())
 
 
-def parse_plan(text: str, num_layers: int) -> Plans:
-    """Read a plan written as one digit for each layer.
+def plan_ranges(plan: Any) -> str:
+    """Write a plan as the layers in the order of their visits, neighbours joined; `parse_plan` reads it back.
 
     Args:
-        text: Digits 0, 1 and 2, one for each layer.
+        plan: Shape (num_layers,), actions of which at least one runs its layer.
+
+    Example:
+        >>> plan_ranges([1, 1, 0, 1, 2])
+        '0-1,3-4,4'
+        >>> plan_ranges([0, 1, 0])
+        '1-1'
+    """
+    runs: list[list[int]] = []
+    for layer, action in enumerate(np.asarray(plan).tolist()):
+        for _ in range(action):
+            if runs and runs[-1][1] == layer - 1:
+                runs[-1][1] = layer
+            else:
+                runs.append([layer, layer])
+    if len(runs) == 1:
+        # A number alone would be read as digits.
+        return f"{runs[0][0]}-{runs[0][1]}"
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def parse_plan(text: str, num_layers: int) -> Plans:
+    """Read a plan written as digits or as ranges.
+
+    A text with a comma or a dash is ranges: layers in the order of their visits, "0-11,14-27". A layer named twice in a
+    row is repeated, so "0-3,3" and "0-3,3-5" repeat layer 3; layers that are not named are skipped. Any other text is
+    digits, one for each layer: 0 skips, 1 executes, 2 repeats. So "12" is always the plan of a model of two layers; a
+    plan of layer 12 alone is "12-12".
+
+    Args:
+        text: Digits or ranges; in ranges, blanks around numbers do not matter.
         num_layers: Decoder layers of the model.
 
     Returns:
         The plan. Shape (num_layers,), uint8.
 
     Raises:
-        PlanError: Another character, another number of layers, or no layer that runs.
+        PlanError: A text of neither form, a layer that the model does not have, layers out of order, a layer named
+            three times, another number of digits, or no layer that runs.
 
     Example:
         >>> parse_plan("102", 3)
         array([1, 0, 2], dtype=uint8)
+        >>> parse_plan("0-2,5,5", 6)
+        array([1, 1, 1, 0, 0, 2], dtype=uint8)
     """
+    if "," in text or "-" in text:
+        return _parse_ranges(text, num_layers)
     stray = next((character for character in text if character not in "012"), None)
     if stray is not None or not text:
         raise PlanError(
-            f"plan {text!r} cannot be read; expected {num_layers} digits, one for each layer: "
-            "0 skips, 1 executes, 2 repeats"
+            f"plan {text!r} cannot be read; expected {num_layers} digits, one for each layer (0 skips, 1 executes, "
+            '2 repeats), or the layers in the order of their visits, such as "0-2,4"'
+        )
+    if len(text) != num_layers and len(text) < 9 and int(text) < num_layers:
+        raise PlanError(
+            f"a plan names {len(text)} layers, but the model has {num_layers} decoder layers; {text!r} without a comma "
+            f'or a dash is digits, one for each layer: write "{int(text)}-{int(text)}" for layer {int(text)} alone'
         )
     plan: Plans = check_plans([int(character) for character in text], num_layers)[0]
+    return plan
+
+
+def _parse_ranges(text: str, num_layers: int) -> Plans:
+    plan = np.zeros(num_layers, dtype=np.uint8)
+    last = -1
+    for item in text.split(","):
+        found = _ITEM.fullmatch(item)
+        if found is None:
+            raise PlanError(
+                f"plan {text!r} cannot be read at {item!r}; expected layer numbers and ranges in the order of the "
+                'visits, separated by commas, such as "0-2,4,4"'
+            )
+        low, high = int(found[1]), int(found[2] or found[1])
+        if low > high:
+            raise PlanError(
+                f"plan {text!r} has the range {item.strip()!r}, which goes backwards; write {high}-{low}"
+            )
+        if high >= num_layers:
+            raise PlanError(
+                f"plan {text!r} names layer {high}, but the model has layers 0 to {num_layers - 1}"
+            )
+        if low < last:
+            raise PlanError(
+                f"plan {text!r} goes back from layer {last} to layer {low}; a plan visits layers in ascending order "
+                "and can repeat a layer only right after itself"
+            )
+        if plan[low] >= int(REPEAT):
+            raise PlanError(
+                f"plan {text!r} names layer {low} three times; a layer runs at most twice"
+            )
+        plan[low : high + 1] += 1
+        last = high
     return plan
 
 

@@ -27,6 +27,7 @@ class RowPlans:
         self.num_decided = plans.shape[1] if num_decided is None else num_decided
         self._rows: dict[tuple[int, int], list[int]] = {}
         self._index: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+        self._num_visits: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -37,6 +38,13 @@ class RowPlans:
     def is_uniform(self) -> bool:
         """Whether all rows have the same plan."""
         return bool((self.plans == self.plans[:1]).all())
+
+    @property
+    def num_visits(self) -> int:
+        """Visits of all rows together, summed up once; all layers must be decided."""
+        if self._num_visits is None:
+            self._num_visits = int(self.plans.sum(dtype=np.int64))
+        return self._num_visits
 
     def rows(self, layer_idx: int, visit: int) -> list[int]:
         """Return the rows that make a visit, ascending.

@@ -37,7 +37,7 @@ def wrap_model(
         model: A supported transformers causal language model.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
         routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
-        plan: One plan for every prompt. Shape (num_layers,), uint8.
+        plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
         policy: Any other policy.
         max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away. A layer is decided before the
             later ones are known, so a repeat stays only if the rest of the plan, run once, still fits.

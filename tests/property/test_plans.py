@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dynadepth.errors import PlanError
-from dynadepth.plans import check_plans, identity_plan, parse_plan, plan_depth, plan_text
+from dynadepth.plans import (
+    check_plans,
+    identity_plan,
+    parse_plan,
+    plan_depth,
+    plan_ranges,
+    plan_text,
+)
 
 _SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 40))
 
@@ -34,6 +41,32 @@ def test_text_and_plan_are_inverse(plans):
         text = plan_text(plan)
         assert len(text) == len(plan)
         assert np.array_equal(parse_plan(text, len(plan)), plan)
+
+
+@given(plan_batches())
+def test_ranges_and_plan_are_inverse(plans):
+    for plan in plans:
+        text = plan_ranges(plan)
+        assert np.array_equal(parse_plan(text, len(plan)), plan)
+        assert np.array_equal(check_plans([text], len(plan))[0], plan)
+
+
+@given(plan_batches(), st.data())
+def test_any_way_to_cut_the_visits_into_ranges_is_the_same_plan(plans, data):
+    plan = plans[0]
+    visits = [layer for layer, action in enumerate(plan.tolist()) for _ in range(action)]
+    items = []
+    while visits:
+        joined = 1
+        while joined < len(visits) and visits[joined] == visits[joined - 1] + 1:
+            joined += 1
+        taken = data.draw(st.integers(1, joined))
+        low, high = visits[0], visits[taken - 1]
+        items.append(str(low) if taken == 1 else f"{low}-{high}")
+        visits = visits[taken:]
+    # A number alone would be digits.
+    text = ",".join(items) if len(items) > 1 or "-" in items[0] else f"{items[0]}-{items[0]}"
+    assert np.array_equal(parse_plan(text, len(plan)), plan)
 
 
 @given(plan_batches())
@@ -66,11 +99,33 @@ def test_an_empty_plan_anywhere_is_refused_and_named(plans, data):
         check_plans(plans, plans.shape[1])
 
 
-@given(st.text(max_size=30), st.integers(1, 30))
+def _visits_named(text: str) -> list[int] | None:
+    """Read ranges item by item with nothing but `split`; None if the text has another form."""
+    visits = []
+    for item in text.split(","):
+        ends = [end.strip(" ") for end in item.split("-")]
+        if len(ends) > 2 or not all(end.isascii() and end.isdigit() for end in ends):
+            return None
+        visits += range(int(ends[0]), int(ends[-1]) + 1) or [-1]
+    return visits
+
+
+@given(st.text(max_size=30) | st.text("0123,- ", max_size=12), st.integers(1, 30))
 def test_any_text_is_a_plan_or_a_plan_error(text, num_layers):
-    good = len(text) == num_layers and set(text) <= set("012") and set(text) != {"0"}
-    if good:
-        assert plan_text(parse_plan(text, num_layers)) == text
+    plan = None
+    if "," in text or "-" in text:
+        visits = _visits_named(text)
+        if (
+            visits is not None
+            and visits == sorted(visits)
+            and set(visits) <= set(range(num_layers))
+        ):
+            counts = [visits.count(layer) for layer in range(num_layers)]
+            plan = counts if max(counts) <= 2 else None
+    elif len(text) == num_layers and set(text) <= set("012") and set(text) != {"0"}:
+        plan = [int(character) for character in text]
+    if plan is not None:
+        assert parse_plan(text, num_layers).tolist() == plan
     else:
         with pytest.raises(PlanError):
             parse_plan(text, num_layers)

@@ -242,8 +242,9 @@ def test_generate_with_the_identity_is_the_base_model(capsys, tiny_base):
     assert "depth 1.000, plan 1111, 8 tokens in " in err
 
 
-def test_generate_follows_the_plan_and_says_so_in_json(capsys, tiny_base):
-    out, _ = generate(capsys, tiny_base, "--plan", "1020", "--json")
+@pytest.mark.parametrize("plan", ["1020", "0,2,2"])
+def test_generate_follows_the_plan_and_says_so_in_json(capsys, tiny_base, plan):
+    out, _ = generate(capsys, tiny_base, "--plan", plan, "--json")
     result = json.loads(out)
     assert result["plan"] == "1020"
     assert result["depth"] == 0.75
@@ -294,7 +295,7 @@ def test_a_chat_uses_the_template(capsys, tiny_copy):
 def test_bake_writes_a_plain_checkpoint_of_the_plan(capsys, tiny_base, tmp_path):
     out_folder = tmp_path / "new" / "baked"
     code, out, _ = run(
-        capsys, "bake", "--model", tiny_base, "--plan", "1021", "--out", out_folder, "--json"
+        capsys, "bake", "--model", tiny_base, "--plan", "0,2,2-3", "--out", out_folder, "--json"
     )
     assert code == 0
     assert json.loads(out) == {"depth": 1.0, "out": str(out_folder), "plan": "1021"}

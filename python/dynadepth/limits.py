@@ -1,0 +1,85 @@
+"""Limits: what no plan of a wrapped model may break, whoever made it.
+
+Given plans that break them are refused; a policy's actions are changed to fit. Knows nothing of policies or models.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.errors import PlanError
+from dynadepth.plans import EXECUTE, REPEAT, Plans
+
+__all__ = ["Limits"]
+
+
+class Limits:
+    """Protected layers and the hard limit of a prompt's depth.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        max_depth: Most visits of a prompt as a fraction of the layers, at least 1; None: no limit.
+        protect: Layers that always run once.
+
+    Attributes:
+        max_visits: Most visits of a prompt.
+    """
+
+    def __init__(
+        self, num_layers: int, *, max_depth: float | None = None, protect: Iterable[int] = ()
+    ) -> None:
+        self.num_layers = num_layers
+        self.max_depth = max_depth
+        self.protect = tuple(sorted(set(protect)))
+        self.max_visits = (
+            2 * num_layers if max_depth is None else math.floor(max_depth * num_layers + 1e-9)
+        )
+
+    def check(self, plans: Plans) -> None:
+        """Refuse given plans that break the limits the model was wrapped with.
+
+        Raises:
+            PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
+        """
+        broken = [layer for layer in self.protect if (plans[:, layer] != EXECUTE).any()]
+        if broken:
+            raise PlanError(
+                f"layers {broken} are protected and must have action 1; change the plan or protect"
+            )
+        visits = int(plans.sum(axis=1, dtype=np.int64).max())
+        if visits > self.max_visits:
+            raise PlanError(
+                f"a plan has {visits} visits (depth {visits / self.num_layers:.3f}); max_depth allows "
+                f"{self.max_visits}: give a shorter plan or a larger max_depth"
+            )
+
+    def apply(self, actions: Plans, first: int, visits: npt.NDArray[np.int64]) -> Plans:
+        """Apply protection, `max_depth` and "at least one layer runs" to the actions of consecutive layers.
+
+        A repeat is taken away where the rest of the plan, run once, would no longer fit: what later layers would gain
+        from it is not known yet.
+
+        Args:
+            actions: Shape (rows, layers decided), uint8; written.
+            first: The first of these layers.
+            visits: Visits of each row before it. Shape (rows,).
+
+        Returns:
+            `actions`.
+        """
+        visits = visits.copy()
+        for column in range(actions.shape[1]):
+            layer = first + column
+            if layer in self.protect:
+                actions[:, column] = EXECUTE
+            later = self.num_layers - layer - 1
+            too_deep = (actions[:, column] == REPEAT) & (
+                visits + int(REPEAT) + later > self.max_visits
+            )
+            actions[too_deep, column] = EXECUTE
+            visits += actions[:, column]
+            if later == 0:
+                actions[visits == 0, column] = EXECUTE
+        return actions

@@ -1,0 +1,144 @@
+"""PlanScope: one forward pass of a wrapped model, in which each layer runs the visits of its rows' plans.
+
+Asks a planner (the controller) for the plans and hands the rows of each visit to the executor. Knows nothing of
+policies or of how plans are made.
+"""
+
+from typing import Protocol
+
+import torch
+
+from dynadepth.cache import DepthCache, adopt_cache
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.executor import LayerCall, Scope
+from dynadepth.frames import watchers_of
+from dynadepth.rows import RowPlans
+from dynadepth.tokens import real_tokens
+from dynadepth.watching import VisitEvent, Watchers
+
+__all__ = ["PlanScope", "Planner"]
+
+
+class Planner(Protocol):
+    """What a forward pass asks for plans."""
+
+    num_layers: int
+
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        ...
+
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
+        ...
+
+    def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
+        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        ...
+
+    def decide(
+        self,
+        plans: RowPlans,
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
+        """Decide the actions of the layers from `layer_idx` to the next decision; writes `plans`."""
+        ...
+
+
+class PlanScope:
+    """One forward pass of a wrapped model.
+
+    Attributes:
+        owner: The planner.
+        outer: The scope that was open before, of another model.
+        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+    """
+
+    def __init__(
+        self,
+        owner: Planner,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor | None = None,
+    ) -> None:
+        self.owner: object = owner
+        self.outer: Scope | None = None
+        self._planner = owner
+        self._tokens = tokens
+        self.attention_mask = attention_mask
+        self._plans: RowPlans | None = None
+        # The same at every layer, so it is made once.
+        self._prompt_mask: torch.Tensor | None = None
+        self._cache: DepthCache | None = None
+        self._is_prefill = False
+        self._watchers: Watchers | None = None
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Run the visits of one layer for the rows whose plan makes them.
+
+        Raises:
+            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported cache.
+            PlanError: The batch does not fit the plans.
+        """
+        states, layer_idx = call.hidden_states, call.layer_idx
+        plans = self._plans
+        if plans is None:
+            plans = self._plans = self._begin(call)
+        if layer_idx >= plans.num_decided:
+            if self._prompt_mask is None:
+                self._prompt_mask = self._planner.prompt_mask(
+                    real_tokens(call, self.attention_mask)
+                )
+            self._planner.decide(
+                plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
+            )
+        cache, num_rows, watchers = self._cache, plans.num_rows, self._watchers
+        for visit in (0, 1):
+            rows = plans.rows(layer_idx, visit)
+            if not rows:
+                break
+            event = None
+            if watchers is not None:
+                event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
+                watchers.before(event)
+            view = None if cache is None else cache.view(layer_idx, visit)
+            if len(rows) == num_rows:
+                states = call.visit(states, cache=view)
+            else:
+                index = plans.index(layer_idx, visit, states.device)
+                run = call.visit(
+                    states.index_select(0, index), cache=view, index=index, num_rows=num_rows
+                )
+                states = states.index_copy(0, index, run)
+            if watchers is not None and event is not None:
+                watchers.after(event)
+        if cache is not None:
+            cache.advance(layer_idx, states.shape[1])
+        return states
+
+    def finish(self) -> None:
+        """Say that the forward has run to its end."""
+        if self._plans is not None:
+            self._planner.finish(self._plans, is_prefill=self._is_prefill)
+
+    def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
+        tokens = self._tokens
+        if tokens is None or tokens.shape[:2] != states.shape[:2]:
+            return None
+        return tokens.to(states.device)
+
+    def _begin(self, call: LayerCall) -> RowPlans:
+        states = call.hidden_states
+        if states.dim() != 3:
+            raise UnsupportedModelError(
+                f"the states that enter layer {call.layer_idx} have shape {tuple(states.shape)}; "
+                "expected (batch, tokens, hidden)"
+            )
+        if call.cache is not None:
+            self._cache = adopt_cache(call.cache, self._planner.num_layers)
+        self._watchers = watchers_of(self._planner)
+        plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
+        return plans
