@@ -336,7 +336,7 @@ class PlanScope:
         """Run the visits of one layer for the rows whose plan makes them.
 
         Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported cache.
+            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported or unusable cache.
             PlanError: The batch does not fit the plans.
         """
         states, layer_idx = call.hidden_states, call.layer_idx
@@ -383,6 +383,7 @@ class PlanScope:
             )
         if call.cache is not None:
             self._cache = adopt_cache(call.cache, self._controller.num_layers)
+            self._cache.check_ready(states.shape[1])
         return self._controller.start(states.shape[0], self._cache)
 
 
