@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
     from dynadepth.prompts import PromptBatch
+    from dynadepth.sharing import share_weights
     from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
     from dynadepth.watching import VisitEvent
     from dynadepth.wrap import unwrap_model, wrap_model
@@ -55,6 +56,7 @@ __all__ = [
     "plan_text",
     "push_routers",
     "save_routers",
+    "share_weights",
     "unwrap_model",
     "wrap_model",
 ]
@@ -85,6 +87,7 @@ _MODULES = {
     "plan_text": "plans",
     "push_routers": "hub",
     "save_routers": "checkpoint",
+    "share_weights": "sharing",
     "unwrap_model": "wrap",
     "wrap_model": "wrap",
 }

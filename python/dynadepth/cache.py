@@ -2,85 +2,28 @@
 
 A slot holds only the rows whose plan makes the visit, and which rows these are follows from the plans, which live on
 the cache: so beams, several turns and two users of one model never mix. Tokens are counted for each layer whether it
-runs or not, so masks and positions never depend on a slot that may be empty. Knows nothing of policies.
+runs or not, so masks and positions never depend on a slot that may be empty. Dynamic and static caches are adopted;
+each slot is then of the kind that the cache had for its layer. Knows nothing of policies.
 """
 
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.rows import RowPlans
+from dynadepth.slots import Slot, TokenCounter, counter_of, crop_slot, select_rows
 
 __all__ = ["DepthCache", "VisitView", "adopt_cache"]
-
-
-class _TokenCounter(DynamicLayer):
-    """Stands for one decoder layer where transformers asks the cache for lengths; holds no states."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cumulative_length = 0
-
-    def advance(self, num_tokens: int) -> None:
-        self.cumulative_length += num_tokens
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def reset(self) -> None:
-        self.cumulative_length = 0
-        self.is_initialized = False
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what the states' own layer would, before anything is changed."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.cumulative_length = max(self.cumulative_length - abs(tokens_to_remove), 0)
-
-    def make_slot(self) -> DynamicLayer:
-        return DynamicLayer()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
-
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
-
-
-class _SlidingTokenCounter(_TokenCounter):
-    """As `_TokenCounter`, for a layer that attends to a sliding window only."""
-
-    is_sliding = True
-
-    def __init__(self, sliding_window: int, *, record_past: bool) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.record_past = record_past
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return DynamicSlidingWindowLayer.get_mask_sizes(self, query_length)  # type: ignore[no-any-return]
-
-    def get_max_length(self) -> int:
-        return self.sliding_window
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        if self.cumulative_length >= self.sliding_window and not self.record_past:
-            raise UnsupportedModelError(
-                f"the cache was to drop its last {abs(tokens_to_remove)} tokens, but a sliding window of "
-                f"{self.sliding_window} tokens is full and older states are gone; call "
-                "cache.activate_past_recording() before the first forward"
-            )
-
-    def make_slot(self) -> DynamicLayer:
-        slot = DynamicSlidingWindowLayer(sliding_window=self.sliding_window)
-        slot.record_past = self.record_past
-        return slot
 
 
 class VisitView(Cache):
@@ -112,28 +55,52 @@ class VisitView(Cache):
         return keys, values
 
 
-class DepthCache(DynamicCache):
-    """A `DynamicCache` with one slot for each visit, and the plans of its rows.
+class DepthCache(Cache):
+    """A cache with one slot for each visit, and the plans of its rows.
 
-    Made by `adopt_cache` from a cache that is still empty. `layers` counts tokens; `slots` holds the states.
+    Made by `adopt_cache` from a cache that is still empty, and still an instance of that cache's class. `layers` counts
+    tokens; `slots` holds the states.
 
     Attributes:
         slots: Key and value states by (layer_idx, visit); only visits that some row makes have one. Each holds
             states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
+        num_layers: Decoder layers of the model.
+        in_forward: Whether a forward has begun to write and has not come to the last layer.
     """
 
     layers: list[Any]
-    slots: dict[tuple[int, int], DynamicLayer]
+    slots: dict[tuple[int, int], Slot]
     row_plans: RowPlans | None
+    num_layers: int
+    in_forward: bool
+
+    def check_ready(self, num_tokens: int) -> None:
+        """Refuse a forward that could not be exact, before it writes anything.
+
+        Args:
+            num_tokens: New tokens of each row.
+
+        Raises:
+            UnsupportedModelError: The forward before ended in an exception, or a static cache is too short.
+        """
+        if self.in_forward:
+            raise UnsupportedModelError(
+                "the last forward on this cache did not come to its end, so some layers hold more tokens than others; "
+                "begin with a new cache, or call cache.reset() and give the whole prompt again"
+            )
+        for counter in self.layers:
+            counter.check_room(num_tokens)
 
     def view(self, layer_idx: int, visit: int) -> VisitView:
         """Return what the layer sees as its cache in this visit."""
+        self.in_forward = True
         return VisitView(self, layer_idx, visit)
 
     def advance(self, layer_idx: int, num_tokens: int) -> None:
         """Count the tokens that have passed a layer, whether it ran or not."""
         self.layers[layer_idx].advance(num_tokens)
+        self.in_forward = layer_idx < self.num_layers - 1
 
     @property
     def state_bytes(self) -> int:
@@ -161,6 +128,7 @@ class DepthCache(DynamicCache):
         super().reset()
         self.slots.clear()
         self.row_plans = None
+        self.in_forward = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens of every slot.
@@ -170,7 +138,7 @@ class DepthCache(DynamicCache):
 
         Raises:
             ValueError: The number is positive.
-            UnsupportedModelError: A full sliding window has forgotten the states that would come back.
+            UnsupportedModelError: A sliding window has forgotten the states that would come back.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -178,10 +146,11 @@ class DepthCache(DynamicCache):
             )
         for counter in self.layers:
             counter.check_crop(tokens_to_remove)
-        for slot in self.slots.values():
-            slot.crop(tokens_to_remove)
-        for counter in self.layers:
-            counter.crop(tokens_to_remove)
+        removed = [min(-tokens_to_remove, counter.get_seq_length()) for counter in self.layers]
+        for (layer_idx, _), slot in self.slots.items():
+            crop_slot(slot, removed[layer_idx])
+        for counter, num_tokens in zip(self.layers, removed, strict=True):
+            counter.crop(-num_tokens)
 
     def activate_past_recording(self) -> None:
         """Let sliding windows keep the states that a later `crop` may need."""
@@ -211,13 +180,13 @@ class DepthCache(DynamicCache):
         if plans.is_uniform:
             # Every slot holds every row, so the selection need not come to the host.
             for slot in self.slots.values():
-                _select(slot, indices)
+                select_rows(slot, indices)
             self.row_plans = plans.select([0] * indices.numel())
             return
         chosen = indices.tolist()
         for (layer_idx, visit), slot in self.slots.items():
             position = {row: place for place, row in enumerate(plans.rows(layer_idx, visit))}
-            _select(
+            select_rows(
                 slot,
                 torch.tensor(
                     [position[row] for row in chosen if row in position], dtype=torch.long
@@ -226,61 +195,71 @@ class DepthCache(DynamicCache):
         self.row_plans = plans.select(chosen)
 
 
-def _select(slot: DynamicLayer, indices: torch.Tensor) -> None:
-    if slot.keys is not None and slot.keys.numel():
-        slot.keys = slot.keys.index_select(0, indices.to(slot.keys.device))
-        slot.values = slot.values.index_select(0, indices.to(slot.values.device))
+class _DynamicDepthCache(DepthCache, DynamicCache):
+    """What a `DynamicCache` becomes."""
 
 
-_SLOT_CLASSES = (DynamicLayer, DynamicSlidingWindowLayer)
+class _StaticDepthCache(DepthCache, StaticCache):
+    """What a `StaticCache` becomes."""
+
+
+# By the class of a cache: what it becomes, and the layers that it may have. Exact classes only: a subclass may keep its
+# states in another way.
+_ADOPTED: dict[type, tuple[type[DepthCache], tuple[type, ...]]] = {
+    DynamicCache: (_DynamicDepthCache, (DynamicLayer, DynamicSlidingWindowLayer)),
+    StaticCache: (_StaticDepthCache, (StaticLayer, StaticSlidingWindowLayer)),
+}
 
 
 def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
-    """Turn an empty `DynamicCache` into a `DepthCache`, in place, so that whoever holds it keeps holding it.
+    """Turn an empty cache into a `DepthCache`, in place, so that whoever holds it keeps holding it.
 
     Args:
-        cache: A cache that `generate`, the model or the user made; a `DepthCache` is returned as it is.
+        cache: A `DynamicCache` or `StaticCache` that `generate`, the model or the user made; a `DepthCache` is returned
+            as it is.
         num_layers: Decoder layers of the model.
 
     Returns:
         The same object.
 
     Raises:
-        UnsupportedModelError: Another kind of cache, a cache offloaded to the host, or one that holds states of the
-            unwrapped model.
+        UnsupportedModelError: Another kind of cache, a cache offloaded to the host, one that holds states of the
+            unwrapped model, or a static one made for another number of layers.
     """
     if isinstance(cache, DepthCache):
         return cache
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    becomes, layer_classes = _ADOPTED.get(type(cache), (None, ()))
+    if becomes is None or getattr(cache, "offloading", False):
         offloaded = " with offloading" if getattr(cache, "offloading", False) else ""
         raise UnsupportedModelError(
             f"the cache is a {type(cache).__name__}{offloaded}; a wrapped model runs with a DynamicCache (the "
-            "default of generate) or with use_cache=False"
+            "default of generate), a StaticCache (cache_implementation='static') or use_cache=False"
         )
     if cache.get_seq_length() > 0:
         raise UnsupportedModelError(
-            f"the cache already holds {cache.get_seq_length()} tokens of the unwrapped model; begin with an empty cache"
+            f"the cache already holds {int(cache.get_seq_length())} tokens of the unwrapped model; "
+            "begin with an empty cache"
         )
-    strange = next((layer for layer in cache.layers if type(layer) not in _SLOT_CLASSES), None)
+    strange = next((layer for layer in cache.layers if type(layer) not in layer_classes), None)
     if strange is not None:
         raise UnsupportedModelError(
             f"the cache has a layer of class {type(strange).__name__}; supported are "
-            f"{', '.join(cls.__name__ for cls in _SLOT_CLASSES)}"
+            f"{', '.join(cls.__name__ for cls in layer_classes)}"
         )
-    cache.__class__ = DepthCache
-    counters: list[_TokenCounter] = []
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            counters.append(
-                _SlidingTokenCounter(layer.sliding_window, record_past=layer.record_past)
-            )
-        else:
-            counters.append(_TokenCounter())
-    # A cache made without a config starts with no layers and grows full-attention ones.
-    counters.extend(_TokenCounter() for _ in range(num_layers - len(counters)))
+    if becomes is _StaticDepthCache and len(cache.layers) != num_layers:
+        raise UnsupportedModelError(
+            f"the static cache was made for {len(cache.layers)} layers, but the model has {num_layers}; "
+            "make it with config=model.config"
+        )
+    counters = [counter_of(layer) for layer in cache.layers]
+    # A dynamic cache made without a config starts with no layers and grows full-attention ones.
+    counters.extend(TokenCounter() for _ in range(num_layers - len(counters)))
+    cache.__class__ = becomes
     cache.layers = counters
     cache.layer_class_to_replicate = None
     cache.slots = {}
     cache.row_plans = None
+    cache.num_layers = num_layers
+    cache.in_forward = False
     adopted: DepthCache = cache
     return adopted

@@ -79,7 +79,7 @@ class PlanScope:
         """Run the visits of one layer for the rows whose plan makes them.
 
         Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported cache.
+            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported or unusable cache.
             PlanError: The batch does not fit the plans.
         """
         states, layer_idx = call.hidden_states, call.layer_idx
@@ -139,6 +139,7 @@ class PlanScope:
             )
         if call.cache is not None:
             self._cache = adopt_cache(call.cache, self._planner.num_layers)
+            self._cache.check_ready(states.shape[1])
         self._watchers = watchers_of(self._planner)
         plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
         return plans

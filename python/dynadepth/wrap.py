@@ -1,5 +1,6 @@
 """`wrap_model` and `unwrap_model`: put dynamic depth on a model and take it off without a trace."""
 
+import copy
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -155,13 +156,16 @@ def _refuse_packed(name: str, *_: Any, **__: Any) -> None:
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's own generate, with the prompt's width known to the controller."""
+    """Run the model's own generate, uncompiled, with the prompt's width known to the controller."""
     controller: Controller = model.__dict__["dynadepth"]
-    positional = args[1] if len(args) > 1 else None
-    config = kwargs.get("generation_config") or positional or model.generation_config
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
     def setting(name: str) -> Any:
-        return kwargs.get(name, getattr(config, name, None))
+        if name in kwargs:
+            return kwargs[name]
+        # What a given config leaves open, generate takes from the model's own.
+        values = (getattr(config, name, None) for config in (given, model.generation_config))
+        return next((value for value in values if value is not None), None)
 
     if setting("assistant_early_exit"):
         raise UnsupportedModelError(
@@ -181,6 +185,24 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             "guidance without a cache cannot tell the prompt from the negative prompt, which has a plan of its own; "
             "leave use_cache=False out, or wrap with plan="
         )
+    if setting("compile_config") is not None or kwargs.get("disable_compile") is False:
+        raise UnsupportedModelError(
+            "generate was asked to compile (compile_config, or disable_compile=False); a wrapped model decides in "
+            "Python which rows run which layer, so it runs uncompiled: leave these out, or bake(model, plan) and "
+            "compile that"
+        )
+    # With a static cache on an accelerator, generate compiles the forward by itself: one graph for each plan, and after
+    # a few plans silently none. A fixed plan is no exception, as `model.dynadepth.plans` may change it at any time.
+    if given is None:
+        kwargs["disable_compile"] = True
+    else:
+        # Settings beside a config are deprecated, so this one goes into the config, which stays the caller's.
+        given = copy.copy(given)
+        given.disable_compile = True
+        if kwargs.get("generation_config") is None:
+            args = (args[0], given, *args[2:])
+        else:
+            kwargs["generation_config"] = given
     prompt = kwargs.get("inputs_embeds")
     for candidate in (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None):
         if prompt is None:

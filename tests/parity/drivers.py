@@ -18,7 +18,12 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 
 
 def drive(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, prefill: int, mode: Mode
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    prefill: int,
+    mode: Mode,
+    cache: Any = None,
 ) -> torch.Tensor:
     """Return the logits of all columns, shape (rows, columns, vocabulary), run in the way `mode` names.
 
@@ -28,7 +33,7 @@ def drive(
     with torch.no_grad():
         if mode == "full":
             return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config) if cache is None else cache
         size = 1 if mode == "steps" else 3
         ends = [prefill, *range(prefill + size, ids.shape[1], size), ids.shape[1]]
         logits, begin = [], 0

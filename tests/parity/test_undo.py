@@ -210,8 +210,12 @@ def test_refused_calls():
         UnsupportedModelError, match="already holds 9 tokens of the unwrapped model"
     ):
         model(ids, past_key_values=filled)
-    with pytest.raises(UnsupportedModelError, match=r"StaticCache.*DynamicCache"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+    offloaded = StaticCache(config=model.config, max_cache_len=20)
+    offloaded.offloading = True  # What the argument would set, without the stream that it needs.
+    with pytest.raises(
+        UnsupportedModelError, match=r"a StaticCache with offloading; .* runs with a DynamicCache"
+    ):
+        model(ids, past_key_values=offloaded)
     with pytest.raises(UnsupportedModelError, match="assistant_early_exit"):
         model.generate(ids, assistant_early_exit=1)
     wanted = GenerationConfig(assistant_early_exit=1)

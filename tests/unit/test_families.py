@@ -53,7 +53,11 @@ def test_what_is_not_a_supported_causal_model_is_refused():
         (T5ForConditionalGeneration, T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8), "encoder"),
         (MambaForCausalLM, MambaConfig(num_hidden_layers=1, hidden_size=8), "recurrent state"),
         (LlavaForConditionalGeneration, LlavaConfig(), "reads more than text"),
-        (CodeGenForCausalLM, CodeGenConfig(n_layer=1, n_embd=64, n_head=4), "until it passes the parity"),
+        (
+            CodeGenForCausalLM,
+            CodeGenConfig(n_layer=1, n_embd=64, n_head=4),
+            "until it passes the parity",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -1,0 +1,36 @@
+"""A second model on the weights of the first: a base beside its routed self at no cost in memory.
+
+Knows nothing of plans, caches or wrapping.
+"""
+
+import copy
+from itertools import chain
+from typing import Any
+
+__all__ = ["share_weights"]
+
+
+def share_weights(model: Any) -> Any:
+    """Return a second model that reads the very parameters and buffers of the first.
+
+    Everything else is a copy: modules, hooks, configs, and the controller of a wrapped model. So the one can be wrapped
+    and the other not, or each with a plan of its own: a routed model drafts for its own base, or is compared with it.
+
+    Args:
+        model: A transformers causal language model, wrapped or not; left as it is. Move it to its device and dtype
+            first: moving one model afterwards would move half of the other.
+
+    Returns:
+        The second model, of the same class, wrapped if the first is.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dynadepth import wrap_model
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
+        >>> draft = wrap_model(share_weights(base), plan=[1, 0, 1])
+        >>> draft.lm_head.weight is base.lm_head.weight
+        True
+    """
+    kept = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, kept)
