@@ -309,8 +309,8 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             )
         if layer._compiled_call_impl is not None:
             raise WrapError(
-                f"decoder layer {layer_idx} is compiled, so its graphs hold a layer that always runs; wrap the model "
-                "first and call layer.compile() then, which compiles what one visit runs"
+                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model and "
+                "call layer.compile() then, which compiles what one visit runs"
             )
         _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
@@ -338,7 +338,7 @@ def _is_patched(layer: nn.Module) -> bool:
 
 
 def _is_own_forward(layer: nn.Module, place: str) -> bool:
-    found = layer.__dict__.get(place)
+    found: Any = layer.__dict__.get(place)
     return getattr(found, "__func__", None) is type(layer).forward and found.__self__ is layer
 
 
