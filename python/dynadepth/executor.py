@@ -186,31 +186,45 @@ def leave_scope(owner: object) -> Scope | None:
 
 @dataclass(slots=True)
 class _Seat:
-    """What an installed layer carries: its number and whose scopes it obeys."""
+    """What an installed layer carries: its number, whose scopes it obeys, and its own forward if that is compiled."""
 
     layer_idx: int
     owner: object
     family: Family
+    compiled: Callable[..., Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are not compiled, as with any module.
+        return _Seat, (self.layer_idx, self.owner, self.family)
 
 
 _SEAT = "_dynadepth_seat"
+# Activation checkpointing keeps a layer's arguments and runs the layer again in the backward pass, perhaps in another
+# thread, when the forward's scope is closed. So the scope goes with the arguments.
+_SCOPE_ARGUMENT = "_dynadepth_scope"
+
+
+def _scope_of(seat: _Seat) -> Scope:
+    scope = _SCOPE.get()
+    while scope is not None and scope.owner is not seat.owner:
+        scope = scope.outer
+    if scope is None:
+        raise WrapError(
+            f"decoder layer {seat.layer_idx} was called outside a forward of the model it was wrapped with; call the "
+            "model itself. If layers were copied or replaced since (layer_replication of PEFT), unwrap_model(model) "
+            "and wrap it again"
+        )
+    return scope
 
 
 def _routed_forward(
     layer: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     seat: _Seat = layer.__dict__[_SEAT]
-    scope = _SCOPE.get()
-    while scope is not None and scope.owner is not seat.owner:
-        scope = scope.outer
-    if scope is None:
-        raise WrapError(
-            f"decoder layer {seat.layer_idx} was called outside a forward of its model; "
-            "call the model itself, or unwrap_model(model) first"
-        )
     signature = _signature_of(base)
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
+    scope = arguments.pop(_SCOPE_ARGUMENT, None) or _scope_of(seat)
     hidden_states = arguments.pop(signature.names[0])
     feed_forward = seat.family.feed_forward
     call = LayerCall(
@@ -219,7 +233,7 @@ def _routed_forward(
         arguments,
         signature,
         (None,) * seat.family.num_extras,
-        MethodType(base.forward, layer),
+        MethodType(seat.compiled or base.forward, layer),
         None if feed_forward is None else getattr(layer, feed_forward),
     )
     states = scope.run(call)
@@ -234,14 +248,32 @@ def _signature_of(base: Any) -> LayerSignature:
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
+    # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
+    run = torch.compiler.disable(_routed_forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _routed_forward(self, base, args, kwargs)
+        return run(self, base, args, kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            kwargs[_SCOPE_ARGUMENT] = _scope_of(self.__dict__[_SEAT])
+        return base.__call__(self, *args, **kwargs)
+
+    def compile_own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Unbound: a bound one would run this layer's weights in every copy.
+        self.__dict__[_SEAT].compiled = torch.compile(base.forward, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = base.__reduce_ex__(self, max(protocol, 2))
+        return (_empty_layer, (base,), *state)
 
     # `capture_outputs`, `_no_split_modules` and PEFT look at names and signatures.
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
     attributes = {
         "forward": forward,
+        "__call__": call,
+        "compile": compile_own_forward,
+        "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -249,6 +281,12 @@ def _routed_class(base: Any) -> type[nn.Module]:
     }
     routed: type[nn.Module] = type(base.__name__, (base,), attributes)
     return routed
+
+
+def _empty_layer(base: Any) -> nn.Module:
+    """Make a layer of the stand-in class, without any state: what copying and unpickling begin with."""
+    routed = _routed_class(base)
+    return routed.__new__(routed)
 
 
 def is_installed(stack: LayerStack) -> bool:
@@ -273,10 +311,15 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             raise WrapError(
                 f"decoder layer {layer_idx} is wrapped already; call unwrap_model(model) first"
             )
-        if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
+        if _is_patched(layer):
             raise WrapError(
                 f"the forward of decoder layer {layer_idx} ({type(layer).__name__}) was replaced by another library; "
                 "remove that change before wrapping, or its effect would be lost in silence"
+            )
+        if layer._compiled_call_impl is not None:
+            raise WrapError(
+                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model and "
+                "call layer.compile() then, which compiles what one visit runs"
             )
         _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
@@ -293,11 +336,26 @@ def remove_executor(stack: LayerStack) -> None:
         layer.__dict__.pop(_SEAT, None)
 
 
+# Where accelerate keeps the forward that it found when it put its hook on, and where it puts that back.
+_FORWARD_PLACES = ("_old_forward", "forward")
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Say whether a call of the layer runs something else than its class's forward, hooks of accelerate aside."""
+    place = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    return place in layer.__dict__ and not _is_own_forward(layer, place)
+
+
+def _is_own_forward(layer: nn.Module, place: str) -> bool:
+    found: Any = layer.__dict__.get(place)
+    return getattr(found, "__func__", None) is type(layer).forward and found.__self__ is layer
+
+
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    own = [place for place in _FORWARD_PLACES if _is_own_forward(layer, place)]
     layer.__class__ = cls
-    # accelerate calls the forward that it found when it put its hook on.
-    if hasattr(layer, "_hf_hook") and "_old_forward" in layer.__dict__:
-        layer.__dict__["_old_forward"] = MethodType(cls.forward, layer)
+    for place in own:
+        layer.__dict__[place] = MethodType(cls.forward, layer)
 
 
 def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:

@@ -35,7 +35,7 @@ def wrap_model(
     plan is kept on the cache. `unwrap_model` takes all of it off again.
 
     Args:
-        model: A supported transformers causal language model.
+        model: A supported transformers causal language model, bare or inside a PEFT or a `torch.compile` model.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
         routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
@@ -80,12 +80,13 @@ def wrap_model(
         raise ConfigError(
             f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
         )
-    stack = layer_stack(model)
-    if is_wrapped(stack) or "dynadepth" in model.__dict__:
+    inner = _causal_lm(model)
+    stack = layer_stack(inner)
+    if is_wrapped(stack) or "dynadepth" in inner.__dict__:
         raise WrapError(
             f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
         )
-    replaced = [name for name in ("generate", *_PACKED) if name in model.__dict__]
+    replaced = [name for name in ("generate", *_PACKED) if name in inner.__dict__]
     if replaced:
         raise WrapError(
             f"another library has replaced this model's {replaced[0]}; remove that before wrapping"
@@ -94,7 +95,7 @@ def wrap_model(
     _check_max_depth(max_depth)
 
     if budget is not None:
-        loaded = _resolve_routers(model, routers)
+        loaded = _resolve_routers(inner, routers)
         chosen: Policy = loaded.policy(budget, backend=router_backend)
         movable = sorted(set(protected) - set(loaded.protect))
         if movable:
@@ -117,12 +118,12 @@ def wrap_model(
     controller = Controller(stack.num_layers, chosen, max_depth=max_depth, protect=protected)
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
-    controller.attach(model)
-    model.__dict__["dynadepth"] = controller
+    controller.attach(inner)
+    inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
-    model.__dict__["generate"] = partial(_generate, model)
+    inner.__dict__["generate"] = partial(_generate, inner)
     for name in _PACKED:
-        model.__dict__[name] = partial(_refuse_packed, name)
+        inner.__dict__[name] = partial(_refuse_packed, name)
     return model
 
 
@@ -130,7 +131,7 @@ def unwrap_model(model: Any) -> Any:
     """Take everything that `wrap_model` put on off again.
 
     Args:
-        model: A wrapped model.
+        model: A wrapped model, bare or inside a PEFT or a `torch.compile` model, whichever came first.
 
     Returns:
         The same model, with its own classes, attributes and outputs.
@@ -138,10 +139,18 @@ def unwrap_model(model: Any) -> Any:
     Raises:
         WrapError: The model is not wrapped.
     """
-    controller_of(model).detach(model)
+    inner = _causal_lm(model)
+    controller_of(inner).detach(inner)
     for name in ("dynadepth", "generate", *_PACKED):
-        model.__dict__.pop(name, None)
+        inner.__dict__.pop(name, None)
     return model
+
+
+def _causal_lm(model: Any) -> Any:
+    """Return the model that has the layers and the generate, from inside what torch.compile and PEFT put around it."""
+    inner = getattr(model, "_orig_mod", model)
+    get_base_model = getattr(inner, "get_base_model", None)
+    return inner if get_base_model is None else get_base_model()
 
 
 # Ways into continuous batching, whose worker thread would swallow an error raised in a layer.
@@ -184,6 +193,15 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModelError(
             "guidance without a cache cannot tell the prompt from the negative prompt, which has a plan of its own; "
             "leave use_cache=False out, or wrap with plan="
+        )
+    prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    if (
+        controller.policy.decision_layers
+        and prepare is not type(model).prepare_inputs_for_generation
+    ):
+        raise UnsupportedModelError(
+            "another library prepares the inputs of this model's generate (prompt tuning of PEFT puts tokens before "
+            "them), so the policy cannot tell where the prompt ends; wrap with plan="
         )
     if setting("compile_config") is not None or kwargs.get("disable_compile") is False:
         raise UnsupportedModelError(

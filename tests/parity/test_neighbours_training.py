@@ -1,0 +1,175 @@
+"""Gradients of a wrapped model, with and without activation checkpointing: the sums of those of the baked visits."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dynadepth.baking import bake
+from dynadepth.errors import WrapError
+from dynadepth.families import layer_stack
+from dynadepth.plans import identity_plan
+from dynadepth.policies import Policy
+from dynadepth.wrap import unwrap_model, wrap_model
+from tests.parity.drivers import drive, mixed_plans, positions_of
+from tests.tiny import FAMILIES, random_batch, tiny_model
+
+PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
+CHECKPOINTING = {
+    "none": None,
+    "replayed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+}
+
+
+def trained(model, checkpointing=None):
+    """Set a model to training, and checkpoint its layers if that is asked for."""
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        assert layer_stack(model).layers[0].gradient_checkpointing
+    return model
+
+
+def loss_of(model, ids, mask):
+    """A loss in which every real token's logits weigh differently."""
+    logits = model(ids, attention_mask=mask, position_ids=positions_of(mask)).logits
+    weights = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)
+    return (torch.tanh(logits) * weights * mask.unsqueeze(-1) * ids.unsqueeze(-1)).sum()
+
+
+def gradients(model):
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def baked_gradients(base, plan, ids, mask):
+    """Gradients through the baked model, each visit's brought back to the layer it is a copy of."""
+    baked = trained(bake(base, plan))
+    loss_of(baked, ids, mask).backward()
+    visits = [layer for layer, action in enumerate(plan) for _ in range(action)]
+    totals = {}
+    for name, grad in gradients(baked).items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(visits[int(parts[2])])
+        home = ".".join(parts)
+        totals[home] = totals[home] + grad if home in totals else grad
+    return totals
+
+
+def assert_gradients(model, *expected, relative=1e-9):
+    """Compare with the sum of baked gradients; a layer that no row runs has none."""
+    for name, grad in gradients(model).items():
+        parts = [grads[name] for grads in expected if name in grads]
+        if parts:
+            scale = sum(part.abs().max() for part in parts)
+            assert (grad - sum(parts)).abs().max() < relative * scale, name
+        else:
+            assert grad is None or not grad.any(), name
+
+
+def counted_visits(model):
+    """Collect the layers of all visits that begin from now on."""
+    visits = []
+    for layer_idx, layer in enumerate(layer_stack(model).layers):
+        # A replay stops as soon as it has what it needs, so the end of a visit may not come.
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, layer_idx=layer_idx: visits.append(layer_idx)
+        )
+    return visits
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_visits(family, checkpointing):
+    ids, mask = random_batch([9, 9], seed=1)
+    expected = baked_gradients(tiny_model(family), PLAN, ids, mask)
+    assert not any("layers.0." in name for name in expected)
+    model = trained(wrap_model(tiny_model(family), plan=PLAN), checkpointing)
+    visits = counted_visits(model)
+    loss_of(model, ids, mask).backward()
+    # A checkpointed layer runs its visits again in the backward pass.
+    assert sorted(visits) == sorted([1, 1, 2, 3, 3] * (1 if checkpointing is None else 2))
+    assert_gradients(model, expected)
+    unwrap_model(model).zero_grad()
+    loss_of(model, ids, mask).backward()
+    assert_gradients(model, baked_gradients(tiny_model(family), identity_plan(4), ids, mask))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
+def test_gradients_of_rows_with_plans_of_their_own_add_up(checkpointing):
+    ids, mask = random_batch([9, 9, 9], seed=1)
+    plans = mixed_plans(4, 3, seed=2)
+    rows = [slice(row, row + 1) for row in range(3)]
+    expected = [
+        baked_gradients(tiny_model("gemma3"), plan, ids[row], mask[row])
+        for plan, row in zip(plans, rows, strict=True)
+    ]
+    model = trained(wrap_model(tiny_model("gemma3"), plan=PLAN), checkpointing)
+    with model.dynadepth.plans(plans):
+        loss_of(model, ids, mask).backward()
+    # The families' norms sum in float32, here over the rows together and there one by one.
+    assert_gradients(model, *expected, relative=1e-6)
+
+
+def test_a_backward_pass_replays_the_plan_of_its_own_forward():
+    """Two forwards, then one backward in another thread, when neither plan is in force any more."""
+    model = trained(wrap_model(tiny_model(), plan=identity_plan(4)), CHECKPOINTING["replayed"])
+    ids, mask = random_batch([9], seed=1)
+    plans = [[0, 2, 1, 2], [2, 1, 0, 1]]
+    losses = []
+    for plan in plans:
+        with model.dynadepth.plans(plan):
+            losses.append(loss_of(model, ids, mask))
+    thread = threading.Thread(target=sum(losses).backward)
+    thread.start()
+    thread.join()
+    expected = [baked_gradients(tiny_model(), plan, ids, mask) for plan in plans]
+    assert_gradients(model, *expected)
+
+
+class Counting(Policy):
+    """Plans by the prompt's states, and counts how often it is asked."""
+
+    num_layers = 4
+    decision_layers = (1, 3)
+
+    def __init__(self):
+        self.asked = 0
+
+    def initial_plans(self, num_rows):
+        return np.tile(identity_plan(4), (num_rows, 1))
+
+    def decide(self, layer_idx, hidden_states, prompts):
+        self.asked += 1
+        action = int(hidden_states.sum().abs() * 10) % 3
+        return np.full((len(hidden_states), 2 if layer_idx == 1 else 1), action, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
+def test_a_policy_decides_once_though_its_layer_runs_again(checkpointing):
+    policy = Counting()
+    model = trained(wrap_model(tiny_model(), policy=policy), checkpointing)
+    ids, mask = random_batch([9], seed=3)
+    loss_of(model, ids, mask).backward()
+    assert policy.asked == 2
+    plan = model.dynadepth.last_plans[0]
+    assert plan.tolist() != [1, 1, 1, 1]
+    assert_gradients(model, baked_gradients(tiny_model(), plan, ids, mask))
+
+
+def test_a_model_in_training_generates_by_its_plan():
+    model = trained(wrap_model(tiny_model(), plan=PLAN), CHECKPOINTING["replayed"])
+    ids, mask = random_batch([9], seed=1)
+    settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
+    expected = bake(tiny_model(), PLAN)
+    assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
+    assert torch.equal(drive(model, ids, mask, 5, "steps"), drive(expected, ids, mask, 5, "steps"))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
+def test_a_layer_called_by_itself_is_refused(checkpointing):
+    model = trained(wrap_model(tiny_model(), plan=PLAN), checkpointing)
+    with pytest.raises(WrapError, match="layer 2 was called outside a forward of the model"):
+        model.model.layers[2](torch.zeros(1, 3, 32, dtype=torch.float64))
