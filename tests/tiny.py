@@ -22,6 +22,7 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 _WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 # By name: the model_type and what it needs besides the shape. `layer_types` is repeated over the layers; windows are
@@ -35,7 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWED}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "phi3": ("phi3", {"sliding_window": None}),
-    "gpt2": ("gpt2", {"n_inner": 48}),
+    "gpt2": ("gpt2", {"n_inner": 48, **_NO_DROPOUT}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "falcon": ("falcon", {"ffn_hidden_size": 48, "alibi": False}),
@@ -59,7 +60,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window": ("mistral", {"sliding_window": 6}),
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, **_WINDOWED}),
     "phi3, window": ("phi3", {"sliding_window": 6}),
-    "gpt2, scaled": ("gpt2", {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2, scaled": (
+        "gpt2",
+        {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True, **_NO_DROPOUT},
+    ),
     "gpt_neox, serial": ("gpt_neox", {"use_parallel_residual": False}),
     "opt, post-norm": (
         "opt",

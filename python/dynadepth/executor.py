@@ -53,8 +53,9 @@ class LayerCall:
     arguments: dict[str, Any]
     signature: LayerSignature
     extras: tuple[Any, ...]
+    _layer: nn.Module
     _forward: Callable[..., Any]
-    _feed_forward: nn.Module | None
+    _feed_forward: str | None
 
     @property
     def cache(self) -> Any:
@@ -100,14 +101,12 @@ class LayerCall:
                 name: _gather_argument(name, value, index, num_rows or 0)
                 for name, value in arguments.items()
             }
-        else:
-            arguments = dict(arguments)
         arguments[self.signature.cache_name] = cache
         if wanted is None or self._feed_forward is None:
-            output = self._forward(hidden_states, **arguments)
+            output = self._forward(self._layer, hidden_states, **arguments)
         else:
-            with _Only(wanted, self._feed_forward):
-                output = self._forward(hidden_states, **arguments)
+            with _Only(wanted, getattr(self._layer, self._feed_forward)):
+                output = self._forward(self._layer, hidden_states, **arguments)
         if self.extras and isinstance(output, tuple) and len(output) == 1 + len(self.extras):
             self.extras = output[1:] if index is None else (None,) * len(self.extras)
             output = output[0]
@@ -226,15 +225,16 @@ def _routed_forward(
     arguments.update(kwargs)
     scope = arguments.pop(_SCOPE_ARGUMENT, None) or _scope_of(seat)
     hidden_states = arguments.pop(signature.names[0])
-    feed_forward = seat.family.feed_forward
+    family = seat.family
     call = LayerCall(
         seat.layer_idx,
         hidden_states,
         arguments,
         signature,
-        (None,) * seat.family.num_extras,
-        MethodType(seat.compiled or base.forward, layer),
-        None if feed_forward is None else getattr(layer, feed_forward),
+        (None,) * family.num_extras,
+        layer,
+        seat.compiled or base.forward,
+        family.feed_forward,
     )
     states = scope.run(call)
     return (states, *call.extras) if call.extras else states
@@ -249,9 +249,11 @@ def _signature_of(base: Any) -> LayerSignature:
 def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
     # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
-    run = torch.compiler.disable(_routed_forward)
+    run_outside = torch.compiler.disable(_routed_forward)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Where nothing is being compiled, the way outside costs as much as all else here.
+        run = run_outside if torch.compiler.is_compiling() else _routed_forward
         return run(self, base, args, kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

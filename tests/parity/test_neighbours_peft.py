@@ -21,7 +21,7 @@ from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_routers import random_routers
 
 PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
@@ -61,7 +61,7 @@ def assert_same(model, expected, ids, mask):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_adapters_run_in_every_visit(family, order):
     model, base = adapted_and_wrapped(order, family), reference(family)
     ids, mask = random_batch([9, 9], seed=1)

@@ -13,7 +13,7 @@ from dynadepth.errors import WrapError
 from dynadepth.fingerprint import fingerprint
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, drive, mixed_plans
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_routers import random_routers
 
 PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
@@ -29,7 +29,7 @@ def assert_same(model, expected):
 
 
 @pytest.mark.parametrize("when", ["first asked wrapped", "first asked before"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_hidden_states_are_those_between_layers(family, when):
     model = tiny_model(family)
     ids, _ = random_batch([9, 9], seed=1)
@@ -65,7 +65,7 @@ def test_hidden_states_of_rows_with_plans_of_their_own_hold_every_row():
         assert (given[4][row] - whole[-1][0]).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_attentions_have_one_entry_for_each_execution(family):
     model = wrap_model(tiny_model(family, attention="eager"), plan=PLAN)
     base = tiny_model(family, attention="eager")
@@ -103,7 +103,7 @@ def reloaded(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, reloaded])
 def test_a_twin_stands_alone(twin_of, family):
     model, base = wrap_model(tiny_model(family), plan=PLAN), tiny_model(family)
@@ -152,7 +152,7 @@ def test_a_twin_decides_with_routers_of_its_own(twin_of):
     assert torch.equal(logits, drive(bake(base, plan), ids, mask, 9, "full"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 def test_a_saved_wrapped_model_is_the_base_byte_for_byte(family, tmp_path):
     base, model = tiny_model(family), wrap_model(tiny_model(family), plan=PLAN)
     drive(model, *random_batch([9]), 5, "steps")

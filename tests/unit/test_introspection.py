@@ -16,7 +16,7 @@ from dynadepth.ledger import Totals
 from dynadepth.plans import plan_text
 from dynadepth.watching import VisitEvent
 from dynadepth.wrap import unwrap_model, wrap_model
-from tests.tiny import FAMILIES, random_batch, tiny_model
+from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_menus import random_menu
 
 PLAN = np.array([1, 0, 2, 1], dtype=np.uint8)
@@ -132,7 +132,7 @@ def test_a_policy_that_decides_as_the_prefill_goes_is_told_of_when_it_has_decide
 # Key and value states
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MECHANISMS)
 @pytest.mark.parametrize(
     "plans",
     [
