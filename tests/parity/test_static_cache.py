@@ -13,15 +13,12 @@ from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import baked_rows, drive, mixed_plans, positions_of
 from tests.parity.recompute import CACHE, generated, plans_alone, prompts_of
 from tests.parity.test_generate import POLICIES
-from tests.tiny import FAMILIES, VOCAB_SIZE, random_batch, tiny_model
+from tests.tiny import MECHANISMS, VOCAB_SIZE, random_batch, tiny_model
 
+# Outside of generate the alibi of bloom is as long as the mask, not as the cache, so the base model itself cannot.
+STATIC = tuple(name for name in MECHANISMS if name != "bloom")
 NEW = 7
 TOLERANCE = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def _exact(softmax_in_float64):
-    """Keep eager attention in float64."""
 
 
 def continued(side, lengths=(9, 5, 7, 12), seed=5):
@@ -48,7 +45,7 @@ class TestParity:
     @pytest.mark.parametrize("mode", ["steps", "chunks"])
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", STATIC)
     def test_mixed_padded_batch_equals_baked_rows(self, family, attention, side, mode):
         model = tiny_model(family, attention=attention)
         plans = mixed_plans(4, 4, seed=3)
@@ -62,7 +59,7 @@ class TestParity:
             assert gap(logits, ids, mask, expected) < TOLERANCE, length
 
     @pytest.mark.parametrize("seed", range(6))
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", STATIC)
     def test_random_plans_of_one_row_and_without_a_mask(self, family, seed):
         """No mask and inferred positions: what transformers reads off the cache itself."""
         model = tiny_model(family, seed=seed)
@@ -78,7 +75,7 @@ class TestParity:
         assert (torch.cat(logits, 1)[0] - expected).abs().max() < TOLERANCE
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", STATIC)
     def test_one_plan_is_bit_equal_to_the_baked_model_in_the_same_batch(self, family, dtype):
         base = tiny_model(family, dtype=dtype)
         ids, mask, width = continued("left")
@@ -172,7 +169,7 @@ class TestAdoption:
 
 class TestRows:
     @pytest.mark.parametrize("how", ["reorder", "select", "repeat"])
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", STATIC)
     def test_rows_are_reordered_chosen_and_repeated(self, family, how):
         model = tiny_model(family)
         plans = mixed_plans(4, 4, seed=3)
@@ -206,7 +203,7 @@ class TestRows:
         for row, reference in enumerate(expected):
             assert (logits[row] - reference[-NEW:]).abs().max() < TOLERANCE
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", STATIC)
     def test_dropped_tokens_leave_no_trace(self, family):
         model = tiny_model(family)
         plans = mixed_plans(4, 2, seed=2)
