@@ -309,8 +309,8 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             )
         if layer._compiled_call_impl is not None:
             raise WrapError(
-                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model and "
-                "call layer.compile() then, which compiles what one visit runs"
+                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model "
+                "and call layer.compile() then, which compiles what one visit runs"
             )
         _signature_of(classes[layer_idx])
     for layer_idx, layer in enumerate(stack.layers):
