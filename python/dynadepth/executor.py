@@ -22,6 +22,7 @@ from dynadepth.families import Family, LayerSignature, LayerStack, layer_signatu
 __all__ = [
     "LayerCall",
     "Scope",
+    "Straight",
     "enter_scope",
     "install_executor",
     "is_installed",
@@ -149,11 +150,27 @@ class _Only:
         return full
 
 
+class Straight(Protocol):
+    """What a layer that runs once for all rows needs of a forward pass: nothing is gathered and nothing decided."""
+
+    def begin_visit(self, layer_idx: int) -> Any:
+        """Return what the layer sees as its cache, or None."""
+        ...
+
+    def end_visit(self, layer_idx: int, num_tokens: int) -> None:
+        """Take note that the layer has run, for so many tokens of each row."""
+        ...
+
+
 class Scope(Protocol):
     """Decides what a layer does while one forward pass of its model is under way."""
 
     owner: object
     outer: "Scope | None"
+
+    def straight(self, layer_idx: int) -> Straight | None:
+        """Return how a layer goes straight through if it is known to run once for all rows, else None."""
+        ...
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """Run a layer call and return the states that enter the next layer."""
@@ -221,19 +238,27 @@ def _routed_forward(
 ) -> Any:
     seat: _Seat = layer.__dict__[_SEAT]
     signature = _signature_of(base)
+    scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _scope_of(seat)
+    layer_idx, own_forward = seat.layer_idx, seat.compiled or base.forward
+    straight = scope.straight(layer_idx)
+    # Most calls of most plans; in decoding these are what the wrapping costs.
+    if straight is not None and args and signature.cache_name in kwargs:
+        kwargs[signature.cache_name] = straight.begin_visit(layer_idx)
+        output = own_forward(layer, *args, **kwargs)
+        straight.end_visit(layer_idx, args[0].shape[1])
+        return output
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
-    scope = arguments.pop(_SCOPE_ARGUMENT, None) or _scope_of(seat)
     hidden_states = arguments.pop(signature.names[0])
     family = seat.family
     call = LayerCall(
-        seat.layer_idx,
+        layer_idx,
         hidden_states,
         arguments,
         signature,
         (None,) * family.num_extras,
         layer,
-        seat.compiled or base.forward,
+        own_forward,
         family.feed_forward,
     )
     states = scope.run(call)

@@ -26,6 +26,7 @@ class RowPlans:
         self.plans = plans
         self.num_decided = plans.shape[1] if num_decided is None else num_decided
         self._rows: dict[tuple[int, int], list[int]] = {}
+        self._once: list[bool] | None = None
         self._index: dict[tuple[int, int, torch.device], torch.Tensor] = {}
         self._num_visits: int | None = None
 
@@ -45,6 +46,13 @@ class RowPlans:
         if self._num_visits is None:
             self._num_visits = int(self.plans.sum(dtype=np.int64))
         return self._num_visits
+
+    def runs_once(self, layer_idx: int) -> bool:
+        """Say whether a layer is decided and runs once for every row."""
+        if self._once is None:
+            decided = self.plans[:, : self.num_decided]
+            self._once = (decided == int(EXECUTE)).all(axis=0).tolist()
+        return layer_idx < len(self._once) and self._once[layer_idx]
 
     def rows(self, layer_idx: int, visit: int) -> list[int]:
         """Return the rows that make a visit, ascending.
@@ -83,6 +91,7 @@ class RowPlans:
         """
         self.plans[:, layer_idx : layer_idx + actions.shape[1]] = actions
         self.num_decided = layer_idx + actions.shape[1]
+        self._once = None
 
     def select(self, rows: Sequence[int]) -> "RowPlans":
         """Return the plans of some rows, in that order."""

@@ -4,7 +4,7 @@ Asks a planner (the controller) for the plans and hands the rows of each visit t
 policies or of how plans are made.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -117,6 +117,22 @@ class PlanScope:
         if cache is not None:
             cache.advance(layer_idx, states.shape[1])
         return states
+
+    def straight(self, layer_idx: int) -> "PlanScope | None":
+        """Return itself if the layer is decided, runs once for all rows, and nobody watches."""
+        plans = self._plans
+        if plans is None or self._watchers is not None or not plans.runs_once(layer_idx):
+            return None
+        return self
+
+    def begin_visit(self, layer_idx: int) -> Any:
+        """Return what a layer that runs once sees as its cache."""
+        return None if self._cache is None else self._cache.view(layer_idx, 0)
+
+    def end_visit(self, layer_idx: int, num_tokens: int) -> None:
+        """Count the tokens that have passed a layer that runs once."""
+        if self._cache is not None:
+            self._cache.advance(layer_idx, num_tokens)
 
     def finish(self) -> None:
         """Say that the forward has run to its end."""

@@ -217,6 +217,9 @@ class _SweepScope:
                 pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
         return torch.cat(pieces).index_select(0, gather)
 
+    def straight(self, layer_idx: int) -> None:
+        """Return None: every layer changes which states there are."""
+
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
     ) -> npt.NDArray[np.bool_]:
