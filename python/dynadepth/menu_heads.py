@@ -171,6 +171,8 @@ class Moments:
         self._cross: dict[str, Floats] = {
             name: inner.T @ (values - values.mean(axis=0)) for name, values in targets.items()
         }
+        # By rank and penalty: a blend's weights are the blend of its targets' weights, and factors come after.
+        self._solved: dict[tuple[int, float], dict[str, Floats]] = {}
 
     def weights(
         self, blend: Sequence[tuple[str, float]], rank: int, penalty: float, factors: int
@@ -191,15 +193,25 @@ class Moments:
         """
         used = min(rank, len(self._gram))
         gram = self._gram[:used, :used]
-        cross = sum(
-            (share * self._cross[name][:used] for name, share in blend),
-            start=np.zeros_like(next(iter(self._cross.values()))[:used]),
+        solved = self._solve(used, penalty)
+        weight: Floats = sum(
+            (share * solved[name] for name, share in blend),
+            start=np.zeros_like(next(iter(solved.values()))),
         )
-        solved = np.linalg.solve(gram + penalty * np.eye(used), cross)
-        weight: Floats = np.asarray(solved, dtype=np.float64)
         if not 0 < factors < weight.shape[1]:
             return weight
         _, directions = np.linalg.eigh(weight.T @ gram @ weight)
         kept = directions[:, -factors:]
         reduced: Floats = weight @ (kept @ kept.T)
         return reduced
+
+    def _solve(self, used: int, penalty: float) -> dict[str, Floats]:
+        """Return the weights of every target. Shape (used, K) each."""
+        key = (used, penalty)
+        if key not in self._solved:
+            names = list(self._cross)
+            cross = np.concatenate([self._cross[name][:used] for name in names], axis=1)
+            gram = self._gram[:used, :used] + penalty * np.eye(used)
+            parts = np.split(np.linalg.solve(gram, cross), len(names), axis=1)
+            self._solved[key] = dict(zip(names, parts, strict=True))
+        return self._solved[key]
