@@ -386,17 +386,16 @@ def test_a_wrong_model_and_an_unsupported_family(
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
     assert f"error: cannot load the model '{tmp_path / 'nothing'}'" in err
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import CodeGenConfig, CodeGenForCausalLM
 
-    argv[2] = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=97)).save_pretrained(
-        argv[2]
-    )
+    argv[2] = tmp_path / "codegen"
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
+    CodeGenForCausalLM(CodeGenConfig(**shape)).save_pretrained(argv[2])
     for path in (place / "my-model").glob("tokenizer*"):
         shutil.copy(path, argv[2])
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
-    assert "has model_type 'gpt2'; supported are gemma3_text, llama" in err
+    assert "has model_type 'codegen'; supported are bloom, cohere, falcon" in err
     assert not (tmp_path / "labels").exists()
 
 
