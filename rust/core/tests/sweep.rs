@@ -178,18 +178,20 @@ proptest! {
         let (history, _) = carry_out(&sweep, num_examples);
         for layer in 0..num_layers {
             let step = sweep.step(layer).cloned().unwrap_or_default();
-            let (states, num_first) = (history[layer].len() as u32, step.first.len() as u32);
+            let (states, num_first) = (history[layer].len(), step.first.len());
             // Read again: results repeated here, and those of plans that visit a later layer.
-            let mut read: BTreeSet<u32> = step.second.iter().copied().collect();
+            let mut read: BTreeSet<usize> = step.second.iter().map(|&row| row as usize).collect();
             for (plan, &row) in plans.chunks(num_layers).zip(&step.leaving) {
+                let row = row as usize;
                 if row >= states && plan[layer + 1..].iter().any(|&action| action > 0) {
                     read.insert(row - states);
                 }
             }
-            let settled: Vec<u32> = (0..num_first + step.second.len() as u32)
+            let settled: Vec<usize> = (0..num_first + step.second.len())
                 .filter(|row| !read.contains(row))
                 .collect();
-            prop_assert_eq!(&step.settled, &settled);
+            let given: Vec<usize> = step.settled.iter().map(|&row| row as usize).collect();
+            prop_assert_eq!(&given, &settled);
             // Where a plan leaves to is what it enters the next layer as.
             let next = sweep.step(layer + 1);
             for (plan, &row) in step.leaving.iter().enumerate() {
