@@ -9,7 +9,6 @@ enclose it with 95 % confidence. Everything is wrapped before the clock starts, 
 """
 
 import argparse
-import copy
 import inspect
 import json
 import math
@@ -17,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from dynadepth.plans import Plans, plan_depth, plan_ranges
 from dynadepth.policies import MenuPolicy, Policy, RouterPolicy
 from dynadepth.prompts import PromptBatch
 from dynadepth.routers import RouterHeads
+from dynadepth.sharing import share_weights
 from dynadepth.wrap import wrap_model
 from dynadepth_search.assets import SMOLLM2, default_cache, fetch_model
 
@@ -67,12 +66,6 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[name]), dtype=dtype)
     return model.to(device, dtype).eval()
-
-
-def twin(model: Any) -> Any:
-    """Return another model object with the same weights in memory."""
-    memo: dict[int, Any] = {id(each): each for each in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 def baked_twin(model: Any, plan: Plans) -> Any:
@@ -228,7 +221,7 @@ def router_share(
 ) -> dict[str, Any]:
     """Time the decisions inside a prefill in which all layers run, as a share of it."""
     timed = Decided(policy, np.ones((1, policy.num_layers), dtype=np.uint8), clock)
-    run = prefill(wrap_model(twin(model), policy=timed), ids)
+    run = prefill(wrap_model(share_weights(model), policy=timed), ids)
     run()
     deciding: list[float] = []
     whole: list[float] = []
@@ -271,10 +264,10 @@ def bench_model(name: str, options: argparse.Namespace) -> tuple[list[Any], list
     menu = menu_policy(plans, hidden_size, first)
     routers = router_policy(num_layers, hidden_size)
     baked = baked_twin(model, plans[0])
-    identity = wrap_model(twin(model), plan=[1] * num_layers)
-    static = wrap_model(twin(model), plan=plans[0])
-    grouped = wrap_model(twin(model), policy=Decided(menu, plans[:1]))
-    mixed = wrap_model(twin(model), policy=Decided(menu, plans))
+    identity = wrap_model(share_weights(model), plan=[1] * num_layers)
+    static = wrap_model(share_weights(model), plan=plans[0])
+    grouped = wrap_model(share_weights(model), policy=Decided(menu, plans[:1]))
+    mixed = wrap_model(share_weights(model), policy=Decided(menu, plans))
     check_equal(identity, model)
     check_equal(static, baked)
     rows: list[Any] = []

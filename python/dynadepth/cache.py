@@ -105,9 +105,10 @@ class DepthCache(Cache):
     @property
     def state_bytes(self) -> int:
         """Bytes of key and value states held now."""
+        # Another thread may be running this cache's model.
         return sum(
-            tensor.numel() * tensor.element_size()
-            for slot in self.slots.values()
+            tensor.nbytes
+            for slot in list(self.slots.values())
             for tensor in (slot.keys, slot.values)
             if tensor is not None
         )

@@ -172,7 +172,7 @@ class Controller(Blocks):
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
         if plans.num_decided == self.num_layers:
-            self._ledger.planned(plans.plans)
+            self._ledger.planned(plans)
         return plans
 
     def decide(
@@ -201,7 +201,7 @@ class Controller(Blocks):
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
         plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
         if end == self.num_layers:
-            self._ledger.planned(plans.plans)
+            self._ledger.planned(plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
         """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""

@@ -102,7 +102,7 @@ class LayerCall:
                 name: _gather_argument(name, value, index, num_rows or 0)
                 for name, value in arguments.items()
             }
-        arguments[self.signature.cache_name] = cache
+        arguments = {**arguments, self.signature.cache_name: cache}
         if wanted is None or self._feed_forward is None:
             output = self._forward(self._layer, hidden_states, **arguments)
         else:
@@ -153,12 +153,12 @@ class _Only:
 class Straight(Protocol):
     """What a layer that runs once for all rows needs of a forward pass: nothing is gathered and nothing decided."""
 
-    def begin_visit(self, layer_idx: int) -> Any:
+    def view(self, layer_idx: int) -> Any:
         """Return what the layer sees as its cache, or None."""
         ...
 
-    def end_visit(self, layer_idx: int, num_tokens: int) -> None:
-        """Take note that the layer has run, for so many tokens of each row."""
+    def passed(self, layer_idx: int, num_tokens: int) -> None:
+        """Take note that so many tokens of each row have passed the layer."""
         ...
 
 
@@ -243,9 +243,9 @@ def _routed_forward(
     straight = scope.straight(layer_idx)
     # Most calls of most plans; in decoding these are what the wrapping costs.
     if straight is not None and args and signature.cache_name in kwargs:
-        kwargs[signature.cache_name] = straight.begin_visit(layer_idx)
+        kwargs[signature.cache_name] = straight.view(layer_idx)
         output = own_forward(layer, *args, **kwargs)
-        straight.end_visit(layer_idx, args[0].shape[1])
+        straight.passed(layer_idx, args[0].shape[1])
         return output
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)

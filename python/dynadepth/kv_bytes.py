@@ -39,8 +39,7 @@ def kv_bytes(cache: DepthCache) -> KvBytes:
     A layer that no row runs has no states. It would hold what a layer of the same kind (of attention, of window) holds
     for each row; if all layers of the kind are skipped, it is reckoned from the tokens that have passed.
     """
-    plans = cache.row_plans
-    held = 0
+    plans, held = cache.row_plans, cache.state_bytes
     # Of one row: by layer, by kind of layer, and of one token.
     by_layer: dict[int, int] = {}
     by_kind: dict[Any, int] = {}
@@ -51,7 +50,6 @@ def kv_bytes(cache: DepthCache) -> KvBytes:
             continue
         rows, _, tokens, _ = slot.keys.shape
         size = slot.keys.nbytes + slot.values.nbytes
-        held += size
         by_layer[layer_idx] = by_kind[_kind(cache.layers[layer_idx])] = size // rows
         of_token = size // (rows * tokens)
     plain = 0

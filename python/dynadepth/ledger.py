@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-import numpy as np
-
 from dynadepth.cache import DepthCache
 from dynadepth.kv_bytes import KvBytes, kv_bytes
 from dynadepth.plans import Plans
@@ -101,14 +99,14 @@ class Ledger:
             self._last_cache = None if cache is None else weakref.ref(cache)
             self._last_kv = None
 
-    def planned(self, plans: Plans) -> None:
-        """Enter the plans of a batch. Shape (rows, num_layers), uint8."""
-        visits = int(plans.sum(dtype=np.int64))
+    def planned(self, plans: RowPlans) -> None:
+        """Enter the plans of a batch, all layers of which are decided."""
+        visits = plans.num_visits
         with self._lock:
-            self.last_plans = plans.copy()
-            self._prompts += len(plans)
+            self.last_plans = plans.plans.copy()
+            self._prompts += plans.num_rows
             self._planned_visits += visits
-            self._plain_planned_visits += plans.size
+            self._plain_planned_visits += plans.plans.size
 
     def ran(self, plans: RowPlans, *, is_prefill: bool) -> None:
         """Enter a forward that has run to its end."""

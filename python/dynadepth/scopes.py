@@ -94,7 +94,7 @@ class PlanScope:
             self._planner.decide(
                 plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
             )
-        cache, num_rows, watchers = self._cache, plans.num_rows, self._watchers
+        num_rows, watchers = plans.num_rows, self._watchers
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
             if not rows:
@@ -103,7 +103,7 @@ class PlanScope:
             if watchers is not None:
                 event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
                 watchers.before(event)
-            view = None if cache is None else cache.view(layer_idx, visit)
+            view = self.view(layer_idx, visit)
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
@@ -114,8 +114,7 @@ class PlanScope:
                 states = states.index_copy(0, index, run)
             if watchers is not None and event is not None:
                 watchers.after(event)
-        if cache is not None:
-            cache.advance(layer_idx, states.shape[1])
+        self.passed(layer_idx, states.shape[1])
         return states
 
     def straight(self, layer_idx: int) -> "PlanScope | None":
@@ -125,12 +124,12 @@ class PlanScope:
             return None
         return self
 
-    def begin_visit(self, layer_idx: int) -> Any:
-        """Return what a layer that runs once sees as its cache."""
-        return None if self._cache is None else self._cache.view(layer_idx, 0)
+    def view(self, layer_idx: int, visit: int = 0) -> Any:
+        """Return what a layer sees as its cache in a visit, or None."""
+        return None if self._cache is None else self._cache.view(layer_idx, visit)
 
-    def end_visit(self, layer_idx: int, num_tokens: int) -> None:
-        """Count the tokens that have passed a layer that runs once."""
+    def passed(self, layer_idx: int, num_tokens: int) -> None:
+        """Count the tokens that have passed a layer, whether it ran or not."""
         if self._cache is not None:
             self._cache.advance(layer_idx, num_tokens)
 
