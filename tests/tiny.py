@@ -97,6 +97,10 @@ def attentions(family: str) -> tuple[str, ...]:
     return ("eager",) if family in ("bloom", "gemma2") else ("sdpa", "eager")
 
 
+# Every family and variant with every kind of attention that it runs.
+KINDS = [(name, kind) for name in (*FAMILIES, *VARIANTS) for kind in attentions(name)]
+
+
 def tiny_model(
     family: str = "llama",
     *,

@@ -79,3 +79,14 @@ def mixed_plans(num_layers: int, num_rows: int, seed: int) -> np.ndarray:
     plans[2 % num_rows, 0] = 2
     plans[plans.sum(axis=1) == 0, -1] = 1
     return plans
+
+
+class Watch:
+    """An observer that keeps all it is shown."""
+
+    def __init__(self, layers):
+        self.layers = layers
+        self.seen = []
+
+    def observe(self, layer_idx, states, entering):
+        self.seen.append((layer_idx, states.clone(), entering))

@@ -80,7 +80,7 @@ def test_a_row_of_a_padded_batch_is_the_prompt_alone_and_the_baked_model(family,
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("family", MECHANISMS)
 def test_generate_equals_the_baked_models_of_the_plans_chosen(family, steps, settings):
-    base, policy = tiny_model(family, num_layers=6), policy_of(steps)
+    base, policy = tiny_model(family, num_layers=6), policy_of(steps, seed=4)
     ids, mask = random_batch(LENGTHS, seed=4)
     settings = {"max_new_tokens": 6, "do_sample": False, **settings}
     model = wrap_model(copy.deepcopy(base), policy=policy)
@@ -89,7 +89,7 @@ def test_generate_equals_the_baked_models_of_the_plans_chosen(family, steps, set
     beams = settings.get("num_beams", 1)
     assert plans.shape == (len(ids) * beams, 6)
     assert (plans.reshape(len(ids), beams, 6) == plans[::beams, None]).all()
-    assert len(np.unique(plans, axis=0)) > 1
+    assert len(np.unique(plans, axis=0)) > 2
     for row, plan in enumerate(plans[::beams]):
         real = ids[row : row + 1, mask[row].bool()]
         expected = bake(base, plan).generate(real, **settings)[0, real.shape[1] :]
@@ -119,7 +119,7 @@ def test_rows_run_each_layer_together(steps):
             if (plans[:, layer_idx] >= visit).any()
         ]
         assert calls == expected
-        assert len(np.unique(plans, axis=0)) > 1
+        assert len(np.unique(plans, axis=0)) > 2
 
         # Prompts that get equal plans cost as many calls as one prompt.
         per_prompt = Counter()

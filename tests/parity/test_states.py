@@ -14,6 +14,7 @@ from dynadepth.sweep import Sweeper
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.states import PromptStates
 from dynadepth_search.tasks import Example
+from tests.parity.drivers import Watch
 from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_text import word_tokenizer
 
@@ -106,17 +107,6 @@ def collect(scorer, examples, *, num_windows=0, layers=LAYERS, plans=PLANS):
     return states.views
 
 
-class Watch:
-    """An observer that keeps all it is shown."""
-
-    def __init__(self, layers):
-        self.layers = layers
-        self.seen = []
-
-    def observe(self, layer_idx, states, entering):
-        self.seen.append((layer_idx, states.clone(), entering))
-
-
 def test_an_observer_is_shown_the_state_of_every_plan(model):
     ids, mask = random_batch([9, 2, 12], seed=3)
     example = np.array([0, 1, 2, 0, 2, 1, 0, 2])
@@ -125,7 +115,11 @@ def test_an_observer_is_shown_the_state_of_every_plan(model):
     with Sweeper(model) as sweeper:
         plain = sweeper.sweep(ids, mask, PLANS, example, score=score)
         watched = sweeper.sweep(ids, mask, PLANS, example, score=score, observer=watch)
-    assert (plain.logits - watched.logits).abs().max().item() < 1e-9
+    # Where tokens that nobody reads pass the feed-forward module or not, products with a bias round differently.
+    if any(name.endswith(".bias") for name, _ in layer_stack(model).layers.named_parameters()):
+        assert (plain.logits - watched.logits).abs().max().item() < 1e-9
+    else:
+        assert torch.equal(plain.logits, watched.logits)
     assert (plain.naive_visits, plain.executed_visits) == (
         watched.naive_visits,
         watched.executed_visits,

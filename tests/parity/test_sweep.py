@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from dynadepth.baking import bake
 from dynadepth.errors import PlanError, WrapError
-from dynadepth.families import layer_stack
+from dynadepth.families import SUPPORTED_FAMILIES, layer_stack
 from dynadepth.features import block_influence, prompt_features
 from dynadepth.sweep import Sweeper
 from dynadepth.wrap import wrap_model
-from tests.parity.drivers import drive
-from tests.tiny import FAMILIES, MECHANISMS, VARIANTS, attentions, random_batch, tiny_model
-
-KINDS = [(name, kind) for name in (*FAMILIES, *VARIANTS) for kind in attentions(name)]
+from tests.parity.drivers import Watch, drive
+from tests.tiny import FAMILIES, KINDS, MECHANISMS, random_batch, tiny_model
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -73,7 +71,10 @@ def test_any_plans_and_prompts(data):
         assert (logits - reference).abs().max().item() < 1e-9
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("bloom", "opt")])
+@pytest.mark.parametrize(
+    "family",
+    [name for name, (kind, _) in FAMILIES.items() if SUPPORTED_FAMILIES[kind].feed_forward],
+)
 def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
     """Of results that no layer visits again only scored tokens pass it, from the last observed layer on."""
     model = tiny_model(family)
@@ -93,7 +94,7 @@ def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
     with Sweeper(model) as sweeper:
         result = sweeper.sweep(ids, mask, plans, example, score=score)
         counts, passed[:] = list(passed), []
-        watched = sweeper.sweep(ids, mask, plans, example, score=score, observer=Watch(3))
+        watched = sweeper.sweep(ids, mask, plans, example, score=score, observer=Watch((3,)))
     for handle in handles:
         handle.remove()
     # Layer 1: prompt 0 goes on, prompts 1 and 2 end here, prompt 2 after its repeat.
@@ -108,16 +109,6 @@ def test_after_its_last_visit_a_plan_costs_the_scored_tokens_only(family):
         ]
         assert (logits - reference).abs().max().item() < 1e-9
         assert (again - reference).abs().max().item() < 1e-9
-
-
-class Watch:
-    """An observer of one layer."""
-
-    def __init__(self, layer):
-        self.layers = (layer,)
-
-    def observe(self, layer_idx, states, entering):
-        assert states[entering].isfinite().all()
 
 
 def test_a_sweeper_leaves_no_trace_also_after_an_error():

@@ -23,7 +23,7 @@ from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
-from tests.tiny import MECHANISMS, random_batch, tiny_model
+from tests.tiny import FAMILIES, random_batch, tiny_model
 from tests.tiny_routers import random_routers
 
 PLAN = np.array([0, 2, 1, 2], dtype=np.uint8)
@@ -45,7 +45,7 @@ def traces(model):
     ]
 
 
-@pytest.mark.parametrize("family", MECHANISMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unwrap_leaves_no_trace(family):
     model = tiny_model(family)
     ids, mask = random_batch([6, 9], seed=1)
@@ -261,7 +261,7 @@ class Reading(Policy):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", MECHANISMS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_is_planned_once_from_its_own_tokens(family, side):
     model = tiny_model(family)
     base = tiny_model(family)
