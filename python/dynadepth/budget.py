@@ -7,7 +7,7 @@ nothing of models: the mean depth is a function that it is given.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from numbers import Real
 from typing import Any
@@ -124,6 +124,31 @@ class Calibration:
         gap = depths[after] - depths[before]
         share = float((number - depths[before]) / gap) if gap > 0 else 1.0
         return PenaltyMix(self.lambdas[before], self.lambdas[after], share)
+
+    def steady(self, spread_at: Callable[[float], float], most: float) -> "Calibration":
+        """Return the table without the entries whose depth cannot be trusted; what lies between others is mixed.
+
+        Where many prompts change plans at about one penalty, the depth there says little of other prompts: a little
+        to one side all of them have changed, to the other none. Mixing the penalties around gives the depths between.
+
+        Args:
+            spread_at: By how much the mean depth under a penalty may be wrong.
+            most: Largest such number that is accepted.
+
+        Returns:
+            A table of the same range; both ends stay.
+        """
+        last = len(self.lambdas) - 1
+        kept = [
+            entry
+            for entry, penalty in enumerate(self.lambdas)
+            if entry in (0, last) or spread_at(penalty) <= most
+        ]
+        return replace(
+            self,
+            lambdas=tuple(self.lambdas[entry] for entry in kept),
+            depths=tuple(self.depths[entry] for entry in kept),
+        )
 
     def depth_for(self, budget: Any) -> float:
         """Return the mean depth that the calibration prompts had under `penalty_for(budget)`.

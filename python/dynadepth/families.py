@@ -97,8 +97,13 @@ def layer_stack(model: nn.Module) -> LayerStack:
 
     Raises:
         UnsupportedModelError: The family is not on the allow-list, or this model of it shares key and value states
-            between layers, has no output head, or does not look as its family should.
+            between layers, has no output head, or does not look as its family should; or it is inside a PEFT model.
     """
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"this is a {type(model).__name__} around a model, and only wrap_model and unwrap_model look inside; "
+            "give what merge_and_unload() returns, or get_base_model() to leave its adapters as they are"
+        )
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None or model_type not in SUPPORTED_FAMILIES:

@@ -11,10 +11,22 @@ import numpy.typing as npt
 from dynadepth.evaluation import concave_hull
 from dynadepth.plans import Plans, plan_depth, prefix_numbers
 
-__all__ = ["at_depths", "choose", "depth_curve", "depth_grid", "static_values", "walk_menu"]
+__all__ = [
+    "at_depths",
+    "choose",
+    "depth_curve",
+    "depth_grid",
+    "front_means",
+    "standard_error",
+    "static_values",
+    "walk_menu",
+]
 
 # Depths at which recipes are compared, as shares of the way from the lowest plan to the deepest.
 _SHARES = (0.2, 0.4, 0.6, 0.8)
+
+# In scores: enough for a range of penalties, too little to matter.
+_RAISE = 0.01
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -101,6 +113,40 @@ def static_values(values: Floats, depths: Floats, wanted: Floats) -> Floats:
         share = float(np.clip((depth - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1))
         found[index] = (1 - share) * values[:, hull[right - 1]] + share * values[:, hull[right]]
     return found
+
+
+def front_means(values: Floats, depths: Floats) -> Floats:
+    """Return what plans are worth where prompts cannot be told apart, so that one plan is preferred to a mixture.
+
+    Of the plans of a depth the best one, if it is within one standard error of the best mixture of that depth, is
+    raised a little above it: mixing the identity with a far lower plan would spoil some prompts to spare others, for a
+    difference that the prompts do not show.
+
+    Args:
+        values: What each prompt gets from each plan. Shape (N, K).
+        depths: Of the plans. Shape (K,).
+
+    Returns:
+        Shape (K,).
+    """
+    means = values.mean(axis=0)
+    knots = depths[concave_hull(depths, means)]
+    found: Floats = means.copy()
+    for depth in np.unique(depths).tolist():
+        right = int(np.searchsorted(knots, depth))
+        if right in (0, len(knots)) or depth in knots:
+            continue
+        plan = int(np.where(depths == depth, means, -np.inf).argmax())
+        mixture = static_values(values, depths, depths[[plan]])[0]
+        if float((mixture - values[:, plan]).mean()) <= standard_error(mixture - values[:, plan]):
+            share = (depth - knots[right - 1]) / (knots[right] - knots[right - 1])
+            found[plan] = mixture.mean() + _RAISE * share * (1 - share)
+    return found
+
+
+def standard_error(values: Floats) -> float:
+    """Return the standard error of a mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def depth_grid(depths: Floats) -> Floats:

@@ -83,11 +83,11 @@ class MenuData:
         """Return the number of each plan's prefix before a layer. Shape (K,)."""
         return prefix_numbers(self.plans, layer_idx)
 
-    def folds(self, seed: int) -> Indices:
-        """Return the fold of each prompt. Shape (N,)."""
+    def folds(self, seed: int, count: int = FOLDS) -> Indices:
+        """Return the fold of each prompt, of `count` or as many as there are names. Shape (N,)."""
         names = list(self.groups) if self.groups is not None else list(range(len(self.agreement)))
         number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-        drawn = np.random.default_rng(seed).permutation(len(number)) % FOLDS
+        drawn = np.random.default_rng(seed).permutation(len(number)) % count
         folds: Indices = drawn[[number[name] for name in names]]
         return folds
 

@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
-from dynadepth.menu_curves import at_depths, depth_curve, depth_grid, static_values
+from dynadepth.menu_curves import (
+    at_depths,
+    depth_curve,
+    depth_grid,
+    front_means,
+    standard_error,
+    static_values,
+)
 from dynadepth.menu_data import FOLDS, MenuData, MenuRecipe, MenuTrial
 from dynadepth.menu_heads import Basis, Moments, Perceptron
-from dynadepth.menus import Menu, MenuHead
+from dynadepth.menus import Menu, MenuHead, score_states
 
-__all__ = ["MenuFitter", "standard_error"]
+__all__ = ["MenuFitter"]
 
 _RANKS = (32, 64, 128, 256)
 # In units of the standardised features' squared singular values.
 _RIDGES = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
 # Damages of plans share few causes, above all how sure an answer is; 0 lets every plan have its own.
 _FACTORS = (1, 2, 0)
+# Each leaves out so few prompts that its heads are almost the final ones.
+_CALIBRATION_FOLDS = 25
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -126,20 +135,47 @@ class MenuFitter:
         deviations = self._perceptron_deviations if recipe.inner else self._deviations
         return [means + recipe.shrinkage * deviations(layer, recipe) for layer in recipe.layers]
 
-    def train(self, recipe: MenuRecipe) -> Menu:
-        """Train on all prompts."""
+    def fresh_scores(self, recipe: MenuRecipe) -> tuple[list[Floats], list[list[Floats]]]:
+        """Score all prompts by menus each of which is trained on almost all of them.
+
+        What a budget is calibrated on. Prompts of one kind have scores that lie close together and change plans at
+        about one penalty; heads of a fifth fewer prompts would tell another penalty than the final heads have.
+
+        Returns:
+            For each step the scores of every prompt by the menu that did not learn from it, shape (N, K) each; and the
+            same by each of the menus alone.
+        """
+        data = self._data
+        fold = data.folds(self._seed, _CALIBRATION_FOLDS)
+        fresh = [np.empty_like(self.values) for _ in recipe.layers]
+        every = []
+        for number in np.unique(fold).tolist():
+            menu = self.train(recipe, np.flatnonzero(fold != number))
+            scores = [
+                score_states(head, data.views[head.layer_idx], data.prefixes(head.layer_idx))
+                for head in menu.heads
+            ]
+            for step, found in enumerate(scores):
+                fresh[step][fold == number] = found[fold == number]
+            every.append(scores)
+        return fresh, every
+
+    def train(self, recipe: MenuRecipe, rows: Indices | None = None) -> Menu:
+        """Train on some prompts, or on all; what heads deviate from is always the plans' means over all."""
         means = self.values.mean(axis=0)
-        everyone = np.arange(len(self.values))
+        if recipe.shrinkage == 0.0:
+            means = front_means(self.values, self._data.depths)
+        chosen = np.arange(len(self.values)) if rows is None else rows
         heads = []
         for layer in recipe.layers:
-            basis = Basis(self._views(layer, recipe.num_windows), everyone)
+            basis = Basis(self._views(layer, recipe.num_windows), chosen, keep=_RANKS[-1])
             if recipe.inner:
-                heads.append(self._train_perceptron(layer, recipe, basis, means))
+                heads.append(self._train_perceptron(layer, recipe, basis, means, chosen))
                 continue
             weight = np.zeros((min(recipe.rank, basis.rank), len(means)))
             offset = np.zeros(len(means))
             for number, columns in self._groups(layer):
-                moments = self._moments_of(basis, number, columns, everyone)
+                moments = self._moments_of(basis, number, columns, chosen)
                 weight[:, columns] = moments.weights(
                     recipe.weights, recipe.rank, recipe.ridge, recipe.factors
                 )
@@ -239,10 +275,10 @@ class MenuFitter:
         return net
 
     def _train_perceptron(
-        self, layer: int, recipe: MenuRecipe, basis: Basis, means: Floats
+        self, layer: int, recipe: MenuRecipe, basis: Basis, means: Floats, rows: Indices
     ) -> MenuHead:
-        target = self._blend(recipe)
-        net = self._perceptron(layer, recipe, basis, np.arange(len(target)))
+        target = self._blend(recipe)[rows]
+        net = self._perceptron(layer, recipe, basis, rows)
         inner, inner_shift = basis.fold(net.inner_weight)
         return MenuHead(
             layer,
@@ -252,11 +288,6 @@ class MenuFitter:
             _tensor(inner.T),
             _tensor(net.inner_bias - inner_shift),
         )
-
-
-def standard_error(values: Floats) -> float:
-    """Return the standard error of a mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _tensor(values: Floats) -> Tensor:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation import concave_hull
-from dynadepth.menu_curves import at_depths, choose, depth_curve, depth_grid
+from dynadepth.menu_curves import at_depths, choose, depth_curve, depth_grid, standard_error
 from dynadepth.menu_data import MenuData, MenuRecipe, MenuTrial
-from dynadepth.menu_fitter import MenuFitter, standard_error
+from dynadepth.menu_fitter import MenuFitter
 from dynadepth.menus import Menu
 from dynadepth.plans import Plans, prefix_numbers
 
@@ -38,20 +38,36 @@ class MenuFit:
         recipe: The chosen one.
         gain: What the best recipe gains in cross-validation at shrinkage 1, less what its choice flatters it by.
         trials: Those that came to the last rounds, in order.
-        scores: Scores of each prompt by heads that did not learn from it, about the plans' means over all prompts, one
-            array for each step. Shape (N, K) each.
+        scores: Scores of each prompt by heads that learned from almost all others, but not from it, about the plans'
+            means over all prompts; one array for each step. Shape (N, K) each.
+        variants: Scores of all prompts by the heads of each fold of `scores`, arrays as in `scores`.
     """
 
     menu: Menu
     recipe: MenuRecipe
     gain: float
     trials: tuple[MenuTrial, ...]
-    scores: tuple[Floats, ...]
+    scores: Sequence[Floats]
+    variants: Sequence[Sequence[Floats]]
 
     def choices(self, penalty: float) -> Indices:
         """Return the plan of each training prompt under a penalty, by heads that did not learn from it. Shape (N,)."""
+        return self._choose(self.scores, penalty)
+
+    def mean_depth(self, penalty: float) -> float:
+        """Return the mean depth of the training prompts under a penalty, by heads that did not learn from them."""
+        return float(self.menu.depths[self.choices(penalty)].mean())
+
+    def depth_spread(self, penalty: float) -> float:
+        """Return by how much the mean depth hangs on which prompts the heads learned from: a standard deviation."""
+        depths = [
+            self.menu.depths[self._choose(scores, penalty)].mean() for scores in self.variants
+        ]
+        return float(np.std(depths))
+
+    def _choose(self, scores: Sequence[Floats], penalty: float) -> Indices:
         numbers = [prefix_numbers(self.menu.plans, layer) for layer in self.recipe.layers]
-        return choose(self.scores, numbers, self.menu.depths, penalty)
+        return choose(scores, numbers, self.menu.depths, penalty)
 
 
 def fit_menu(
@@ -129,12 +145,14 @@ def fit_menu(
             break
     if progress is not None:
         progress(total, total)
+    scores, variants = fitter.fresh_scores(recipe)
     return MenuFit(
         menu=fitter.train(recipe),
         recipe=recipe,
         trials=tuple(trials),
         gain=best[0].gain - bias,
-        scores=tuple(fitter.held_out_scores(recipe)),
+        scores=scores,
+        variants=variants,
     )
 
 

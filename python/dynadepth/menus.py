@@ -17,7 +17,7 @@ from dynadepth.errors import ConfigError, PlanError
 from dynadepth.plans import Plans, check_plans, plan_depth, plan_text
 from dynadepth.routers import last_token_state, window_means
 
-__all__ = ["Menu", "MenuHead"]
+__all__ = ["Menu", "MenuHead", "score_states"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +128,29 @@ class MenuHead:
         """Return the same head with its tensors on a device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return MenuHead(self.layer_idx, self.num_windows, **moved)
+
+
+@torch.no_grad()
+def score_states(
+    head: MenuHead, views: Tensor, prefixes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return the score of every plan for prompts whose states are kept, each by the states under its own prefix.
+
+    Args:
+        head: The head.
+        views: What is kept of the states entering its layer under each prefix, its own views last. Shape (N, prefixes,
+            views, hidden), any floating dtype.
+        prefixes: The prefix of each plan there. Shape (K,).
+
+    Returns:
+        Shape (N, K), float64.
+    """
+    scores = np.empty((len(views), len(prefixes)))
+    for number in np.unique(prefixes).tolist():
+        columns = np.flatnonzero(prefixes == number)
+        read = views[:, number, -head.num_views :].to(torch.float32)
+        scores[:, columns] = head.scores(read)[:, columns].double().numpy()
+    return scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ folders or base models.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dynadepth.errors import ConfigError, ExportError
 from dynadepth.files import write_bytes_atomic
 from dynadepth.onnx_graph import ExportableRouters, build_onnx
 from dynadepth.onnx_nodes import INVALID, host_array
-from dynadepth.onnx_session import open_session, read_facts
+from dynadepth.onnx_session import made_from, open_session, read_facts
 from dynadepth.plans import NUM_ACTIONS, Plans
 from dynadepth.policies import LayerwisePolicy, actions_of, undecidable
 from dynadepth.routers import pool
@@ -51,7 +52,8 @@ class OnnxRouterPolicy(LayerwisePolicy):
     """`RouterPolicy`, decided by onnxruntime from an ONNX file.
 
     Decides on the host: states are copied there. The session has one thread, since a decision takes
-    microseconds. Safe to share between threads; a deep copy shares the session.
+    microseconds. Safe to share between threads; a deep copy shares the session, and unpickling
+    opens the same file again.
 
     Args:
         source: The file, or its content.
@@ -75,6 +77,7 @@ class OnnxRouterPolicy(LayerwisePolicy):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         digest: str | None = None,
     ) -> None:
+        self._made_from = made_from(source, budget, providers, digest)
         self._session = open_session(source, providers)
         facts = read_facts(self._session, source, "routers", _NEEDED_FACTS, digest=digest)
         self.calibration = Calibration.from_dict(facts["calibration"])
@@ -91,6 +94,11 @@ class OnnxRouterPolicy(LayerwisePolicy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxRouterPolicy":
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A session cannot be pickled; another one is opened on the same file or content.
+        arguments, options = self._made_from
+        return partial(type(self), **options), arguments
 
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
         """Return the actions of one layer. Shape (batch,), uint8.

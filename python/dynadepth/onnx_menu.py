@@ -5,6 +5,7 @@ Knows nothing of folders or base models.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dynadepth.errors import CheckpointError, ConfigError, ExportError, PlanErro
 from dynadepth.files import write_bytes_atomic
 from dynadepth.onnx_menu_graph import ExportableMenu, build_menu_onnx, menu_digest
 from dynadepth.onnx_nodes import INVALID, host_array
-from dynadepth.onnx_session import open_session, read_facts, source_name
+from dynadepth.onnx_session import made_from, open_session, read_facts, source_name
 from dynadepth.plans import EXECUTE, Plans, parse_plan
 from dynadepth.policies import Policy, check_open, decision_step, undecidable
 from dynadepth.prompts import PromptBatch
@@ -48,7 +49,7 @@ class OnnxMenuPolicy(Policy):
     """`MenuPolicy`, decided by onnxruntime from an ONNX file.
 
     Decides on the host: states and the prompts' numbers are copied there. The session has one thread. Safe to share
-    between threads; a deep copy shares the session.
+    between threads; a deep copy shares the session, and unpickling opens the same file again.
 
     Args:
         source: The file, or its content.
@@ -71,6 +72,7 @@ class OnnxMenuPolicy(Policy):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         digest: str | None = None,
     ) -> None:
+        self._made_from = made_from(source, budget, providers, digest)
         self._session = open_session(source, providers)
         facts = read_facts(self._session, source, "menu", _NEEDED_FACTS, digest=digest)
         try:
@@ -89,6 +91,11 @@ class OnnxMenuPolicy(Policy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxMenuPolicy":
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A session cannot be pickled; another one is opened on the same file or content.
+        arguments, options = self._made_from
+        return partial(type(self), **options), arguments
 
     def initial_plans(self, num_rows: int) -> Plans:
         """Return what all plans of the menu begin with, and EXECUTE from the first decision on."""

@@ -13,7 +13,7 @@ from typing import Any
 from dynadepth.errors import CheckpointError, ConfigError
 from dynadepth.onnx_nodes import ONNX_SCHEMA_VERSION, PROPERTY_PREFIX, need_package
 
-__all__ = ["open_session", "read_facts", "source_name"]
+__all__ = ["made_from", "open_session", "read_facts", "source_name"]
 
 Source = str | os.PathLike[str] | bytes
 # Files of the first version, of routers all, did not say so.
@@ -102,6 +102,18 @@ def read_facts(
             "`dynadepth export`"
         )
     return facts
+
+
+def made_from(
+    source: Source, budget: float, providers: Sequence[str], digest: str | None
+) -> tuple[tuple[Source, float], dict[str, Any]]:
+    """Return what a policy was made from, as values that can be pickled and hold wherever they are read again.
+
+    Returns:
+        Its arguments by position and by name.
+    """
+    place = source if isinstance(source, bytes) else Path(source).resolve()
+    return (place, budget), {"providers": tuple(providers), "digest": digest}
 
 
 def source_name(source: Source) -> str:

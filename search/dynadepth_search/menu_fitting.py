@@ -22,6 +22,8 @@ __all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
 # Of a mean depth; nearer penalties are not told apart, and what lies between two of them is mixed.
 _RESOLUTION = 0.004
 _CALIBRATION_PASSES = 400
+# A quarter of what a budget may be missed by.
+_MOST_SPREAD = 0.0025
 
 
 def fit_trained_menu(
@@ -91,17 +93,19 @@ def fit_trained_menu(
 def calibrate_menu(fit: MenuFit) -> Calibration:
     """Return the table from budget to penalty, by the scores of heads that did not learn from the prompt.
 
+    Penalties at which other training prompts would have given another depth are left out, and mixed.
+
     Raises:
         ConfigError: The menu has no depth between its shallowest plan and the base model's.
     """
-    depths = fit.menu.depths
-    return calibrate(
-        lambda penalty: float(depths[fit.choices(penalty)].mean()),
-        lowest=float(depths.min()),
+    table = calibrate(
+        fit.mean_depth,
+        lowest=float(fit.menu.depths.min()),
         highest=1.0,
         resolution=_RESOLUTION,
         max_evaluations=_CALIBRATION_PASSES,
     )
+    return table.steady(fit.depth_spread, _MOST_SPREAD)
 
 
 def learning_curve(

@@ -13,7 +13,7 @@ import torch
 
 from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
 from dynadepth.menu_curves import walk_menu
-from dynadepth.menus import Menu
+from dynadepth.menus import Menu, score_states
 from dynadepth.plans import prefix_numbers
 from dynadepth.prompts import prompt_mix
 from dynadepth.trained import TrainedMenu
@@ -45,17 +45,14 @@ def menu_scores(menu: Menu, table: DamageTable) -> list[Floats]:
         One array for each head. Shape (prompts, K), float64.
     """
     rows = _rows(menu, table)
-    found = []
-    for head in menu.heads:
-        numbers = prefix_numbers(table.plans, head.layer_idx)[rows]
-        views = table.views[head.layer_idx][:, :, -head.num_views :].float()
-        scores = np.empty((len(table), len(rows)))
-        with torch.no_grad():
-            for number in np.unique(numbers).tolist():
-                columns = np.flatnonzero(numbers == number)
-                scores[:, columns] = head.scores(views[:, number])[:, columns].double().numpy()
-        found.append(scores)
-    return found
+    return [
+        score_states(
+            head,
+            table.views[head.layer_idx],
+            prefix_numbers(table.plans, head.layer_idx)[rows],
+        )
+        for head in menu.heads
+    ]
 
 
 def chosen_plans(

@@ -19,6 +19,7 @@ from dynadepth.errors import CheckpointError, UnsupportedModelError, WrapError
 from dynadepth.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy
+from dynadepth.sweep import Sweeper
 from dynadepth.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import random_batch, tiny_model
@@ -224,3 +225,9 @@ def test_adapters_put_on_first_make_another_base_model():
     logits = drive(model, ids, mask, 9, "full")
     assert_same(model, bake(reference(), model.dynadepth.last_plans[0]), ids, mask)
     assert (logits - drive(reference(), ids, mask, 9, "full")).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("what", [lambda model: bake(model, PLAN), Sweeper])
+def test_what_does_not_look_inside_says_what_to_give(what):
+    with pytest.raises(UnsupportedModelError, match=r"PeftModel.*merge_and_unload.*get_base_model"):
+        what(with_lora(tiny_model()))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dynadepth.budget import Calibration, calibrate
+from dynadepth.budget import Calibration, PenaltyMix, calibrate
 from dynadepth.errors import BudgetError, ConfigError
 
 TABLE = {"lambdas": [2.0, 0.5, -1.0], "depths": [0.5, 0.75, 1.125], "lowest": 0.5, "highest": 1.0}
@@ -97,6 +97,17 @@ def test_to_dict_comes_back(table):
 def test_a_damaged_table_is_refused(change, text):
     with pytest.raises(ConfigError, match=text):
         Calibration.from_dict({**TABLE, **change})
+
+
+def test_entries_that_cannot_be_trusted_are_mixed_over():
+    depths = (0.5, 0.6, 0.7, 0.8, 1.0)
+    table = Calibration(lambdas=(5.0, 4.0, 3.0, 2.0, 1.0), depths=depths, lowest=0.5, highest=0.9)
+    spread = {5.0: 1.0, 4.0: 0.01, 3.0: 0.002, 2.0: 0.0021, 1.0: 1.0}
+    steady = table.steady(spread.__getitem__, 0.002)
+    assert (steady.lambdas, steady.depths) == ((5.0, 3.0, 1.0), (0.5, 0.7, 1.0))
+    assert steady.range == table.range
+    assert steady.mix_for(0.6) == PenaltyMix(5.0, 3.0, pytest.approx(0.5))
+    assert table.steady(spread.__getitem__, 1.0) == table
 
 
 def test_steps_are_found_with_few_evaluations():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,21 @@ import torch
 
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation import concave_hull, mix_to_depth
-from dynadepth.menu_curves import at_depths, depth_curve, depth_grid, static_values, walk_menu
+from dynadepth.menu_curves import (
+    at_depths,
+    depth_curve,
+    depth_grid,
+    front_means,
+    static_values,
+    walk_menu,
+)
 from dynadepth.menu_data import MenuData, MenuRecipe
 from dynadepth.menu_fitter import MenuFitter
 from dynadepth.menu_heads import Basis, Perceptron
 from dynadepth.menu_training import choose_plans, decision_layers, fit_menu
+from dynadepth.menus import score_states
 from dynadepth.plans import plan_depth, prefix_numbers
+from dynadepth_search.menu_fitting import calibrate_menu
 
 LAYERS, WIDTH = 8, 10
 # All alike before layer 4.
@@ -99,14 +109,10 @@ def late_world(count: int, seed: int, *, early: bool) -> MenuData:
 
 def gain_on(fit: Any, fresh: MenuData, depth: float, train: MenuData) -> tuple[float, float]:
     """Return what a menu gains on fresh prompts over the static mixture of equal depth, and its standard error."""
-    scores = []
-    for head in fit.menu.heads:
-        numbers = prefix_numbers(fresh.plans, head.layer_idx)
-        views = fresh.views[head.layer_idx][:, :, -head.num_views :]
-        every = [head.scores(views[:, number]) for number in range(views.shape[1])]
-        scores.append(
-            np.stack([every[number][:, plan].numpy() for plan, number in enumerate(numbers)], 1)
-        )
+    scores = [
+        score_states(head, fresh.views[head.layer_idx], fresh.prefixes(head.layer_idx))
+        for head in fit.menu.heads
+    ]
     penalties = np.geomspace(0.01, 100, 300)
     choices = [walk_menu(scores, fresh.plans, fit.recipe.layers, p) for p in penalties]
     nearest = min(choices, key=lambda choice: abs(fresh.depths[choice].mean() - depth))
@@ -205,6 +211,48 @@ class TestSignal:
         assert max(trial.gain for trial in fit.trials) > 0.02
 
 
+def kinds_world(count: int, seed: int) -> MenuData:
+    """Prompts of three kinds, told by the state but for little; each kind keeps its answer at its own rate."""
+    rng = np.random.default_rng(seed)
+    kind = np.arange(count) % 3
+    states = 3.0 * np.eye(3, WIDTH)[kind] + 0.002 * rng.standard_normal((count, WIDTH))
+    rate = np.array([0.9, 0.6, 0.3])[kind][:, None]
+    probability = np.concatenate([np.ones((count, 1)), np.repeat(rate, 2, axis=1)], axis=1)
+    return MenuData(
+        plans=PLANS[[0, 3, 4]],
+        views={4: torch.from_numpy(states).float()[:, None, None]},
+        **tables(probability, rng),
+    )
+
+
+class TestKinds:
+    @pytest.fixture(scope="class")
+    def fit(self):
+        return fit_menu(kinds_world(600, 0))
+
+    def test_where_a_kind_changes_plans_the_depth_hangs_on_the_training_prompts(self, fit):
+        assert fit.recipe.shrinkage > 0.0
+        penalties = np.geomspace(0.1, 20, 2000)
+        depths = np.array([fit.mean_depth(penalty) for penalty in penalties])
+        steps = [float(penalties[np.argmax(depths < edge)]) for edge in (0.94, 0.81, 0.69)]
+        assert all(fit.depth_spread(penalty) > 0.005 for penalty in steps)
+        between = [float(np.sqrt(a * b)) for a, b in pairwise(steps)]
+        assert all(fit.depth_spread(penalty) < 0.001 for penalty in between)
+        for penalty in (*steps, *between):
+            assert fit.mean_depth(penalty) == fit.menu.depths[fit.choices(penalty)].mean()
+
+    @pytest.mark.parametrize("budget", [0.95, 0.9, 0.85, 0.8, 0.75, 0.7])
+    def test_budgets_between_the_kinds_are_kept_on_fresh_prompts(self, fit, budget):
+        fresh = kinds_world(3000, 1)
+        scores = [score_states(fit.menu.heads[0], fresh.views[4], fresh.prefixes(4))]
+        mix = calibrate_menu(fit).mix_for(budget)
+        shallow, deep = (
+            float(fit.menu.depths[walk_menu(scores, fit.menu.plans, (4,), penalty)].mean())
+            for penalty in (mix.shallow, mix.deep)
+        )
+        assert mix.share * deep + (1 - mix.share) * shallow == pytest.approx(budget, abs=0.005)
+
+
 class TestNoise:
     """One standard error is passed by luck now and then; the worlds here are some where it is not."""
 
@@ -216,9 +264,10 @@ class TestNoise:
         assert fit.menu.heads[0].weight.eq(0).all()
         # A prompt's own score is the plans' mean, whatever its states.
         assert len(np.unique(fit.scores[0], axis=0)) == 1
-        means = data.agreement.mean(axis=0)
-        np.testing.assert_allclose(fit.scores[0][0], means, atol=1e-12)
+        means = front_means(data.agreement, data.depths)
+        np.testing.assert_allclose(fit.scores[0][0], means, atol=1e-6)
         np.testing.assert_allclose(fit.menu.heads[0].bias, means, atol=1e-6)
+        assert all(fit.depth_spread(penalty) == 0.0 for penalty in np.geomspace(0.01, 100, 40))
 
     @pytest.mark.parametrize("seed", [5, 16, 19, 22])
     def test_bad_luck_costs_little(self, seed):
@@ -241,6 +290,21 @@ class TestNoise:
         hull = concave_hull(data.depths, fit.scores[0][0]).tolist()
         assert steps == hull[::-1]
         assert len(steps) > 2
+
+    def test_a_plan_is_preferred_to_a_mixture_that_is_not_surely_better(self):
+        depths = np.array([1.0, 0.9, 0.9, 0.8, 0.6])
+        kept = np.array([400, 345, 350, 200, 200])
+        values = (np.arange(400)[:, None] < kept).astype(float)
+        rng = np.random.default_rng(0)
+        values[:, 1:] = rng.permuted(values[:, 1:], axis=0)
+        # Of identity and last plan, 3 : 1, the mixture keeps 0.875 +- 0.02, and 1 : 1 it keeps 0.75.
+        found = front_means(values, depths)
+        assert found[[0, 1, 3, 4]].tolist() == (kept / 400)[[0, 1, 3, 4]].tolist()
+        assert 0.875 < found[2] < 0.885
+        assert concave_hull(depths, found).tolist() == [4, 2, 0]
+        # Surely worse than the mixture.
+        values[:60, 2] = 0.0
+        assert front_means(values, depths)[2] == values[:, 2].mean()
 
     def test_states_that_are_the_same_for_all_prompts_say_nothing(self):
         data = world(60, 0)

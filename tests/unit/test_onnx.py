@@ -3,6 +3,7 @@
 import copy
 import importlib
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_the_policy_is_a_policy(content):
     actions = policy.decide(2, hidden, seen(mask))
     assert actions.shape == (4, 1)
     assert actions.dtype == np.uint8
-    assert (copy.deepcopy(policy).decide(2, hidden, seen(mask)) == actions).all()
+    for again in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert (again.decide(2, hidden, seen(mask)) == actions).all()
     assert (policy.decide(1, hidden, seen(mask)) == 1).all()
     half = policy.decide(2, hidden.to(torch.bfloat16).requires_grad_(), seen(mask))
     assert half.shape == (4, 1)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,8 +271,8 @@ def test_the_policy_is_a_policy(content):
     actions = policy.decide(2, hidden, told(mask))
     assert actions.shape == (4, 4)
     assert actions.dtype == np.uint8
-    again = copy.deepcopy(policy)
-    assert (again.decide(2, hidden, told(mask)) == actions).all()
+    for again in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert (again.decide(2, hidden, told(mask)) == actions).all()
     half = policy.decide(2, hidden.to(torch.bfloat16).requires_grad_(), told(mask))
     assert half.shape == (4, 4)
 
