@@ -66,7 +66,7 @@ class DepthCache(Cache):
             states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
         num_layers: Decoder layers of the model.
-        in_forward: Whether a forward has begun to write and has not come to the last layer.
+        in_forward: Whether a forward has begun to write and has not come to its end.
     """
 
     layers: list[Any]
@@ -89,18 +89,20 @@ class DepthCache(Cache):
                 "the last forward on this cache did not come to its end, so some layers hold more tokens than others; "
                 "begin with a new cache, or call cache.reset() and give the whole prompt again"
             )
-        for counter in self.layers:
-            counter.check_room(num_tokens)
+        if self.is_compileable:
+            for counter in self.layers:
+                counter.check_room(num_tokens)
 
     def view(self, layer_idx: int, visit: int) -> VisitView:
         """Return what the layer sees as its cache in this visit."""
         self.in_forward = True
         return VisitView(self, layer_idx, visit)
 
-    def advance(self, layer_idx: int, num_tokens: int) -> None:
-        """Count the tokens that have passed a layer, whether it ran or not."""
-        self.layers[layer_idx].advance(num_tokens)
-        self.in_forward = layer_idx < self.num_layers - 1
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that have passed all layers, whether these ran or not: a forward has come to its end."""
+        for counter in self.layers:
+            counter.advance(num_tokens)
+        self.in_forward = False
 
     @property
     def state_bytes(self) -> int:

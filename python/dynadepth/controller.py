@@ -180,8 +180,7 @@ class Controller(Blocks):
         plans: RowPlans,
         layer_idx: int,
         hidden_states: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        tokens: torch.Tensor | None,
+        prompts: PromptBatch,
     ) -> None:
         """Ask the policy for the actions of the layers from `layer_idx` to its next decision.
 
@@ -189,12 +188,10 @@ class Controller(Blocks):
             plans: The plans of the batch; written.
             layer_idx: The layer that the states enter.
             hidden_states: Shape (rows, tokens, hidden).
-            prompt_mask: True for the prompt's tokens. Shape (rows, tokens), bool.
-            tokens: Token ids or embeddings of the batch, if they are known.
+            prompts: The prompts; its plans are those written here.
         """
         reads = self.policy.decision_layers
         end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
-        prompts = PromptBatch(prompt_mask, plans.plans, tokens)
         with torch.no_grad():
             given = self.policy.decide(layer_idx, hidden_states, prompts)
         actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)

@@ -20,9 +20,9 @@ from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.families import Family, LayerSignature, LayerStack, layer_signature
 
 __all__ = [
+    "ASK",
     "LayerCall",
     "Scope",
-    "Straight",
     "enter_scope",
     "install_executor",
     "is_installed",
@@ -150,16 +150,8 @@ class _Only:
         return full
 
 
-class Straight(Protocol):
-    """What a layer that runs once for all rows needs of a forward pass: nothing is gathered and nothing decided."""
-
-    def view(self, layer_idx: int) -> Any:
-        """Return what the layer sees as its cache, or None."""
-        ...
-
-    def passed(self, layer_idx: int, num_tokens: int) -> None:
-        """Take note that so many tokens of each row have passed the layer."""
-        ...
+# What a scope answers for a layer that does not go straight through.
+ASK: Any = object()
 
 
 class Scope(Protocol):
@@ -168,8 +160,8 @@ class Scope(Protocol):
     owner: object
     outer: "Scope | None"
 
-    def straight(self, layer_idx: int) -> Straight | None:
-        """Return how a layer goes straight through if it is known to run once for all rows, else None."""
+    def straight(self, layer_idx: int) -> Any:
+        """Return what a layer that is known to run once for all rows sees as its cache, or None; else `ASK`."""
         ...
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -233,32 +225,27 @@ def _scope_of(seat: _Seat) -> Scope:
     return scope
 
 
-def _routed_forward(
-    layer: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _run_call(
+    layer: nn.Module,
+    base: Any,
+    scope: Scope,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     seat: _Seat = layer.__dict__[_SEAT]
     signature = _signature_of(base)
-    scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _scope_of(seat)
-    layer_idx, own_forward = seat.layer_idx, seat.compiled or base.forward
-    straight = scope.straight(layer_idx)
-    # Most calls of most plans; in decoding these are what the wrapping costs.
-    if straight is not None and args and signature.cache_name in kwargs:
-        kwargs[signature.cache_name] = straight.view(layer_idx)
-        output = own_forward(layer, *args, **kwargs)
-        straight.passed(layer_idx, args[0].shape[1])
-        return output
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
     hidden_states = arguments.pop(signature.names[0])
     family = seat.family
     call = LayerCall(
-        layer_idx,
+        seat.layer_idx,
         hidden_states,
         arguments,
         signature,
         (None,) * family.num_extras,
         layer,
-        own_forward,
+        seat.compiled or base.forward,
         family.feed_forward,
     )
     states = scope.run(call)
@@ -273,13 +260,26 @@ def _signature_of(base: Any) -> LayerSignature:
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
-    # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
-    run_outside = torch.compiler.disable(_routed_forward)
+    cache_name, own_forward = _signature_of(base).cache_name, base.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Where nothing is being compiled, the way outside costs as much as all else here.
-        run = run_outside if torch.compiler.is_compiling() else _routed_forward
-        return run(self, base, args, kwargs)
+        # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
+        if torch.compiler.is_dynamo_compiling():
+            return forward_outside(self, *args, **kwargs)
+        seat: _Seat = self.__dict__[_SEAT]
+        scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _SCOPE.get()
+        if scope is None or scope.owner is not seat.owner:
+            scope = _scope_of(seat)
+        # Most calls of most plans go straight through; in decoding these lines are what the wrapping costs.
+        if cache_name in kwargs:
+            view = scope.straight(seat.layer_idx)
+            if view is not ASK:
+                kwargs[cache_name] = view
+                return (seat.compiled or own_forward)(self, *args, **kwargs)
+        return _run_call(self, base, scope, args, kwargs)
+
+    # Where nothing is being compiled, the way outside would cost as much as all else.
+    forward_outside = torch.compiler.disable(forward)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and getattr(self, "gradient_checkpointing", False):

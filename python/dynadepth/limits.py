@@ -69,17 +69,20 @@ class Limits:
         Returns:
             `actions`.
         """
-        visits = visits.copy()
+        after = first + actions.shape[1]
+        actions[:, [layer - first for layer in self.protect if first <= layer < after]] = EXECUTE
+        if self.max_depth is not None:
+            self._take_repeats(actions, first, visits.copy())
+        if after == self.num_layers:
+            empty = visits + actions.sum(axis=1, dtype=np.int64) == 0
+            actions[empty, -1] = EXECUTE
+        return actions
+
+    def _take_repeats(self, actions: Plans, first: int, visits: npt.NDArray[np.int64]) -> None:
         for column in range(actions.shape[1]):
-            layer = first + column
-            if layer in self.protect:
-                actions[:, column] = EXECUTE
-            later = self.num_layers - layer - 1
+            later = self.num_layers - (first + column) - 1
             too_deep = (actions[:, column] == REPEAT) & (
                 visits + int(REPEAT) + later > self.max_visits
             )
             actions[too_deep, column] = EXECUTE
             visits += actions[:, column]
-            if later == 0:
-                actions[visits == 0, column] = EXECUTE
-        return actions

@@ -23,6 +23,7 @@ from dynadepth.onnx_nodes import INVALID, host_array
 from dynadepth.onnx_session import made_from, open_session, read_facts
 from dynadepth.plans import NUM_ACTIONS, Plans
 from dynadepth.policies import LayerwisePolicy, actions_of, undecidable
+from dynadepth.prompts import PromptBatch
 from dynadepth.routers import pool
 
 __all__ = ["OnnxRouterPolicy", "export_onnx"]
@@ -100,7 +101,7 @@ class OnnxRouterPolicy(LayerwisePolicy):
         arguments, options = self._made_from
         return partial(type(self), **options), arguments
 
-    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Return the actions of one layer. Shape (batch,), uint8.
 
         Raises:
@@ -112,7 +113,7 @@ class OnnxRouterPolicy(LayerwisePolicy):
                 f"layer {layer_idx} has states of shape {tuple(hidden_states.shape)}; these routers read "
                 f"(batch, tokens, {self._hidden_size})"
             )
-        mask = prompt_mask.detach().to("cpu", torch.int64).numpy()
+        mask = prompts.mask.detach().to("cpu", torch.int64).numpy()
         actions = self._run(layer_idx, host_array(hidden_states), mask)
         if (actions == INVALID).any():
             raise undecidable(layer_idx)

@@ -7,6 +7,7 @@ controller enforces protected layers, the cap on depth and that at least one lay
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dynadepth.errors import ConfigError, PlanError
 from dynadepth.menus import Menu
 from dynadepth.plans import EXECUTE, NUM_ACTIONS, Plans, check_plans
 from dynadepth.prompts import PromptBatch
-from dynadepth.routers import RouterHeads, pool
+from dynadepth.routers import Pooling, RouterHeads
 
 __all__ = [
     "LayerwisePolicy",
@@ -130,8 +131,8 @@ class LayerwisePolicy(Policy):
         self._static_plan = static_plan
 
     @abstractmethod
-    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
-        """Return the actions of one layer, on the host. Shape (batch,), uint8; `prompt_mask` is `PromptBatch.mask`."""
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
+        """Return the actions of one layer, on the host. Shape (batch,), uint8."""
 
     def initial_plans(self, num_rows: int) -> Plans:
         """Return the fixed actions; layers that are decided later run once."""
@@ -146,7 +147,7 @@ class LayerwisePolicy(Policy):
         """
         end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
         decided: Plans = np.tile(self._static_plan[layer_idx:end], (len(hidden_states), 1))
-        decided[:, 0] = self.actions_at(layer_idx, hidden_states, prompts.mask)
+        decided[:, 0] = self.actions_at(layer_idx, hidden_states, prompts)
         return decided
 
 
@@ -201,7 +202,7 @@ class RouterPolicy(LayerwisePolicy):
         }
 
     @torch.no_grad()
-    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompt_mask: Tensor) -> Plans:
+    def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Return the actions of one layer by the formula above. Shape (batch,), uint8.
 
         Raises:
@@ -210,7 +211,14 @@ class RouterPolicy(LayerwisePolicy):
         heads, bias = self._moved_to(hidden_states.device)
         # Under a caller's autocast the products would be in half precision and near-ties would flip.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = heads.logits(layer_idx, pool(hidden_states, prompt_mask, heads.config))
+            pooling = prompts.notes.get(heads.config)
+            if pooling is None:
+                pooling = Pooling.of(prompts.mask, heads.config)
+                if bool(prompts.mask.all()):
+                    # Half of the work is to keep padding out.
+                    pooling = replace(pooling, padding=None)
+                prompts.notes[heads.config] = pooling
+            logits = heads.logits(layer_idx, pooling(hidden_states))
             actions = actions_of(bias[layer_idx] + self.shrinkage * logits, self.penalty)
             # One transfer tells both; argmax alone would turn NaN into SKIP.
             actions = actions.masked_fill(logits.isnan().any(dim=-1), _UNDECIDED)

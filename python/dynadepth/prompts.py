@@ -5,6 +5,7 @@ can be mixed over prompts without a draw and without regard to who shares a batc
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,15 @@ class PromptBatch:
             (batch, num_layers), uint8, on the host. Not to be written to.
         tokens: What the model was given: token ids (batch, tokens) or embeddings (batch, tokens, hidden); None if
             neither is known.
+
+    Attributes:
+        notes: What a policy keeps of these prompts from one decision to the next.
     """
 
     mask: Tensor
     plans: Plans
     tokens: Tensor | None = None
+    notes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _mix: Tensor | None = field(default=None, init=False, repr=False)
 
     @property

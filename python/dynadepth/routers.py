@@ -15,7 +15,15 @@ from dynadepth.config import RouterConfig
 from dynadepth.errors import ConfigError
 from dynadepth.plans import NUM_ACTIONS
 
-__all__ = ["Bottleneck", "RouterHeads", "all_logits", "last_token_state", "pool", "window_means"]
+__all__ = [
+    "Bottleneck",
+    "Pooling",
+    "RouterHeads",
+    "all_logits",
+    "last_token_state",
+    "pool",
+    "window_means",
+]
 
 
 def window_means(hidden_states: Tensor, prompt_mask: Tensor, num_windows: int) -> Tensor:
@@ -37,7 +45,8 @@ def window_means(hidden_states: Tensor, prompt_mask: Tensor, num_windows: int) -
         Window pooling of Dr.LLM (arXiv 2510.12773); deviation: only the prompt's real tokens are averaged, never
         padding or the scored answer.
     """
-    return _average(hidden_states, prompt_mask, _window_members(prompt_mask, num_windows))
+    members = _window_members(prompt_mask, num_windows)
+    return Pooling.averaging(prompt_mask, members)(hidden_states)
 
 
 def last_token_state(hidden_states: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -68,10 +77,42 @@ def pool(hidden_states: Tensor, prompt_mask: Tensor, config: RouterConfig) -> Te
     Returns:
         Views. Shape (batch, config.num_views, hidden), float32.
     """
-    members = _window_members(prompt_mask, config.num_windows)
-    if config.last_token:
-        members = torch.cat([members, _last_member(prompt_mask)], dim=1)
-    return _average(hidden_states, prompt_mask, members)
+    return Pooling.of(prompt_mask, config)(hidden_states)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooling:
+    """What `pool` needs of a batch's mask, made once for all layers that read the batch.
+
+    Args:
+        weights: Of each token in each view. Shape (batch, views, tokens), float32.
+        padding: True for tokens that are no prompt's; None if all are. Shape (batch, tokens, 1), bool.
+    """
+
+    weights: Tensor
+    padding: Tensor | None
+
+    @classmethod
+    def of(cls, prompt_mask: Tensor, config: RouterConfig) -> "Pooling":
+        """Return that of the views that a router reads; `pool` has the arguments."""
+        members = _window_members(prompt_mask, config.num_windows)
+        if config.last_token:
+            members = torch.cat([members, _last_member(prompt_mask)], dim=1)
+        return cls.averaging(prompt_mask, members)
+
+    @classmethod
+    def averaging(cls, prompt_mask: Tensor, members: Tensor) -> "Pooling":
+        """Return that of the means over some members of each row. Shape of `members` as `weights`, bool."""
+        weights = members.to(torch.float32)
+        weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1.0)
+        return cls(weights, prompt_mask.to(torch.bool).logical_not().unsqueeze(2))
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Return the views of states. Shape (batch, views, hidden), float32."""
+        # A fully masked position may hold inf or nan, and 0 * nan is nan.
+        if self.padding is not None:
+            hidden_states = hidden_states.masked_fill(self.padding, 0.0)
+        return self.weights @ hidden_states.to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,11 +340,3 @@ def _last_member(prompt_mask: Tensor) -> Tensor:
     real = prompt_mask.to(torch.bool)
     position = real.to(torch.int64).cumsum(dim=1)
     return (real & (position == position[:, -1:])).unsqueeze(1)
-
-
-def _average(hidden_states: Tensor, prompt_mask: Tensor, members: Tensor) -> Tensor:
-    weights = members.to(torch.float32)
-    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1.0)
-    # A fully masked position may hold inf or nan, and 0 * nan is nan.
-    padding = prompt_mask.to(torch.bool).logical_not().unsqueeze(2)
-    return weights @ hidden_states.to(torch.float32).masked_fill(padding, 0.0)

@@ -47,12 +47,13 @@ class RowPlans:
             self._num_visits = int(self.plans.sum(dtype=np.int64))
         return self._num_visits
 
-    def runs_once(self, layer_idx: int) -> bool:
-        """Say whether a layer is decided and runs once for every row."""
+    def runs_once(self) -> list[bool]:
+        """Return for every layer whether it is decided and runs once for every row."""
         if self._once is None:
-            decided = self.plans[:, : self.num_decided]
-            self._once = (decided == int(EXECUTE)).all(axis=0).tolist()
-        return layer_idx < len(self._once) and self._once[layer_idx]
+            once = (self.plans == int(EXECUTE)).all(axis=0)
+            once[self.num_decided :] = False
+            self._once = once.tolist()
+        return self._once
 
     def rows(self, layer_idx: int, visit: int) -> list[int]:
         """Return the rows that make a visit, ascending.

@@ -4,14 +4,16 @@ Asks a planner (the controller) for the plans and hands the rows of each visit t
 policies or of how plans are made.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from dynadepth.cache import DepthCache, adopt_cache
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.executor import LayerCall, Scope
+from dynadepth.executor import ASK, LayerCall, Scope
 from dynadepth.frames import watchers_of
+from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
 from dynadepth.tokens import real_tokens
 from dynadepth.watching import VisitEvent, Watchers
@@ -41,8 +43,7 @@ class Planner(Protocol):
         plans: RowPlans,
         layer_idx: int,
         hidden_states: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        tokens: torch.Tensor | None,
+        prompts: PromptBatch,
     ) -> None:
         """Decide the actions of the layers from `layer_idx` to the next decision; writes `plans`."""
         ...
@@ -69,8 +70,11 @@ class PlanScope:
         self._tokens = tokens
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
-        # The same at every layer, so it is made once.
-        self._prompt_mask: torch.Tensor | None = None
+        # The same at every decision, so it is made once.
+        self._prompts: PromptBatch | None = None
+        # Layers that go straight through, False for those that are not decided yet.
+        self._once: Sequence[bool] | None = None
+        self._num_tokens = 0
         self._cache: DepthCache | None = None
         self._is_prefill = False
         self._watchers: Watchers | None = None
@@ -87,13 +91,11 @@ class PlanScope:
         if plans is None:
             plans = self._plans = self._begin(call)
         if layer_idx >= plans.num_decided:
-            if self._prompt_mask is None:
-                self._prompt_mask = self._planner.prompt_mask(
-                    real_tokens(call, self.attention_mask)
-                )
-            self._planner.decide(
-                plans, layer_idx, states, self._prompt_mask, self._tokens_of(states)
-            )
+            if self._prompts is None:
+                mask = self._planner.prompt_mask(real_tokens(call, self.attention_mask))
+                self._prompts = PromptBatch(mask, plans.plans, self._tokens_of(states))
+            self._planner.decide(plans, layer_idx, states, self._prompts)
+            self._look_ahead(plans)
         num_rows, watchers = plans.num_rows, self._watchers
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -103,7 +105,7 @@ class PlanScope:
             if watchers is not None:
                 event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
                 watchers.before(event)
-            view = self.view(layer_idx, visit)
+            view = None if self._cache is None else self._cache.view(layer_idx, visit)
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
@@ -114,29 +116,27 @@ class PlanScope:
                 states = states.index_copy(0, index, run)
             if watchers is not None and event is not None:
                 watchers.after(event)
-        self.passed(layer_idx, states.shape[1])
         return states
 
-    def straight(self, layer_idx: int) -> "PlanScope | None":
-        """Return itself if the layer is decided, runs once for all rows, and nobody watches."""
-        plans = self._plans
-        if plans is None or self._watchers is not None or not plans.runs_once(layer_idx):
-            return None
-        return self
-
-    def view(self, layer_idx: int, visit: int = 0) -> Any:
-        """Return what a layer sees as its cache in a visit, or None."""
-        return None if self._cache is None else self._cache.view(layer_idx, visit)
-
-    def passed(self, layer_idx: int, num_tokens: int) -> None:
-        """Count the tokens that have passed a layer, whether it ran or not."""
-        if self._cache is not None:
-            self._cache.advance(layer_idx, num_tokens)
+    def straight(self, layer_idx: int) -> Any:
+        """Return the layer's cache, or None, if it is decided, runs once for all rows, and nobody watches."""
+        once = self._once
+        if once is None or not once[layer_idx]:
+            return ASK
+        cache = self._cache
+        return None if cache is None else cache.view(layer_idx, 0)
 
     def finish(self) -> None:
         """Say that the forward has run to its end."""
-        if self._plans is not None:
-            self._planner.finish(self._plans, is_prefill=self._is_prefill)
+        if self._plans is None:
+            return
+        if self._cache is not None:
+            self._cache.advance(self._num_tokens)
+        self._planner.finish(self._plans, is_prefill=self._is_prefill)
+
+    def _look_ahead(self, plans: RowPlans) -> None:
+        """Note which layers go straight through, as far as plans are decided; if somebody watches, none does."""
+        self._once = plans.runs_once() if self._watchers is None else None
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
         """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
@@ -157,4 +157,6 @@ class PlanScope:
             self._cache.check_ready(states.shape[1])
         self._watchers = watchers_of(self._planner)
         plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
+        self._num_tokens = states.shape[1]
+        self._look_ahead(plans)
         return plans

@@ -17,6 +17,7 @@ from torch import nn
 from dynadepth._core import SweepPlan, plan_sweep
 from dynadepth.errors import PlanError, UnsupportedModelError
 from dynadepth.executor import (
+    ASK,
     LayerCall,
     Scope,
     enter_scope,
@@ -217,8 +218,9 @@ class _SweepScope:
                 pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
         return torch.cat(pieces).index_select(0, gather)
 
-    def straight(self, layer_idx: int) -> None:
-        """Return None: every layer changes which states there are."""
+    def straight(self, layer_idx: int) -> Any:  # noqa: ARG002 - as every scope
+        """Return `ASK`: every layer changes which states there are."""
+        return ASK
 
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
