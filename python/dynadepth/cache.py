@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.rows import RowPlans
-from dynadepth.slots import Slot, TokenCounter, counter_of, crop_slot, select_rows
+from dynadepth.slots import Slot, TokenCounter, advance_all, counter_of, crop_slot, select_rows
 
 __all__ = ["DepthCache", "VisitView", "adopt_cache"]
 
@@ -30,13 +30,10 @@ class VisitView(Cache):
     """What a decoder layer sees as its cache during one visit: its own slot, whatever index it asks for."""
 
     def __init__(self, cache: "DepthCache", layer_idx: int, visit: int) -> None:
-        # The base class would make its own layers; this is a window on those of `cache`.
-        self._cache, self._layer_idx, self._visit = cache, layer_idx, visit
-
-    @property
-    def layers(self) -> list[Any]:
-        """The token counters of the whole cache."""
-        return self._cache.layers
+        # The base class would make its own layers; these are those of `cache`. The cache itself holds views, so a
+        # reference to it would keep its memory until the next garbage collection.
+        self.layers = cache.layers
+        self._slots, self._key = cache.slots, (layer_idx, visit)
 
     def update(
         self,
@@ -47,10 +44,9 @@ class VisitView(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states to the slot of this visit and return all of its states."""
-        slots, key = self._cache.slots, (self._layer_idx, self._visit)
-        slot = slots.get(key)
+        slot = self._slots.get(self._key)
         if slot is None:
-            slot = slots[key] = self._cache.layers[self._layer_idx].make_slot()
+            slot = self._slots[self._key] = self.layers[self._key[0]].make_slot()
         keys, values = slot.update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -65,6 +61,7 @@ class DepthCache(Cache):
         slots: Key and value states by (layer_idx, visit); only visits that some row makes have one. Each holds
             states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
+        first_views: What each layer sees as its cache in its first visit.
         num_layers: Decoder layers of the model.
         in_forward: Whether a forward has begun to write and has not come to its end.
     """
@@ -72,6 +69,7 @@ class DepthCache(Cache):
     layers: list[Any]
     slots: dict[tuple[int, int], Slot]
     row_plans: RowPlans | None
+    first_views: list[VisitView]
     num_layers: int
     in_forward: bool
 
@@ -95,13 +93,11 @@ class DepthCache(Cache):
 
     def view(self, layer_idx: int, visit: int) -> VisitView:
         """Return what the layer sees as its cache in this visit."""
-        self.in_forward = True
-        return VisitView(self, layer_idx, visit)
+        return self.first_views[layer_idx] if visit == 0 else VisitView(self, layer_idx, visit)
 
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that have passed all layers, whether these ran or not: a forward has come to its end."""
-        for counter in self.layers:
-            counter.advance(num_tokens)
+        advance_all(self.layers, num_tokens)
         self.in_forward = False
 
     @property
@@ -262,6 +258,7 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
     cache.layer_class_to_replicate = None
     cache.slots = {}
     cache.row_plans = None
+    cache.first_views = [VisitView(cache, layer_idx, 0) for layer_idx in range(num_layers)]
     cache.num_layers = num_layers
     cache.in_forward = False
     adopted: DepthCache = cache

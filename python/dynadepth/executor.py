@@ -6,7 +6,7 @@ family's own forward makes masks and positions, and the layer's own forward does
 Knows nothing of plans, policies or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -159,10 +159,8 @@ class Scope(Protocol):
 
     owner: object
     outer: "Scope | None"
-
-    def straight(self, layer_idx: int) -> Any:
-        """Return what a layer that is known to run once for all rows sees as its cache, or None; else `ASK`."""
-        ...
+    # For each layer what it sees as its cache, perhaps None, if it is known to run once for all rows; else `ASK`.
+    straight: Sequence[Any]
 
     def run(self, call: LayerCall) -> torch.Tensor:
         """Run a layer call and return the states that enter the next layer."""
@@ -245,7 +243,7 @@ def _run_call(
         signature,
         (None,) * family.num_extras,
         layer,
-        seat.compiled or base.forward,
+        seat.compiled or _own_forward(base),
         family.feed_forward,
     )
     states = scope.run(call)
@@ -257,10 +255,25 @@ def _signature_of(base: Any) -> LayerSignature:
     return layer_signature(base.forward)
 
 
+def _own_forward(base: Any) -> Callable[..., Any]:
+    """Return what a layer class computes, without the checkpointing that transformers puts around every forward.
+
+    Since transformers 5.24 only the outermost forward of a class checkpoints, and that is the stand-in's.
+    """
+    forward: Any = base.forward
+    name = getattr(getattr(forward, "__code__", None), "co_name", "")
+    own: Callable[..., Any] = (
+        forward.__wrapped__ if name == "forward_with_checkpointing" else forward
+    )
+    return own
+
+
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
-    cache_name, own_forward = _signature_of(base).cache_name, base.forward
+    cache_name, own_forward = _signature_of(base).cache_name, _own_forward(base)
+    # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
+    own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
@@ -272,7 +285,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
             scope = _scope_of(seat)
         # Most calls of most plans go straight through; in decoding these lines are what the wrapping costs.
         if cache_name in kwargs:
-            view = scope.straight(seat.layer_idx)
+            view = scope.straight[seat.layer_idx]
             if view is not ASK:
                 kwargs[cache_name] = view
                 return (seat.compiled or own_forward)(self, *args, **kwargs)
@@ -284,7 +297,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and getattr(self, "gradient_checkpointing", False):
             kwargs[_SCOPE_ARGUMENT] = _scope_of(self.__dict__[_SEAT])
-        return base.__call__(self, *args, **kwargs)
+        return own_call(self, *args, **kwargs)
 
     def compile_own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Unbound: a bound one would run this layer's weights in every copy.

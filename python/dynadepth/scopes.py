@@ -72,8 +72,8 @@ class PlanScope:
         self._plans: RowPlans | None = None
         # The same at every decision, so it is made once.
         self._prompts: PromptBatch | None = None
-        # Layers that go straight through, False for those that are not decided yet.
-        self._once: Sequence[bool] | None = None
+        # Until the plans are known, every layer asks.
+        self.straight: Sequence[Any] = (ASK,) * owner.num_layers
         self._num_tokens = 0
         self._cache: DepthCache | None = None
         self._is_prefill = False
@@ -96,6 +96,8 @@ class PlanScope:
                 self._prompts = PromptBatch(mask, plans.plans, self._tokens_of(states))
             self._planner.decide(plans, layer_idx, states, self._prompts)
             self._look_ahead(plans)
+        if self._cache is not None:
+            self._cache.in_forward = True
         num_rows, watchers = plans.num_rows, self._watchers
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -118,14 +120,6 @@ class PlanScope:
                 watchers.after(event)
         return states
 
-    def straight(self, layer_idx: int) -> Any:
-        """Return the layer's cache, or None, if it is decided, runs once for all rows, and nobody watches."""
-        once = self._once
-        if once is None or not once[layer_idx]:
-            return ASK
-        cache = self._cache
-        return None if cache is None else cache.view(layer_idx, 0)
-
     def finish(self) -> None:
         """Say that the forward has run to its end."""
         if self._plans is None:
@@ -135,8 +129,15 @@ class PlanScope:
         self._planner.finish(self._plans, is_prefill=self._is_prefill)
 
     def _look_ahead(self, plans: RowPlans) -> None:
-        """Note which layers go straight through, as far as plans are decided; if somebody watches, none does."""
-        self._once = plans.runs_once() if self._watchers is None else None
+        """Let layers go straight through that run once for all rows, as far as that is decided and nobody watches."""
+        if self._watchers is not None:
+            return
+        once = plans.runs_once()
+        if self._cache is None:
+            self.straight = [None if alone else ASK for alone in once]
+        else:
+            views = self._cache.first_views
+            self.straight = [views[layer] if alone else ASK for layer, alone in enumerate(once)]
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
         """Return what the model's forward got as tokens, where it has a number or a vector for every state."""

@@ -4,6 +4,7 @@ A slot is one of transformers' own cache layers. A counter holds no states: it a
 asks the cache for lengths, and makes slots of the kind that the cache had for the layer. Knows nothing of plans.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from transformers.cache_utils import (
 
 from dynadepth.errors import UnsupportedModelError
 
-__all__ = ["Slot", "TokenCounter", "counter_of", "crop_slot", "select_rows"]
+__all__ = ["Slot", "TokenCounter", "advance_all", "counter_of", "crop_slot", "select_rows"]
 
 # transformers' own layers: what holds the states of one visit.
 Slot: TypeAlias = DynamicLayer | StaticLayer
@@ -28,11 +29,6 @@ class TokenCounter(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = 0
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens that have passed the layer."""
-        self.cumulative_length += num_tokens
-        self.is_initialized = True
 
     def get_seq_length(self) -> int:
         """Return the tokens counted."""
@@ -159,6 +155,13 @@ class _StaticSlidingTokenCounter(_StaticTokenCounter):
 
     def make_slot(self) -> Slot:
         return StaticSlidingWindowLayer(self.max_cache_len, sliding_window=self.max_cache_len)
+
+
+def advance_all(counters: Iterable[TokenCounter], num_tokens: int) -> None:
+    """Count tokens that have passed every layer."""
+    for counter in counters:
+        counter.cumulative_length += num_tokens
+        counter.is_initialized = True
 
 
 def crop_slot(slot: Slot, num_tokens: int) -> None:

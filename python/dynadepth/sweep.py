@@ -4,7 +4,7 @@ Rust plans which distinct states to visit at each layer; here that plan is execu
 family's own masks and positions gathered for the rows. Knows nothing of rewards, tasks or policies.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -190,6 +190,8 @@ class _SweepScope:
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
+        # Every layer changes which states there are.
+        self.straight: Sequence[Any] = (ASK,) * plan.num_layers
         self._plan = plan
         self._score = score
         self._num_examples = num_examples
@@ -217,10 +219,6 @@ class _SweepScope:
                 again = pieces[1].index_select(0, second)
                 pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
         return torch.cat(pieces).index_select(0, gather)
-
-    def straight(self, layer_idx: int) -> Any:  # noqa: ARG002 - as every scope
-        """Return `ASK`: every layer changes which states there are."""
-        return ASK
 
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
