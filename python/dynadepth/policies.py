@@ -7,7 +7,6 @@ controller enforces protected layers, the cap on depth and that at least one lay
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,8 +214,7 @@ class RouterPolicy(LayerwisePolicy):
             if pooling is None:
                 pooling = Pooling.of(prompts.mask, heads.config)
                 if bool(prompts.mask.all()):
-                    # Half of the work is to keep padding out.
-                    pooling = replace(pooling, padding=None)
+                    pooling = pooling.unpadded()
                 prompts.notes[heads.config] = pooling
             logits = heads.logits(layer_idx, pooling(hidden_states))
             actions = actions_of(bias[layer_idx] + self.shrinkage * logits, self.penalty)

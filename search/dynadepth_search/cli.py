@@ -66,7 +66,8 @@ def _demo(
     """Go the whole way on one small model: search, train, evaluate, report, generate; goes on if it was killed."""
     from dynadepth.files import write_json_atomic
     from dynadepth_search.assets import default_cache
-    from dynadepth_search.demo import DemoConfig, run_demo
+    from dynadepth_search.demo import run_demo
+    from dynadepth_search.demo_config import DemoConfig
 
     config = DemoConfig(
         out=out,

@@ -1,11 +1,9 @@
 """The damage table: what each plan of a menu does to the base model's answers, prompt by prompt.
 
-Owns the folder of a table (its manifest, and for each block of prompts a Parquet file of figures and a safetensors file
-of states) and the loop that fills it. Needs prompts alone; where there are right answers, they are graded too. Knows
-nothing of what is learned from a table.
+Owns the loop that fills a table; its files are `damage_store`'s. Needs prompts alone; where there are right answers,
+they are graded too. Knows nothing of what is learned from a table.
 """
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -15,28 +13,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from dynadepth import __version__
 from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError, WrapError
 from dynadepth.families import layer_stack
-from dynadepth.files import (
-    read_json,
-    sha256_bytes,
-    sha256_text,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from dynadepth.files import write_json_atomic
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.folders import base_model_name
 from dynadepth.menu_data import MenuData
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
+from dynadepth_search.damage_store import (
+    BLOCK,
+    FIGURES,
+    MANIFEST,
+    SCHEMA,
+    SCHEMA_VERSION,
+    block_of,
+    is_whole,
+    part_name,
+    read_manifest,
+    read_part,
+    write_part,
+)
 from dynadepth_search.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.resuming import check_asked, dtype_name, task_fields
@@ -45,23 +45,6 @@ from dynadepth_search.states import PromptStates
 from dynadepth_search.tasks import Example, Task
 
 __all__ = ["MANIFEST", "DamageTable", "menu_data", "read_damage", "score_damage"]
-
-MANIFEST = "damage.json"
-SCHEMA_VERSION = 1
-# Prompts of a file; a kill loses no more than one block of work.
-_BLOCK = 16
-_FIGURES = ("agreement", "total_variation", "divergence", "reward", "correct")
-_SCHEMA = pa.schema(
-    [
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("choices", pa.list_(pa.string())),
-        pa.field("answer", pa.int64()),
-        pa.field("completion", pa.string()),
-        pa.field("given", pa.list_(pa.int64()), nullable=False),
-        *(pa.field(name, pa.list_(pa.float32()), nullable=False) for name in _FIGURES),
-    ]
-)
 
 Floats = npt.NDArray[np.float64]
 
@@ -107,7 +90,7 @@ class DamageTable:
             examples=tuple(self.examples[row] for row in rows.tolist()),
             given=self.given[rows],
             views={layer: view[rows] for layer, view in self.views.items()},
-            **{name: getattr(self, name)[rows] for name in _FIGURES},
+            **{name: getattr(self, name)[rows] for name in FIGURES},
         )
 
     @property
@@ -186,7 +169,7 @@ def score_damage(
         scorer.encode(example)
     with locked(place):
         if (place / MANIFEST).exists():
-            stored = _read_manifest(place)
+            stored = read_manifest(place)
             check_asked(place / MANIFEST, asked, stored["asked"])
         else:
             stray = sorted(place.glob("part-*"))
@@ -206,13 +189,13 @@ def score_damage(
         for litter in place.glob(".*.tmp"):
             litter.unlink(missing_ok=True)
         total = len(task.examples)
-        for start in range(0, total, _BLOCK):
+        for start in range(0, total, BLOCK):
             progress("scoring plans", start, total)
-            block = task.examples[start : start + _BLOCK]
-            number = start // _BLOCK
-            path, block_of = place / _part(number), _block_of(asked, number)
-            if not _whole(place, number):
-                _score_block(scorer, block, rows, path, asked, stack.hidden_size, block_of)
+            examples = task.examples[start : start + BLOCK]
+            number = start // BLOCK
+            path, block = place / part_name(number), block_of(asked, number)
+            if not is_whole(place, number):
+                _score_block(scorer, examples, rows, path, asked, stack.hidden_size, block)
         progress("scoring plans", total, total)
     return read_damage(place)
 
@@ -233,7 +216,7 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
         LabelError: It is damaged, empty, or of another base model.
     """
     place = Path(folder)
-    manifest = _read_manifest(place)
+    manifest = read_manifest(place)
     if model is not None:
         differences = compare_fingerprints(
             fingerprint(model), manifest["base_model"]["fingerprint"]
@@ -245,12 +228,12 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
             )
     asked = manifest["asked"]
     total = int(asked["task"]["prompts"])
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     views: dict[int, list[torch.Tensor]] = {layer: [] for layer in asked["layers"]}
-    for number in range(-(-total // _BLOCK)):
-        if not _whole(place, number):
+    for number in range(-(-total // BLOCK)):
+        if not is_whole(place, number):
             break
-        figures, states = _read_part(place / _part(number), asked, number)
+        figures, states = read_part(place / part_name(number), asked, number)
         for name, values in figures.items():
             columns[name] += values
         for layer, listed in views.items():
@@ -258,7 +241,7 @@ def read_damage(folder: str | os.PathLike[str], *, model: Any = None) -> DamageT
     if not columns["prompt"]:
         raise LabelError(f"{place} holds no scored prompts yet: run the scoring first")
     width = len(asked["plans"][0])
-    arrays = {name: np.array(columns[name], dtype=np.float64) for name in _FIGURES}
+    arrays = {name: np.array(columns[name], dtype=np.float64) for name in FIGURES}
     return DamageTable(
         plans=np.stack([parse_plan(text, width) for text in asked["plans"]]),
         examples=tuple(
@@ -313,7 +296,7 @@ def _score_block(
     path: Path,
     asked: dict[str, Any],
     hidden_size: int,
-    block_of: dict[str, str],
+    block: dict[str, str],
 ) -> None:
     """Score a block of prompts by itself, so that its figures depend on nothing before it, and write it."""
     scorer.forget()
@@ -334,7 +317,7 @@ def _score_block(
     shape = (len(examples), len(plans))
     figures = {
         name: np.asarray(getattr(outcomes, name), dtype=np.float64).reshape(shape)
-        for name in _FIGURES
+        for name in FIGURES
     }
     graded = examples[0].kind != "prompt"
     for name, values in figures.items():
@@ -346,106 +329,8 @@ def _score_block(
                 f"{values[row, column]}; the model's logits overflow there: load it in another dtype, or leave the "
                 "plan out"
             )
-    data = save_tensors({str(layer): view for layer, view in states.views.items()})
-    columns = {
-        "prompt_id": [item.prompt_id for item in examples],
-        "prompt": [item.prompt for item in examples],
-        "choices": [item.choices for item in examples],
-        "answer": [item.answer for item in examples],
-        "completion": [item.completion for item in examples],
-        "given": outcomes.answer.reshape(shape).tolist(),
-        **{name: values.astype(np.float32).tolist() for name, values in figures.items()},
-    }
-    table = pa.table(columns, schema=_SCHEMA)
-    seals = {"states_sha256": sha256_bytes(data), "figures_sha256": _seal(table), **block_of}
-    table = table.replace_schema_metadata(seals)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    # The figures last: a block counts as finished once they are there.
-    write_bytes_atomic(path.with_suffix(".safetensors"), data)
-    write_bytes_atomic(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
-
-
-def _read_part(
-    path: Path, asked: dict[str, Any], number: int
-) -> tuple[dict[str, list[Any]], dict[str, torch.Tensor]]:
-    figures, states = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
-    advice = "delete both files of this block and score again; only its prompts are scored again"
-    try:
-        table = pq.read_table(figures)
-        data = states.read_bytes()
-        seals = {
-            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-        }
-        if any(seals.get(key) != value for key, value in _block_of(asked, number).items()):
-            raise LabelError(
-                f"{figures} is not block {number} of what {MANIFEST} says this table is; {advice}"
-            )
-        if seals.get("states_sha256") != sha256_bytes(data):
-            raise LabelError(f"{states} is not the file that {figures.name} names; {advice}")
-        if seals.get("figures_sha256") != _seal(table):
-            raise LabelError(f"{figures} is damaged: its figures are not those written; {advice}")
-        return {name: table[name].to_pylist() for name in _SCHEMA.names}, load_tensors(data)
-    except (pa.ArrowException, SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise LabelError(f"{figures} or {states.name} is damaged ({error}); {advice}") from error
-
-
-def _seal(table: pa.Table) -> str:
-    """Return a hash of all figures: Parquet's own checksums leave bits of a file unwatched."""
-    content = {name: table[name].to_pylist() for name in _SCHEMA.names}
-    return sha256_text(json.dumps(content, separators=(",", ":")))
-
-
-def _block_of(asked: dict[str, Any], number: int) -> dict[str, str]:
-    """Return what a block's file says of the table that it is a part of."""
-    return {"table": sha256_text(json.dumps(asked, sort_keys=True)), "block": str(number)}
-
-
-def _whole(folder: Path, number: int) -> bool:
-    return all(
-        (folder / f"{_part(number)}.{kind}").is_file() for kind in ("parquet", "safetensors")
-    )
-
-
-def _part(number: int) -> str:
-    return f"part-{number:05d}"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth score`")
-    content = read_json(path, LabelError)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise LabelError(
-            f"{path} has schema version {content.get('schema_version')!r}; this dynadepth-search reads "
-            f"{SCHEMA_VERSION}: score the prompts again, or install the version that wrote it"
-        )
-    if not _is_manifest(content):
-        raise LabelError(
-            f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "
-            "folder"
-        )
-    return content
-
-
-def _is_manifest(content: dict[str, Any]) -> bool:
-    """Say whether everything that is read of a manifest is there and of its kind."""
-    asked, base = content.get("asked"), content.get("base_model")
-    if not isinstance(asked, dict) or not isinstance(base, dict):
-        return False
-    task, plans, layers = asked.get("task"), asked.get("plans"), asked.get("layers")
-    numbers = [asked.get("num_windows"), *(layers if isinstance(layers, list) else [None])]
-    numbers.append(task.get("prompts") if isinstance(task, dict) else None)
-    texts = plans if isinstance(plans, list) and plans else [None]
-    return (
-        all(type(number) is int and number >= 0 for number in numbers)
-        and all(isinstance(text, str) and text and set(text) <= set("012") for text in texts)
-        and len({len(str(text)) for text in texts}) == 1
-        and isinstance(base.get("fingerprint"), dict)
-        and isinstance(base.get("name"), str)
-        and isinstance(content.get("task_name"), str)
-    )
+    given = outcomes.answer.reshape(shape)
+    write_part(path, examples, given, figures, states.views, block)
 
 
 def _checked_plans(plans: Any, num_layers: int) -> Plans:

@@ -4,7 +4,6 @@ Plans come from the real runtime, outcomes from the sweep, and a sample is score
 `evaluation.json`. Knows nothing of how routers are trained or reports are drawn.
 """
 
-import math
 import os
 import platform
 import time
@@ -19,14 +18,14 @@ import transformers
 
 from dynadepth import __version__
 from dynadepth.checkpoint import base_model_name
-from dynadepth.config import TrainConfig
 from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_json, write_json_atomic
 from dynadepth.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, plan_depth, plan_text
-from dynadepth.trained import Routers, TrainedPolicy
+from dynadepth.trained import TrainedPolicy
 from dynadepth_search.baselines import mean_influence
 from dynadepth_search.contest import Compared, Contest, Entrant, Front, check_preset_names
+from dynadepth_search.evaluation_notes import describe, drift_notes, plan_map, warm_up_notes
 from dynadepth_search.figures import PolicyRun, action_shares, figures_of, findings, show_budget
 from dynadepth_search.measuring import check_runtime, planned, time_prefill, wrapped
 from dynadepth_search.objectives import check_objective
@@ -47,9 +46,6 @@ __all__ = [
 
 EVALUATION_NAME = "evaluation.json"
 SCHEMA_VERSION = 2
-# Of the map of plans: the plans that most prompts got, and prompts of each.
-_SHOWN_PLANS = 24
-_SHOWN_PROMPTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,13 +198,13 @@ def evaluate(
         "num_layers": scorer.num_layers,
         "dtype": dtype_name(model),
         "config": asdict(settings) | {"budgets": list(settings.budgets)},
-        "routers": _described(routers),
+        "routers": describe(routers),
         "policies": policies,
         "findings": [
             *findings(policies, headline),
             *notes,
-            *_warm_up_notes(sources),
-            *_drift_notes(drift),
+            *warm_up_notes(sources),
+            *drift_notes(drift),
         ],
         "drift": drift,
         "actions": [
@@ -217,7 +213,7 @@ def evaluate(
             if entrant.kind == "routed"
         ],
         "plan_map": [
-            _plan_map(entrant, heldout) for entrant in entrants if entrant.kind == "routed"
+            plan_map(entrant, heldout) for entrant in entrants if entrant.kind == "routed"
         ],
         "front": contest.front_figures(table),
         "runtime_check": checks,
@@ -295,70 +291,6 @@ def _drift(
         depth = float(plan_depth(plans).mean())
         rows.append({"budget": budget, "depth": depth, "n": len(plans), "task": unseen.name})
     return rows
-
-
-def _drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how far the mean depth drifts on prompts of another kind."""
-    if not drift:
-        return []
-    shown = ", ".join(f"{row['depth']:.3f} for {show_budget(row['budget'])}" for row in drift)
-    return [
-        f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which the calibration has not seen the like "
-        f"of, the mean depth is {shown}."
-    ]
-
-
-def _described(routers: TrainedPolicy) -> dict[str, Any]:
-    """Return what kind of policy is under test."""
-    described: dict[str, Any] = {"kind": routers.kind, "range": list(routers.calibration.range)}
-    if isinstance(routers, Routers):
-        return described | {"preset": routers.config.preset, "shrinkage": routers.shrinkage}
-    recipe = routers.training.get("recipe")
-    return described | (dict(recipe) if isinstance(recipe, Mapping) else {})
-
-
-def _plan_map(entrant: Entrant, task: Task) -> dict[str, Any]:
-    """Return which plans a policy gave to how many prompts, with a few of the prompts."""
-    plans, inverse = np.unique(entrant.plans, axis=0, return_inverse=True)
-    counts = np.bincount(inverse.reshape(-1), minlength=len(plans))
-    rows = []
-    for index in np.argsort(-counts, kind="stable")[:_SHOWN_PLANS].tolist():
-        prompts = np.flatnonzero(inverse.reshape(-1) == index)[:_SHOWN_PROMPTS].tolist()
-        rows.append(
-            {
-                "plan": plan_text(plans[index]),
-                "depth": float(plan_depth(plans[index])),
-                "share": float(counts[index] / counts.sum()),
-                "examples": [_shortened(task.examples[prompt].prompt) for prompt in prompts],
-            }
-        )
-    return {"budget": entrant.budget, "different_plans": len(plans), "rows": rows}
-
-
-def _shortened(prompt: str) -> str:
-    text = " ".join(prompt.split())
-    return text if len(text) <= 90 else f"{text[:87]}..."
-
-
-def _warm_up_notes(sources: Mapping[str, TrainedPolicy]) -> list[str]:
-    """Say whose training ended inside its warm-up, from what the routers record of it."""
-    notes = []
-    for name, routers in sources.items():
-        prompts = routers.training.get("train_prompts")
-        try:
-            recipe = TrainConfig.from_dict(routers.training.get("recipe"))
-        except ConfigError:
-            continue  # routers need not record it
-        if not isinstance(prompts, int):
-            continue
-        used = prompts - round(recipe.held_out * prompts)
-        steps = recipe.epochs * math.ceil(used / recipe.batch_size)
-        if steps <= recipe.warmup_steps:
-            notes.append(
-                f"The training of {name} ended inside its warm-up: {steps} steps on {used} prompts, "
-                f"{recipe.warmup_steps} steps of warm-up."
-            )
-    return notes
 
 
 def _check_apart(train: Task, heldout: Task) -> None:

@@ -1,12 +1,11 @@
 """Routers of all layers that keep a budget: features, training, shrinkage, calibration.
 
-Owns the order of these steps and the split of validation prompts, for routers that learn damage and for the published
+Owns the order of these steps, for routers that learn damage and for the published
 ones that imitate labels. What each step does is `dynadepth.training`, `dynadepth.shrinkage` and `dynadepth.budget`.
 """
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dynadepth.budget import Calibration, calibrate
+from dynadepth.budget import Calibration
 from dynadepth.checkpoint import base_model_name, export_policy, save_routers
 from dynadepth.config import RouterConfig, TrainConfig
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.families import layer_stack
-from dynadepth.features import prompt_features
 from dynadepth.fingerprint import fingerprint
 from dynadepth.folders import ONNX_NAME
 from dynadepth.fronts import front_bias, front_calibration, neighbours, removed_layers
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, plan_depth
-from dynadepth.policies import RouterPolicy
 from dynadepth.routers import RouterHeads
 from dynadepth.shrinkage import logit_scale, select_shrinkage
 from dynadepth.trained import Routers, TrainedPolicy
 from dynadepth.training import centre_heads, logits_of, train_damage_heads, train_heads
 from dynadepth_search.damage import DamageTable
 from dynadepth_search.labels import Labels
-from dynadepth_search.measuring import planned, wrapped
 from dynadepth_search.objectives import Objective, check_objective, plan_values
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring import Scorer
 from dynadepth_search.splitting import prompt_marks
-from dynadepth_search.tasks import Example
+from dynadepth_search.training_prompts import TrainingPrompts
 
 __all__ = ["fit_imitation", "fit_routers", "router_plans", "write_routers"]
 
-_VALIDATION = 0.2
-_FEWEST_PROMPTS = 16
 _BATCH = 16
-# Penalties nearer in depth are not told apart; a budget is met on the validation prompts within half a step, of this
-# size or, when the passes run out first, of the coarser ones reached by then.
-_RESOLUTION = 0.01
-_CALIBRATION_PASSES = 30
 
 _Floats = npt.NDArray[np.float64]
 
@@ -126,7 +115,9 @@ def fit_routers(
     columns = _columns(table.plans, router_plans(rows))
     middle = rows[len(rows) // 2]
     damage = _damage(value, table.plans, middle)
-    prompts = _Prompts(model, tokenizer, table.examples, table.manifest["asked"]["task"]["scoring"])
+    prompts = TrainingPrompts(
+        model, tokenizer, table.examples, table.manifest["asked"]["task"]["scoring"]
+    )
     prompts.batch_size, prompts.progress = batch_size, progress
     train, validation = prompts.split(seed)
     features = prompts.features(
@@ -222,7 +213,7 @@ def fit_imitation(
     _check_layers(labels.plans.shape[1], labels.plans, stack.num_layers)
     manifest = labels.manifest
     protect = tuple(int(layer) for layer in manifest.search["config"].get("protect", ()))
-    prompts = _Prompts(model, tokenizer, labels.examples, manifest.task["scoring"])
+    prompts = TrainingPrompts(model, tokenizer, labels.examples, manifest.task["scoring"])
     prompts.batch_size, prompts.progress = batch_size, progress
     train, validation = prompts.split(seed)
     features = prompts.features(
@@ -270,112 +261,6 @@ def write_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Pat
     place = save_routers(folder, routers)
     export_policy(routers, place / ONNX_NAME)
     return place
-
-
-class _Prompts:
-    """Prompts of one fit, and the model that reads them."""
-
-    def __init__(
-        self, model: Any, tokenizer: Any, examples: Sequence[Example], scoring: str
-    ) -> None:
-        self._model, self._examples = model, examples
-        self.texts = [example.prompt.strip() for example in examples]
-        self._scorer = Scorer(model, tokenizer, scoring)
-        self.batch_size = _BATCH
-        self.progress: Progress = silent
-
-    def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return training and validation rows, each in their order; equal texts stay together."""
-        number = {text: index for index, text in enumerate(dict.fromkeys(self.texts))}
-        if len(number) < _FEWEST_PROMPTS:
-            raise LabelError(
-                f"{len(number)} prompts cannot train and calibrate routers; give {_FEWEST_PROMPTS} or more different "
-                "ones"
-            )
-        order = np.random.default_rng(seed).permutation(len(number))
-        drawn = order[: round(_VALIDATION * len(number))]
-        held_out = np.isin([number[text] for text in self.texts], drawn)
-        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-    def features(
-        self, plans: Plans, rows: npt.NDArray[np.int64], config: RouterConfig, stage: str
-    ) -> Tensor:
-        """Return what routers read of some prompts under a plan for each."""
-        examples = [self._examples[index] for index in rows]
-        order = self._by_length(examples)
-        found: list[Tensor] = []
-        self.progress(stage, 0, len(order))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            input_ids, attention_mask = self._scorer.encode_prompts([examples[i] for i in batch])
-            found += prompt_features(
-                self._model,
-                input_ids,
-                attention_mask,
-                plans[batch],
-                num_windows=config.num_windows,
-            )
-            self.progress(stage, len(found), len(order))
-        return torch.stack([found[i] for i in np.argsort(order)])
-
-    def values(
-        self,
-        rows: npt.NDArray[np.int64],
-        pairs: npt.NDArray[np.int64],
-        plans: Plans,
-        goal: Objective,
-    ) -> _Floats:
-        """Return what pairs of prompt and plan are worth, prompts in blocks that share sweeps."""
-        values = np.empty(len(pairs))
-        examples = [self._examples[index] for index in rows]
-        stage = "scoring held-out plans"
-        self.progress(stage, 0, len(pairs))
-        done = 0
-        for start in range(0, len(examples), self.batch_size):
-            block = examples[start : start + self.batch_size]
-            here = np.flatnonzero((pairs >= start) & (pairs < start + len(block)))
-            outcomes = self._scorer.outcomes(block, plans[here], pairs[here] - start)
-            values[here] = plan_values(outcomes, goal)
-            done += len(here)
-            self.progress(stage, done, len(pairs))
-        return values
-
-    def calibrate(
-        self,
-        rows: npt.NDArray[np.int64],
-        heads: RouterHeads,
-        bias: Tensor,
-        shrinkage: float,
-        protect: tuple[int, ...],
-        lowest: float,
-    ) -> Calibration:
-        """Measure the mean depth of prompts under penalties, as `wrap_model` runs them."""
-        examples = [self._examples[index] for index in rows]
-        examples = [examples[i] for i in self._by_length(examples)]
-        passes = 0
-
-        def mean_depth_at(penalty: float) -> float:
-            nonlocal passes
-            passes += 1
-            self.progress("calibrating", passes, _CALIBRATION_PASSES)
-            policy = RouterPolicy(heads, bias, shrinkage=shrinkage, penalty=penalty)
-            with wrapped(self._model, policy=policy, protect=protect) as model:
-                plans = planned(model, self._scorer, examples, batch_size=self.batch_size)
-            return float(plan_depth(plans).mean())
-
-        table = calibrate(
-            mean_depth_at,
-            lowest=lowest,
-            resolution=_RESOLUTION,
-            max_evaluations=_CALIBRATION_PASSES,
-        )
-        self.progress("calibrating", _CALIBRATION_PASSES, _CALIBRATION_PASSES)
-        return table
-
-    def _by_length(self, examples: Sequence[Example]) -> npt.NDArray[np.int64]:
-        """Return the order in which batches have little padding."""
-        lengths = [len(self._scorer.encode(example).prompt_ids) for example in examples]
-        return np.argsort(lengths, kind="stable")
 
 
 def _damage(value: _Floats, plans: Plans, middle: Plans) -> _Floats:

@@ -19,7 +19,8 @@ from dynadepth.errors import (
 from dynadepth.files import sha256_file
 from dynadepth_search import demo
 from dynadepth_search.damage import read_damage
-from dynadepth_search.demo import DemoConfig, run_demo
+from dynadepth_search.demo import run_demo
+from dynadepth_search.demo_config import DemoConfig
 from dynadepth_search.labels import read_labels
 from dynadepth_search.progress import silent
 from dynadepth_search.shared import read_shared

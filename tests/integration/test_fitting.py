@@ -14,7 +14,7 @@ from dynadepth.fingerprint import fingerprint
 from dynadepth.forest import EditPrior, Evaluated
 from dynadepth.plans import identity_plan, plan_depth
 from dynadepth.shrinkage import ShrinkageChoice
-from dynadepth_search import fitting
+from dynadepth_search import fitting, training_prompts
 from dynadepth_search.damage import score_damage
 from dynadepth_search.fitting import fit_imitation, fit_routers, router_plans, write_routers
 from dynadepth_search.labels import Labels, Manifest
@@ -22,6 +22,7 @@ from dynadepth_search.measuring import planned, wrapped
 from dynadepth_search.objectives import plan_values
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example, Task
+from dynadepth_search.training_prompts import TrainingPrompts
 from tests.tiny import tiny_model
 from tests.tiny_text import word_tokenizer
 
@@ -117,7 +118,7 @@ def table(model, tokenizer, tmp_path_factory):
 
 
 def split(model, tokenizer, examples, seed=0):
-    return fitting._Prompts(model, tokenizer, examples, "raw").split(seed)
+    return TrainingPrompts(model, tokenizer, examples, "raw").split(seed)
 
 
 def force_shrinkage(monkeypatch, shrinkage):
@@ -275,9 +276,9 @@ class TestWhatIsLearnt:
     ):
         force_shrinkage(monkeypatch, 0.0)
         given = []
-        genuine = fitting.prompt_features
+        genuine = training_prompts.prompt_features
         monkeypatch.setattr(
-            fitting,
+            training_prompts,
             "prompt_features",
             lambda model, ids, mask, plans, **options: (
                 given.append(plans) or genuine(model, ids, mask, plans, **options)
@@ -390,7 +391,7 @@ def test_an_error_in_the_middle_leaves_the_model_unwrapped(
         raise RuntimeError("out of memory")
 
     force_shrinkage(monkeypatch, 1.0)
-    monkeypatch.setattr(fitting, "planned", fail)
+    monkeypatch.setattr(training_prompts, "planned", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         fit_routers(model, tokenizer, table, FRONT, training=QUICK)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -521,13 +522,13 @@ class TestImitation:
         self, model, tokenizer, labels, monkeypatch
     ):
         given = []
-        genuine = fitting.prompt_features
+        genuine = training_prompts.prompt_features
 
         def watch(model, ids, mask, plans, **options):
             given.extend(plan.tobytes() for plan in plans)
             return genuine(model, ids, mask, plans, **options)
 
-        monkeypatch.setattr(fitting, "prompt_features", watch)
+        monkeypatch.setattr(training_prompts, "prompt_features", watch)
         fit_imitation(model, tokenizer, labels, training=QUICK)
         train = split(model, tokenizer, labels.examples)[0]
         assert sorted(given) == sorted(plan.tobytes() for plan in labels.plans[train])

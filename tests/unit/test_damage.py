@@ -22,7 +22,7 @@ from dynadepth.errors import (
 from dynadepth.fingerprint import fingerprint
 from dynadepth.plans import prefix_numbers
 from dynadepth.wrap import wrap_model
-from dynadepth_search import damage
+from dynadepth_search import damage, damage_store
 from dynadepth_search.damage import MANIFEST, menu_data, read_damage, score_damage
 from dynadepth_search.locking import locked
 from dynadepth_search.prompts import prompt_text
@@ -319,8 +319,11 @@ class TestResuming:
             return wrapped
 
         with monkeypatch.context() as patch:
-            for name in ("write_bytes_atomic", "write_json_atomic"):
-                patch.setattr(damage, name, killed(getattr(damage, name)))
+            for module, name in (
+                (damage_store, "write_bytes_atomic"),
+                (damage, "write_json_atomic"),
+            ):
+                patch.setattr(module, name, killed(getattr(module, name)))
             with pytest.raises(KeyboardInterrupt):
                 score(model, tmp_path)
         assert writes == written + (moment == "after")

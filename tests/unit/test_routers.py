@@ -6,7 +6,7 @@ from torch import nn
 
 from dynadepth.config import RouterConfig
 from dynadepth.errors import ConfigError
-from dynadepth.routers import RouterHeads, last_token_state, pool, window_means
+from dynadepth.routers import Pooling, RouterHeads, last_token_state, pool, window_means
 
 
 def random_heads(config: RouterConfig, seed: int = 0) -> RouterHeads:
@@ -42,6 +42,16 @@ def test_pooling_is_float32_whatever_the_model_is(dtype, config):
     assert pooled.dtype == torch.float32
     assert pooled.shape == (2, 5, 6)
     torch.testing.assert_close(pooled[:, 4], hidden[:, 6].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 23])
+@pytest.mark.parametrize("last_token", [True, False])
+def test_rows_without_padding_are_pooled_alike_by_spans(tokens, last_token):
+    config = RouterConfig(num_layers=3, hidden_size=6, num_windows=4, last_token=last_token)
+    hidden, mask = torch.randn(2, tokens, 6), torch.ones(2, tokens, dtype=torch.bool)
+    pooling = Pooling.of(mask, config).unpadded()
+    assert len(pooling.spans) == config.num_views
+    torch.testing.assert_close(pooling(hidden), pool(hidden, mask, config), rtol=1e-6, atol=1e-6)
 
 
 def test_values_under_padding_never_matter(config):

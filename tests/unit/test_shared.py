@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
-from dynadepth_search import damage, shared
+from dynadepth_search import damage, damage_store, shared
 from dynadepth_search.damage import read_damage
 from dynadepth_search.locking import locked
 from dynadepth_search.scoring import Scorer
@@ -322,8 +322,11 @@ class TestResuming:
 
             with monkeypatch.context() as patch:
                 patch.setattr(shared, "write_json_atomic", killed(shared.write_json_atomic))
-                for name in ("write_bytes_atomic", "write_json_atomic"):
-                    patch.setattr(damage, name, killed(getattr(damage, name)))
+                for module, name in (
+                    (damage_store, "write_bytes_atomic"),
+                    (damage, "write_json_atomic"),
+                ):
+                    patch.setattr(module, name, killed(getattr(module, name)))
                 with pytest.raises(KeyboardInterrupt):
                     search(model, folder)
             assert count == written
@@ -343,7 +346,7 @@ class TestResuming:
 
     def test_a_kill_at_every_write_of_one_search(self, model, found, tmp_path, monkeypatch):
         """Each run writes one more file and is killed: nothing is done twice, and the whole is the same."""
-        write_json, write_bytes = shared.write_json_atomic, damage.write_bytes_atomic
+        write_json, write_bytes = shared.write_json_atomic, damage_store.write_bytes_atomic
 
         def once(write):
             def wrapped(path, content):
@@ -360,7 +363,7 @@ class TestResuming:
             if path.suffix == ".parquet":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(damage, "write_bytes_atomic", parquet_ends_a_block)
+        monkeypatch.setattr(damage_store, "write_bytes_atomic", parquet_ends_a_block)
         for _ in range(1 + 3 + 1 + 2 + 1):
             with pytest.raises(KeyboardInterrupt):
                 search(model, tmp_path)
