@@ -21,6 +21,7 @@ from dynadepth.families import Family, LayerSignature, LayerStack, layer_signatu
 
 __all__ = [
     "ASK",
+    "PASS",
     "LayerCall",
     "Scope",
     "enter_scope",
@@ -150,8 +151,9 @@ class _Only:
         return full
 
 
-# What a scope answers for a layer that does not go straight through.
+# What a scope answers for a layer that does not go straight through, and for one that runs for no row.
 ASK: Any = object()
+PASS: Any = object()
 
 
 class Scope(Protocol):
@@ -159,7 +161,8 @@ class Scope(Protocol):
 
     owner: object
     outer: "Scope | None"
-    # For each layer what it sees as its cache, perhaps None, if it is known to run once for all rows; else `ASK`.
+    # For each layer what it sees as its cache, perhaps None, if it is known to run once for all rows; `PASS` if it is
+    # known to run for none; else `ASK`.
     straight: Sequence[Any]
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -271,7 +274,8 @@ def _own_forward(base: Any) -> Callable[..., Any]:
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
     """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
-    cache_name, own_forward = _signature_of(base).cache_name, _own_forward(base)
+    signature, own_forward = _signature_of(base), _own_forward(base)
+    cache_name, states_name = signature.cache_name, signature.names[0]
     # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
     own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
@@ -286,6 +290,10 @@ def _routed_class(base: Any) -> type[nn.Module]:
         # Most calls of most plans go straight through; in decoding these lines are what the wrapping costs.
         if cache_name in kwargs:
             view = scope.straight[seat.layer_idx]
+            if view is PASS:
+                states = args[0] if args else kwargs[states_name]
+                extras = (None,) * seat.family.num_extras
+                return (states, *extras) if extras else states
             if view is not ASK:
                 kwargs[cache_name] = view
                 return (seat.compiled or own_forward)(self, *args, **kwargs)

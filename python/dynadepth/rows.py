@@ -26,7 +26,7 @@ class RowPlans:
         self.plans = plans
         self.num_decided = plans.shape[1] if num_decided is None else num_decided
         self._rows: dict[tuple[int, int], list[int]] = {}
-        self._once: list[bool] | None = None
+        self._shared: list[int | None] | None = None
         self._index: dict[tuple[int, int, torch.device], torch.Tensor] = {}
         self._num_visits: int | None = None
 
@@ -47,13 +47,16 @@ class RowPlans:
             self._num_visits = int(self.plans.sum(dtype=np.int64))
         return self._num_visits
 
-    def runs_once(self) -> list[bool]:
-        """Return for every layer whether it is decided and runs once for every row."""
-        if self._once is None:
-            once = (self.plans == int(EXECUTE)).all(axis=0)
-            once[self.num_decided :] = False
-            self._once = once.tolist()
-        return self._once
+    def shared_actions(self) -> list[int | None]:
+        """Return for every layer the action of all rows; None where rows differ or nothing is decided yet."""
+        if self._shared is None:
+            same = (self.plans == self.plans[:1]).all(axis=0)
+            same[self.num_decided :] = False
+            first = self.plans[0].tolist()
+            self._shared = [
+                action if kept else None for action, kept in zip(first, same, strict=True)
+            ]
+        return self._shared
 
     def rows(self, layer_idx: int, visit: int) -> list[int]:
         """Return the rows that make a visit, ascending.
@@ -92,7 +95,7 @@ class RowPlans:
         """
         self.plans[:, layer_idx : layer_idx + actions.shape[1]] = actions
         self.num_decided = layer_idx + actions.shape[1]
-        self._once = None
+        self._shared = None
 
     def select(self, rows: Sequence[int]) -> "RowPlans":
         """Return the plans of some rows, in that order."""

@@ -11,8 +11,9 @@ import torch
 
 from dynadepth.cache import DepthCache, adopt_cache
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.executor import ASK, LayerCall, Scope
+from dynadepth.executor import ASK, PASS, LayerCall, Scope
 from dynadepth.frames import watchers_of
+from dynadepth.plans import EXECUTE, SKIP
 from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans
 from dynadepth.tokens import real_tokens
@@ -129,15 +130,15 @@ class PlanScope:
         self._planner.finish(self._plans, is_prefill=self._is_prefill)
 
     def _look_ahead(self, plans: RowPlans) -> None:
-        """Let layers go straight through that run once for all rows, as far as that is decided and nobody watches."""
+        """Let layers go straight through that run once or not for all rows, if that is decided and nobody watches."""
         if self._watchers is not None:
             return
-        once = plans.runs_once()
-        if self._cache is None:
-            self.straight = [None if alone else ASK for alone in once]
-        else:
-            views = self._cache.first_views
-            self.straight = [views[layer] if alone else ASK for layer, alone in enumerate(once)]
+        actions = plans.shared_actions()
+        views = [None] * len(actions) if self._cache is None else self._cache.first_views
+        self.straight = [
+            view if action == EXECUTE else PASS if action == SKIP else ASK
+            for view, action in zip(views, actions, strict=True)
+        ]
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
         """Return what the model's forward got as tokens, where it has a number or a vector for every state."""

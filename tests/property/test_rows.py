@@ -26,8 +26,9 @@ def test_the_visits_of_all_rows_are_those_of_the_plans(plans):
             assert rows.index(layer, visit, torch.device("cpu")).tolist() == chosen
             counted[chosen, layer] += 1
     assert (counted == array).all()
-    assert rows.runs_once() == [
-        all(plan[layer] == 1 for plan in plans) for layer in range(array.shape[1])
+    shared = [set(column) for column in zip(*plans, strict=True)]
+    assert rows.shared_actions() == [
+        actions.pop() if len(actions) == 1 else None for actions in shared
     ]
     assert rows.is_uniform == all(plan == plans[0] for plan in plans)
 
@@ -39,11 +40,11 @@ def test_selected_rows_keep_their_plans(plans, data):
     assert selected.plans.tolist() == [plans[row] for row in chosen]
 
 
-def test_a_layer_runs_once_only_when_that_is_decided():
+def test_rows_share_an_action_only_when_it_is_decided():
     rows = RowPlans(np.array([[1, 1, 1], [1, 1, 1]], dtype=np.uint8), num_decided=1)
-    assert rows.runs_once() == [True, False, False]
-    rows.decide(1, np.array([[1, 2], [1, 1]], dtype=np.uint8))
-    assert rows.runs_once() == [True, True, False]
+    assert rows.shared_actions() == [1, None, None]
+    rows.decide(1, np.array([[0, 2], [0, 1]], dtype=np.uint8))
+    assert rows.shared_actions() == [1, 0, None]
 
 
 def test_a_repeat_runs_no_row_that_the_first_visit_leaves_out():
