@@ -172,7 +172,8 @@ def test_a_model_in_training_generates_by_its_plan():
     model = trained(wrap_model(tiny_model(), plan=PLAN), CHECKPOINTING["replayed"])
     ids, mask = random_batch([9], seed=1)
     settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
-    expected = bake(tiny_model(), PLAN)
+    # Before transformers 5.24 checkpointing takes the cache away even here, so the plain model is in training too.
+    expected = trained(bake(tiny_model(), PLAN), CHECKPOINTING["replayed"])
     assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
     assert torch.equal(drive(model, ids, mask, 5, "steps"), drive(expected, ids, mask, 5, "steps"))
 

@@ -12,6 +12,7 @@ from tests.tiny_menus import PLANS, random_menu, told
 from tests.tiny_routers import CALIBRATION
 
 TOLERANCE = 1e-5
+ONNXRUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 # Ends and entries of the table, what float32 has right beside them, and depths between them.
 BESIDE = [float(np.nextafter(np.float32(0.7), np.float32(end))) for end in (0.0, 1.0)]
 BUDGETS = (0.5, 0.59, 0.7, *BESIDE, 0.8, 0.9, 0.95, 1.0)
@@ -259,6 +260,8 @@ FEED = {
     ],
 )
 def test_a_wrong_input_is_an_error_of_the_runtime(name, value, message):
+    if name == "attention_mask" and message == "while running" and ONNXRUNTIME < (1, 24):
+        pytest.skip("this onnxruntime divides by zero where shapes differ, and ends the process")
     session = Pair(layers=(2, 4), windows=(3, 0)).session
     assert session.run(["plan"], FEED)[0].shape == (4,)
     # Two inputs that do not fit are found by an operator, which also logs it.
