@@ -70,7 +70,9 @@ class Limits:
             `actions`.
         """
         after = first + actions.shape[1]
-        actions[:, [layer - first for layer in self.protect if first <= layer < after]] = EXECUTE
+        for layer in self.protect:
+            if first <= layer < after:
+                actions[:, layer - first] = EXECUTE
         if self.max_depth is not None:
             self._take_repeats(actions, first, visits.copy())
         if after == self.num_layers:

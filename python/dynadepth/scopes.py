@@ -11,8 +11,9 @@ import torch
 
 from dynadepth.cache import DepthCache, adopt_cache
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.executor import ASK, PASS, LayerCall, Scope
+from dynadepth.executor import ASK, PASS, Scope
 from dynadepth.frames import watchers_of
+from dynadepth.layer_calls import LayerCall
 from dynadepth.plans import EXECUTE, SKIP
 from dynadepth.prompts import PromptBatch
 from dynadepth.rows import RowPlans

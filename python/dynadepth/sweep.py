@@ -18,7 +18,6 @@ from dynadepth._core import SweepPlan, plan_sweep
 from dynadepth.errors import PlanError, UnsupportedModelError
 from dynadepth.executor import (
     ASK,
-    LayerCall,
     Scope,
     enter_scope,
     install_executor,
@@ -26,6 +25,7 @@ from dynadepth.executor import (
     remove_executor,
 )
 from dynadepth.families import layer_stack
+from dynadepth.layer_calls import LayerCall
 from dynadepth.plans import check_plans
 
 __all__ = ["StateObserver", "SweepResult", "Sweeper"]

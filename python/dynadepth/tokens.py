@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.executor import LayerCall
+from dynadepth.layer_calls import LayerCall
 
 __all__ = ["real_tokens"]
 

@@ -17,8 +17,8 @@ from dynadepth.errors import (
     UnsupportedModelError,
     WrapError,
 )
-from dynadepth.executor import _gather_argument
 from dynadepth.fingerprint import fingerprint
+from dynadepth.layer_calls import _gather_argument
 from dynadepth.plans import identity_plan
 from dynadepth.policies import Policy, StaticPolicy
 from dynadepth.wrap import unwrap_model, wrap_model
