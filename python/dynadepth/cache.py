@@ -62,7 +62,6 @@ class DepthCache(Cache):
             states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
         first_views: What each layer sees as its cache in its first visit.
-        num_layers: Decoder layers of the model.
         in_forward: Whether a forward has begun to write and has not come to its end.
     """
 
@@ -70,10 +69,9 @@ class DepthCache(Cache):
     slots: dict[tuple[int, int], Slot]
     row_plans: RowPlans | None
     first_views: list[VisitView]
-    num_layers: int
     in_forward: bool
 
-    def check_ready(self, num_tokens: int) -> None:
+    def check_ready(self, num_tokens: int) -> None:  # noqa: ARG002 - static caches check it
         """Refuse a forward that could not be exact, before it writes anything.
 
         Args:
@@ -87,9 +85,6 @@ class DepthCache(Cache):
                 "the last forward on this cache did not come to its end, so some layers hold more tokens than others; "
                 "begin with a new cache, or call cache.reset() and give the whole prompt again"
             )
-        if self.is_compileable:
-            for counter in self.layers:
-                counter.check_room(num_tokens)
 
     def view(self, layer_idx: int, visit: int) -> VisitView:
         """Return what the layer sees as its cache in this visit."""
@@ -201,6 +196,11 @@ class _DynamicDepthCache(DepthCache, DynamicCache):
 class _StaticDepthCache(DepthCache, StaticCache):
     """What a `StaticCache` becomes."""
 
+    def check_ready(self, num_tokens: int) -> None:
+        super().check_ready(num_tokens)
+        for counter in self.layers:
+            counter.check_room(num_tokens)
+
 
 # By the class of a cache: what it becomes, and the layers that it may have. Exact classes only: a subclass may keep its
 # states in another way.
@@ -259,7 +259,6 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
     cache.slots = {}
     cache.row_plans = None
     cache.first_views = [VisitView(cache, layer_idx, 0) for layer_idx in range(num_layers)]
-    cache.num_layers = num_layers
     cache.in_forward = False
     adopted: DepthCache = cache
     return adopted

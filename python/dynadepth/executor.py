@@ -108,13 +108,13 @@ def _scope_of(seat: _Seat) -> Scope:
 
 def _run_call(
     layer: nn.Module,
-    base: Any,
+    own_forward: Callable[..., Any],
+    signature: LayerSignature,
     scope: Scope,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     seat: _Seat = layer.__dict__[_SEAT]
-    signature = _signature_of(base)
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
     hidden_states = arguments.pop(signature.names[0])
@@ -126,7 +126,7 @@ def _run_call(
         signature,
         (None,) * family.num_extras,
         layer,
-        seat.compiled or _own_forward(base),
+        seat.compiled or own_forward,
         family.feed_forward,
     )
     states = scope.run(call)
@@ -177,7 +177,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
             if view is not ASK:
                 kwargs[cache_name] = view
                 return (seat.compiled or own_forward)(self, *args, **kwargs)
-        return _run_call(self, base, scope, args, kwargs)
+        return _run_call(self, own_forward, signature, scope, args, kwargs)
 
     # Where nothing is being compiled, the way outside would cost as much as all else.
     forward_outside = torch.compiler.disable(forward)

@@ -6,6 +6,7 @@ models, prompts or files.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MenuFit:
     """A trained menu and how it was chosen.
 
@@ -38,17 +39,26 @@ class MenuFit:
         recipe: The chosen one.
         gain: What the best recipe gains in cross-validation at shrinkage 1, less what its choice flatters it by.
         trials: Those that came to the last rounds, in order.
-        scores: Scores of each prompt by heads that learned from almost all others, but not from it, about the plans'
-            means over all prompts; one array for each step. Shape (N, K) each.
-        variants: Scores of all prompts by the heads of each fold of `scores`, arrays as in `scores`.
+        fitter: The cross-validation, for what is not asked of every fit.
     """
 
     menu: Menu
     recipe: MenuRecipe
     gain: float
     trials: tuple[MenuTrial, ...]
-    scores: Sequence[Floats]
-    variants: Sequence[Sequence[Floats]]
+    fitter: MenuFitter
+
+    @property
+    def scores(self) -> Sequence[Floats]:
+        """Scores of each prompt by heads that learned from almost all others, but not from it, for each step.
+
+        Shape (N, K) each.
+        """
+        return self._fresh[0]
+
+    @cached_property
+    def _fresh(self) -> tuple[list[Floats], list[list[Floats]]]:
+        return self.fitter.fresh_scores(self.recipe)
 
     def choices(self, penalty: float) -> Indices:
         """Return the plan of each training prompt under a penalty, by heads that did not learn from it. Shape (N,)."""
@@ -61,7 +71,7 @@ class MenuFit:
     def depth_spread(self, penalty: float) -> float:
         """Return by how much the mean depth hangs on which prompts the heads learned from: a standard deviation."""
         depths = [
-            self.menu.depths[self._choose(scores, penalty)].mean() for scores in self.variants
+            self.menu.depths[self._choose(scores, penalty)].mean() for scores in self._fresh[1]
         ]
         return float(np.std(depths))
 
@@ -145,14 +155,12 @@ def fit_menu(
             break
     if progress is not None:
         progress(total, total)
-    scores, variants = fitter.fresh_scores(recipe)
     return MenuFit(
         menu=fitter.train(recipe),
         recipe=recipe,
         trials=tuple(trials),
         gain=best[0].gain - bias,
-        scores=scores,
-        variants=variants,
+        fitter=fitter,
     )
 
 

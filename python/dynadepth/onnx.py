@@ -7,8 +7,6 @@ folders or base models.
 
 import os
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +18,7 @@ from dynadepth.errors import ConfigError, ExportError
 from dynadepth.files import write_bytes_atomic
 from dynadepth.onnx_graph import ExportableRouters, build_onnx
 from dynadepth.onnx_nodes import INVALID, host_array
-from dynadepth.onnx_session import made_from, open_session, read_facts
+from dynadepth.onnx_session import SessionHolder, open_session, read_facts
 from dynadepth.plans import NUM_ACTIONS, Plans
 from dynadepth.policies import LayerwisePolicy, actions_of, undecidable
 from dynadepth.prompts import PromptBatch
@@ -49,7 +47,7 @@ def export_onnx(routers: ExportableRouters, path: str | os.PathLike[str]) -> Non
     write_bytes_atomic(path, data)
 
 
-class OnnxRouterPolicy(LayerwisePolicy):
+class OnnxRouterPolicy(SessionHolder, LayerwisePolicy):
     """`RouterPolicy`, decided by onnxruntime from an ONNX file.
 
     Decides on the host: states are copied there. The session has one thread, since a decision takes
@@ -78,8 +76,7 @@ class OnnxRouterPolicy(LayerwisePolicy):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         digest: str | None = None,
     ) -> None:
-        self._made_from = made_from(source, budget, providers, digest)
-        self._session = open_session(source, providers)
+        self._session = self.open(source, budget, providers, digest)
         facts = read_facts(self._session, source, "routers", _NEEDED_FACTS, digest=digest)
         self.calibration = Calibration.from_dict(facts["calibration"])
         self.calibration.penalty_for(budget)
@@ -92,14 +89,6 @@ class OnnxRouterPolicy(LayerwisePolicy):
             np.asarray(fixed, dtype=np.uint8),
             tuple(facts["varying_layers"]) if facts["shrinkage"] > 0 else (),
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxRouterPolicy":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A session cannot be pickled; another one is opened on the same file or content.
-        arguments, options = self._made_from
-        return partial(type(self), **options), arguments
 
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Return the actions of one layer. Shape (batch,), uint8.

@@ -5,7 +5,6 @@ Knows nothing of folders or base models.
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from dynadepth.errors import CheckpointError, ConfigError, ExportError, PlanErro
 from dynadepth.files import write_bytes_atomic
 from dynadepth.onnx_menu_graph import ExportableMenu, build_menu_onnx, menu_digest
 from dynadepth.onnx_nodes import INVALID, host_array
-from dynadepth.onnx_session import made_from, open_session, read_facts, source_name
+from dynadepth.onnx_session import SessionHolder, open_session, read_facts, source_name
 from dynadepth.plans import EXECUTE, Plans, parse_plan
 from dynadepth.policies import Policy, check_open, decision_step, undecidable
 from dynadepth.prompts import PromptBatch
@@ -45,7 +44,7 @@ def export_menu_onnx(trained: ExportableMenu, path: str | os.PathLike[str]) -> N
     write_bytes_atomic(path, data)
 
 
-class OnnxMenuPolicy(Policy):
+class OnnxMenuPolicy(SessionHolder, Policy):
     """`MenuPolicy`, decided by onnxruntime from an ONNX file.
 
     Decides on the host: states and the prompts' numbers are copied there. The session has one thread. Safe to share
@@ -72,8 +71,7 @@ class OnnxMenuPolicy(Policy):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         digest: str | None = None,
     ) -> None:
-        self._made_from = made_from(source, budget, providers, digest)
-        self._session = open_session(source, providers)
+        self._session = self.open(source, budget, providers, digest)
         facts = read_facts(self._session, source, "menu", _NEEDED_FACTS, digest=digest)
         try:
             self.num_layers = int(facts["num_layers"])
@@ -88,14 +86,6 @@ class OnnxMenuPolicy(Policy):
         mix = self.calibration.mix_for(budget)
         self.budget = float(budget)
         self._mixes = mix.shallow != mix.deep
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxMenuPolicy":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A session cannot be pickled; another one is opened on the same file or content.
-        arguments, options = self._made_from
-        return partial(type(self), **options), arguments
 
     def initial_plans(self, num_rows: int) -> Plans:
         """Return what all plans of the menu begin with, and EXECUTE from the first decision on."""

@@ -7,13 +7,14 @@ graph decides.
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import CheckpointError, ConfigError
 from dynadepth.onnx_nodes import ONNX_SCHEMA_VERSION, PROPERTY_PREFIX, need_package
 
-__all__ = ["made_from", "open_session", "read_facts", "source_name"]
+__all__ = ["SessionHolder", "open_session", "read_facts", "source_name"]
 
 Source = str | os.PathLike[str] | bytes
 # Files of the first version, of routers all, did not say so.
@@ -104,16 +105,23 @@ def read_facts(
     return facts
 
 
-def made_from(
-    source: Source, budget: float, providers: Sequence[str], digest: str | None
-) -> tuple[tuple[Source, float], dict[str, Any]]:
-    """Return what a policy was made from, as values that can be pickled and hold wherever they are read again.
+class SessionHolder:
+    """A policy that runs a session: a deep copy shares it, and unpickling opens the same file or content again."""
 
-    Returns:
-        Its arguments by position and by name.
-    """
-    place = source if isinstance(source, bytes) else Path(source).resolve()
-    return (place, budget), {"providers": tuple(providers), "digest": digest}
+    def open(
+        self, source: Source, budget: float, providers: Sequence[str], digest: str | None
+    ) -> Any:
+        """Return the session, and remember the arguments of the class for pickles; raises as `open_session`."""
+        place = source if isinstance(source, bytes) else Path(source).resolve()
+        self._made_from = (place, budget), {"providers": tuple(providers), "digest": digest}
+        return open_session(source, providers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments, options = self._made_from
+        return partial(type(self), **options), arguments
 
 
 def source_name(source: Source) -> str:

@@ -87,8 +87,8 @@ class Pooling:
     Args:
         weights: Of each token in each view. Shape (batch, views, tokens), float32.
         padding: True for tokens that are no prompt's. Shape (batch, tokens, 1), bool.
-        spans: The tokens of each view, from one up to another, if the host knows them and no row is padded; sums over
-            these take a fifth of the time.
+        spans: The tokens of each view, from one up to another, if the host knows them and no row is padded; means over
+            these are cheaper than products with mostly zeros.
     """
 
     weights: Tensor

@@ -39,9 +39,6 @@ class TokenCounter(DynamicLayer):
         self.cumulative_length = 0
         self.is_initialized = False
 
-    def check_room(self, num_tokens: int) -> None:
-        """Raise if the slots cannot take so many more tokens, before anything is written."""
-
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise what the states' own layer would, before anything is changed."""
 
@@ -114,6 +111,7 @@ class _StaticTokenCounter(TokenCounter):
         return self.max_cache_len
 
     def check_room(self, num_tokens: int) -> None:
+        """Raise if the slots cannot take so many more tokens, before anything is written."""
         # The states' own layer would raise an index error, on a GPU one that ends the process.
         if self.cumulative_length + num_tokens > self.max_cache_len:
             raise UnsupportedModelError(

@@ -19,7 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dynadepth.errors import LabelError
-from dynadepth.files import read_json, sha256_bytes, sha256_text, write_bytes_atomic
+from dynadepth.files import sha256_bytes, sha256_text, write_bytes_atomic
+from dynadepth_search.resuming import read_versioned
 from dynadepth_search.tasks import Example
 
 __all__ = [
@@ -152,14 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         LabelError: It is damaged, or of another version.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth score`")
-    content = read_json(path, LabelError)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise LabelError(
-            f"{path} has schema version {content.get('schema_version')!r}; this dynadepth-search reads "
-            f"{SCHEMA_VERSION}: score the prompts again, or install the version that wrote it"
-        )
+    content = read_versioned(path, SCHEMA_VERSION, verb="score", again="score the prompts again")
     if not _is_manifest(content):
         raise LabelError(
             f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "

@@ -32,11 +32,9 @@ from dynadepth_search.labels import Labels
 from dynadepth_search.objectives import Objective, check_objective, plan_values
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.splitting import prompt_marks
-from dynadepth_search.training_prompts import TrainingPrompts
+from dynadepth_search.training_prompts import BATCH, TrainingPrompts
 
 __all__ = ["fit_imitation", "fit_routers", "router_plans", "write_routers"]
-
-_BATCH = 16
 
 _Floats = npt.NDArray[np.float64]
 
@@ -71,7 +69,7 @@ def fit_routers(
     protect: tuple[int, ...] = (),
     training: TrainConfig | None = None,
     seed: int = 0,
-    batch_size: int = _BATCH,
+    batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> Routers:
     """Train routers on a damage table and calibrate their budget.
@@ -116,9 +114,13 @@ def fit_routers(
     middle = rows[len(rows) // 2]
     damage = _damage(value, table.plans, middle)
     prompts = TrainingPrompts(
-        model, tokenizer, table.examples, table.manifest["asked"]["task"]["scoring"]
+        model,
+        tokenizer,
+        table.examples,
+        table.manifest["asked"]["task"]["scoring"],
+        batch_size=batch_size,
+        progress=progress,
     )
-    prompts.batch_size, prompts.progress = batch_size, progress
     train, validation = prompts.split(seed)
     features = prompts.features(
         np.tile(middle, (len(train), 1)), train, config, "reading states under the static front"
@@ -177,7 +179,7 @@ def fit_imitation(
     training: TrainConfig | None = None,
     lowest: float = 0.5,
     seed: int = 0,
-    batch_size: int = _BATCH,
+    batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> Routers:
     """Train the published routers: they imitate the label of each prompt, from states under the label itself.
@@ -213,8 +215,14 @@ def fit_imitation(
     _check_layers(labels.plans.shape[1], labels.plans, stack.num_layers)
     manifest = labels.manifest
     protect = tuple(int(layer) for layer in manifest.search["config"].get("protect", ()))
-    prompts = TrainingPrompts(model, tokenizer, labels.examples, manifest.task["scoring"])
-    prompts.batch_size, prompts.progress = batch_size, progress
+    prompts = TrainingPrompts(
+        model,
+        tokenizer,
+        labels.examples,
+        manifest.task["scoring"],
+        batch_size=batch_size,
+        progress=progress,
+    )
     train, validation = prompts.split(seed)
     features = prompts.features(
         labels.plans[train], train, config, "reading states under the labels"

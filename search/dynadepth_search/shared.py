@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dynadepth.config import config_to_dict
 from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
-from dynadepth.files import read_json, write_json_atomic
+from dynadepth.files import write_json_atomic
 from dynadepth.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
 from dynadepth.menu_training import choose_plans
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
@@ -24,7 +24,7 @@ from dynadepth_search.judging import Outcomes
 from dynadepth_search.locking import locked
 from dynadepth_search.objectives import Objective, check_answers, check_objective, plan_values
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.resuming import check_asked, dtype_name, task_fields
+from dynadepth_search.resuming import check_asked, dtype_name, read_versioned, task_fields
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.shared_spec import SharedSpec
 from dynadepth_search.tasks import Example, Task
@@ -381,14 +381,7 @@ class _SharedSearch:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth search --shared`")
-    content = read_json(path, LabelError)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise LabelError(
-            f"{path} has schema version {content.get('schema_version')!r}; this one reads {SCHEMA_VERSION}: search "
-            "again, or install the dynadepth-search that wrote it"
-        )
+    content = read_versioned(path, SCHEMA_VERSION, verb="search --shared", again="search again")
     kinds = {"asked": dict, "base_model": dict, "complete": bool, "evaluations": int}
     kinds |= {"candidates": list, "levels": list}
     for name, kind in kinds.items():

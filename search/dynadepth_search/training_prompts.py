@@ -24,11 +24,12 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring import Scorer
 from dynadepth_search.tasks import Example
 
-__all__ = ["TrainingPrompts"]
+__all__ = ["BATCH", "TrainingPrompts"]
 
 _VALIDATION = 0.2
 _FEWEST_PROMPTS = 16
-_BATCH = 16
+# Prompts of one forward.
+BATCH = 16
 # Penalties nearer in depth are not told apart; a budget is met on the validation prompts within half a step, of this
 # size or, when the passes run out first, of the coarser ones reached by then.
 _RESOLUTION = 0.01
@@ -41,13 +42,19 @@ class TrainingPrompts:
     """Prompts of one fit, and the model that reads them."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, examples: Sequence[Example], scoring: str
+        self,
+        model: Any,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        scoring: str,
+        *,
+        batch_size: int = BATCH,
+        progress: Progress = silent,
     ) -> None:
         self._model, self._examples = model, examples
         self.texts = [example.prompt.strip() for example in examples]
         self._scorer = Scorer(model, tokenizer, scoring)
-        self.batch_size = _BATCH
-        self.progress: Progress = silent
+        self.batch_size, self.progress = batch_size, progress
 
     def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return training and validation rows, each in their order; equal texts stay together."""

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from dynadepth.baking import bake
 from dynadepth.errors import WrapError
@@ -172,10 +173,15 @@ def test_a_model_in_training_generates_by_its_plan():
     model = trained(wrap_model(tiny_model(), plan=PLAN), CHECKPOINTING["replayed"])
     ids, mask = random_batch([9], seed=1)
     settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
-    # Before transformers 5.24 checkpointing takes the cache away even here, so the plain model is in training too.
-    expected = trained(bake(tiny_model(), PLAN), CHECKPOINTING["replayed"])
-    assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
-    assert torch.equal(drive(model, ids, mask, 5, "steps"), drive(expected, ids, mask, 5, "steps"))
+    same = [trained(bake(tiny_model(), PLAN), CHECKPOINTING["replayed"])]
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 24):
+        # Before, checkpointing takes the cache away even here.
+        same.append(bake(tiny_model(), PLAN))
+    for expected in same:
+        assert torch.equal(model.generate(ids, **settings), expected.generate(ids, **settings))
+        assert torch.equal(
+            drive(model, ids, mask, 5, "steps"), drive(expected, ids, mask, 5, "steps")
+        )
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())

@@ -260,8 +260,8 @@ FEED = {
     ],
 )
 def test_a_wrong_input_is_an_error_of_the_runtime(name, value, message):
-    if name == "attention_mask" and message == "while running" and ONNXRUNTIME < (1, 24):
-        pytest.skip("this onnxruntime divides by zero where shapes differ, and ends the process")
+    if ONNXRUNTIME < (1, 24) and name == "attention_mask" and np.shape(value) == (3, 6):
+        pytest.skip("this onnxruntime divides by zero where rows differ, and ends the process")
     session = Pair(layers=(2, 4), windows=(3, 0)).session
     assert session.run(["plan"], FEED)[0].shape == (4,)
     # Two inputs that do not fit are found by an operator, which also logs it.

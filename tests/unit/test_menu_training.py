@@ -109,10 +109,14 @@ def late_world(count: int, seed: int, *, early: bool) -> MenuData:
 
 def gain_on(fit: Any, fresh: MenuData, depth: float, train: MenuData) -> tuple[float, float]:
     """Return what a menu gains on fresh prompts over the static mixture of equal depth, and its standard error."""
-    scores = [
-        score_states(head, fresh.views[head.layer_idx], fresh.prefixes(head.layer_idx))
-        for head in fit.menu.heads
-    ]
+    scores = []
+    for head in fit.menu.heads:
+        numbers = prefix_numbers(fresh.plans, head.layer_idx)
+        views = fresh.views[head.layer_idx][:, :, -head.num_views :]
+        every = [head.scores(views[:, number]) for number in range(views.shape[1])]
+        scores.append(
+            np.stack([every[number][:, plan].numpy() for plan, number in enumerate(numbers)], 1)
+        )
     penalties = np.geomspace(0.01, 100, 300)
     choices = [walk_menu(scores, fresh.plans, fit.recipe.layers, p) for p in penalties]
     nearest = min(choices, key=lambda choice: abs(fresh.depths[choice].mean() - depth))
@@ -241,10 +245,11 @@ class TestKinds:
         for penalty in (*steps, *between):
             assert fit.mean_depth(penalty) == fit.menu.depths[fit.choices(penalty)].mean()
 
-    @pytest.mark.parametrize("budget", [0.95, 0.9, 0.85, 0.8, 0.75, 0.7])
+    @pytest.mark.parametrize("budget", np.linspace(0.65, 0.98, 34).round(2).tolist())
     def test_budgets_between_the_kinds_are_kept_on_fresh_prompts(self, fit, budget):
         fresh = kinds_world(3000, 1)
         scores = [score_states(fit.menu.heads[0], fresh.views[4], fresh.prefixes(4))]
+        # Half of what is promised; with all entries of the table the worst budget misses by 0.019.
         mix = calibrate_menu(fit).mix_for(budget)
         shallow, deep = (
             float(fit.menu.depths[walk_menu(scores, fit.menu.plans, (4,), penalty)].mean())
@@ -265,7 +270,8 @@ class TestNoise:
         # A prompt's own score is the plans' mean, whatever its states.
         assert len(np.unique(fit.scores[0], axis=0)) == 1
         means = front_means(data.agreement, data.depths)
-        np.testing.assert_allclose(fit.scores[0][0], means, atol=1e-6)
+        single = means.astype(np.float32).astype(np.float64)
+        np.testing.assert_allclose(fit.scores[0][0], single, rtol=0, atol=1e-12)
         np.testing.assert_allclose(fit.menu.heads[0].bias, means, atol=1e-6)
         assert all(fit.depth_spread(penalty) == 0.0 for penalty in np.geomspace(0.01, 100, 40))
 
