@@ -1,4 +1,5 @@
-"""A menu policy on a real model and held-out prompts, against the best mixture of static plans of equal depth.
+"""A menu policy on a real model and held-out prompts, against the best mixtures of static plans of equal depth: one
+for all prompts, and one for each kind of prompts, which shows how much is gained by more than telling kinds apart.
 
     python benches/python/bench_policy.py --model qwen --json qwen.json       (hours; killed, it goes on)
     python benches/python/bench_policy.py --model smollm2 --json smollm2.json
@@ -13,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     source = str(fetch_model(cache, source=MODELS[options.model]))
     model, tokenizer = load_model(source), load_tokenizer(source)
     material = lettered if options.model == "qwen" else several_kinds
-    train, heldout, _, kinds = material(tokenizer, cache, options.train, options.heldout)
+    train, heldout, *kinds = material(tokenizer, cache, options.train, options.heldout)
     from_layer = options.from_layer
     if from_layer is None:
         from_layer = 20 if options.model == "qwen" else 0
@@ -188,14 +190,18 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         )
         if options.stop_after == name:
             return None
-    report = compare(tables[0], tables[1], tokenizer, kinds)
+    report = compare(tables[0], tables[1], tokenizer, kinds[0], kinds[1])
     report["model"], report["seconds"] = source, round(time.perf_counter() - started, 1)
     show(report)
     return report
 
 
 def compare(
-    train: DamageTable, heldout: DamageTable, tokenizer: Any, kinds: list[str]
+    train: DamageTable,
+    heldout: DamageTable,
+    tokenizer: Any,
+    train_kinds: list[str],
+    heldout_kinds: list[str],
 ) -> dict[str, Any]:
     """Train menus on more and more prompts, and compare the last with static plans on held-out prompts."""
     counts = [count for count in (len(train) // part for part in (8, 4, 2, 1)) if count >= 40]
@@ -203,12 +209,13 @@ def compare(
     for count in counts:
         part = train.take(np.arange(count))
         trained = fit_trained_menu(part, progress=say)
+        kinds = (train_kinds[:count], heldout_kinds[: len(heldout)])
         rows = compare_menu(trained, part, heldout, BUDGETS, mix=mix, kinds=kinds)
         curve.append({"prompts": count, "recipe": trained.training["recipe"], "rows": rows})
     return {
         "train_prompts": len(train),
         "heldout_prompts": len(heldout),
-        "kinds": {name: kinds[: len(heldout)].count(name) for name in dict.fromkeys(kinds)},
+        "kinds": dict(Counter(heldout_kinds[: len(heldout)])),
         "plans": [plan_text(plan) for plan in trained.menu.plans],
         "range": list(trained.calibration.range),
         "recipe": trained.training["recipe"],
@@ -223,13 +230,13 @@ def show(report: dict[str, Any]) -> None:
     lines = [
         f"{report['train_prompts']} prompts to train, {report['heldout_prompts']} held out, "
         f"{len(report['plans'])} plans, base accuracy {report['base_accuracy']}; recipe {report['recipe']}",
-        "| budget | depth | figure | static | policy | gain [95 %] | identity |",
-        "|---|---|---|---|---|---|---|",
+        "| budget | depth | figure | static | policy | gain [95 %] | gain over a mixture for each kind | identity |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['budget']:.3f} | {row['depth']:.3f} | {name} | {_number(name, row[name]['static'])} | "
         f"{_number(name, row[name]['policy']['mean'])} | {_gain(name, row[name]['gain'])} | "
-        f"{row['identity rate']:.0%} |"
+        f"{_gain(name, row[name]['gain by kind'])} | {row['identity rate']:.0%} |"
         for row in report["rows"]
         for name in ("agreement", "accuracy", "total variation", "divergence")
         if name in row

@@ -19,6 +19,7 @@ __all__ = [
     "bracket_depth",
     "concave_hull",
     "mean_interval",
+    "mix_by_kind",
     "mix_to_depth",
     "paired_difference",
     "pareto_front",
@@ -243,6 +244,50 @@ def mix_to_depth(depths: Any, qualities: Any, depth: float) -> Mixture:
         0.5
     """
     return bracket_depth(depths, depth, concave_hull(depths, qualities))
+
+
+def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple[Mixture, ...]:
+    """Return the best mixtures of static plans, one for each kind of prompts, that have a mean depth over all kinds.
+
+    Args:
+        depths: Of each plan, as a fraction of the number of layers. Shape (plans,).
+        qualities: Mean quality of each plan on each kind, measured on prompts that take no part in the comparison.
+            Shape (kinds, plans).
+        shares: Part of the prompts that is of each kind; their sum is 1. Shape (kinds,).
+        depth: Mean depth wanted.
+
+    Returns:
+        The mixture of each kind.
+
+    Raises:
+        BudgetError: The depth lies outside the depths of the plans.
+
+    Source:
+        A fractional knapsack over the kinds' concave hulls, solved by taking the steepest pieces first. What a policy
+        gains over it comes from single prompts, not from telling kinds apart.
+    """
+    depth_of = np.asarray(depths, dtype=np.float64)
+    parts = np.asarray(shares, dtype=np.float64)
+    hulls = [concave_hull(depth_of, row) for row in np.asarray(qualities, dtype=np.float64)]
+    # The depths of a mixture over all kinds reach as far as those of the plans.
+    wanted = bracket_depth(depth_of, depth, hulls[0][[0, -1]]).depth
+    steepness, pieces = [], []
+    for kind, hull in enumerate(hulls):
+        rises = np.diff(np.asarray(qualities, dtype=np.float64)[kind][hull])
+        for piece, slope in enumerate(rises / np.diff(depth_of[hull])):
+            steepness.append(-slope)
+            pieces.append((kind, piece))
+    reached = np.array([depth_of[hull[0]] for hull in hulls])
+    for index in np.argsort(steepness, kind="stable").tolist():
+        kind, piece = pieces[index]
+        missing = wanted - float(parts @ reached)
+        if missing <= 0 or parts[kind] == 0:
+            continue
+        reached[kind] = min(depth_of[hulls[kind][piece + 1]], reached[kind] + missing / parts[kind])
+    return tuple(
+        bracket_depth(depth_of, float(mean), hull)
+        for mean, hull in zip(reached, hulls, strict=True)
+    )
 
 
 def bracket_depth(depths: Any, depth: float, among: Any) -> Mixture:

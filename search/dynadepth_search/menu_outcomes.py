@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynadepth.evaluation import mean_interval, mix_to_depth, paired_difference
+from dynadepth.errors import ConfigError
+from dynadepth.evaluation import mean_interval, mix_by_kind, mix_to_depth, paired_difference
 from dynadepth.menu_curves import walk_menu
 from dynadepth.menus import Menu, score_states
 from dynadepth.plans import prefix_numbers
@@ -94,7 +95,7 @@ def compare_menu(
     budgets: Sequence[float],
     *,
     mix: Floats | None = None,
-    kinds: Sequence[str] | None = None,
+    kinds: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare a menu with the static mixture of the mean depth that it had, on held-out prompts.
 
@@ -107,13 +108,16 @@ def compare_menu(
         budgets: Mean depths asked for; those below its range are left out.
         mix: The held-out prompts' numbers; None takes evenly spaced ones, whose plans differ from those of the prompts'
             own numbers for single prompts but not in the mean.
-        kinds: What kind each held-out prompt is of; the mean depth of each kind is reported then.
+        kinds: What kind each training and each held-out prompt is of. Then the mean depth of each kind is reported, and
+            a second opponent: the best mixtures of equal depth overall that look at a prompt's kind alone.
 
     Returns:
         A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each figure `static`,
-        `policy` and the paired `gain` with their 95 % intervals.
+        `policy` and the paired `gain` with their 95 % intervals; with kinds also `depth by kind`, and for each figure
+        `static by kind` and the `gain by kind` over it.
     """
     rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)
+    groups = None if kinds is None else _Groups(kinds[0], kinds[1])
     depths = trained.menu.depths
     scores = menu_scores(trained.menu, heldout)
     spread = np.arange(len(heldout), dtype=np.float64) * _GOLDEN % 1.0
@@ -133,25 +137,60 @@ def compare_menu(
             "identity rate": float((trained.menu.plans[choice] == 1).all(axis=1).mean()),
             "different plans": len(np.unique(choice)),
         }
-        if kinds is not None:
-            row["depth by kind"] = {
-                kind: float(depths[choice[[k == kind for k in kinds[: len(heldout)]]]].mean())
-                for kind in dict.fromkeys(kinds[: len(heldout)])
-            }
+        if groups is not None:
+            means = groups.heldout @ depths[choice] / groups.heldout.sum(axis=1)
+            row["depth by kind"] = dict(zip(groups.names, means.tolist(), strict=True))
         for name, column, factor, sign in _METRICS:
             if column in ("correct", "reward") and not heldout.graded:
                 continue
-            quality = sign * getattr(train, column)[:, rows_train].mean(axis=0)
+            known = sign * getattr(train, column)[:, rows_train]
             values = factor * getattr(heldout, column)[:, rows_held]
             policy = values[np.arange(len(values)), choice]
-            static = mix_to_depth(depths, quality, depth).expected(values.T)
+            static = mix_to_depth(depths, known.mean(axis=0), depth).expected(values.T)
             row[name] = {
                 "static": float(static.mean()),
                 "policy": mean_interval(policy).to_dict(),
                 "gain": paired_difference(policy, static).to_dict(),
             }
+            if groups is not None:
+                static = groups.expected(depths, known, values, depth)
+                row[name]["static by kind"] = float(static.mean())
+                row[name]["gain by kind"] = paired_difference(policy, static).to_dict()
         found.append(row)
     return found
+
+
+class _Groups:
+    """Training and held-out prompts by their kinds.
+
+    Args:
+        train: Kind of each training prompt.
+        heldout: Kind of each held-out prompt.
+
+    Raises:
+        ConfigError: A kind is on one side only.
+    """
+
+    def __init__(self, train: Sequence[str], heldout: Sequence[str]) -> None:
+        self.names = list(dict.fromkeys(heldout))
+        if set(train) != set(self.names):
+            raise ConfigError(
+                f"training prompts are of kinds {sorted(set(train))} and held-out prompts of {sorted(self.names)}; "
+                "expected the same kinds on both sides"
+            )
+        # Which prompts are of each kind. Shape (kinds, prompts), float64.
+        self.train, self.heldout = (
+            np.array([[kind == name for kind in side] for name in self.names], dtype=np.float64)
+            for side in (train, heldout)
+        )
+
+    def expected(self, depths: Floats, known: Floats, values: Floats, depth: float) -> Floats:
+        """Return what each held-out prompt gets from the best mixtures of a depth, one for each kind. Shape (N,)."""
+        means = self.train @ known / self.train.sum(axis=1, keepdims=True)
+        mixtures = mix_by_kind(depths, means, self.heldout.mean(axis=1), depth)
+        found = np.stack([mixture.expected(values.T) for mixture in mixtures])
+        expected: Floats = (self.heldout * found).sum(axis=0)
+        return expected
 
 
 def _rows(menu: Menu, table: DamageTable) -> npt.NDArray[np.int64]:

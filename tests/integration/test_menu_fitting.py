@@ -195,6 +195,29 @@ def test_on_prompts_of_its_own_distribution_it_gains_over_static_mixtures(
         assert row["agreement"]["policy"]["mean"] == pytest.approx(agreed, abs=0.7)
 
 
+def test_kinds_make_an_opponent_that_tells_them_apart(trained: Any, table: DamageTable) -> None:
+    def kinds_of(part: DamageTable) -> list[str]:
+        """Kinds that say all: which plans keep the answer."""
+        return [str(row.tolist()) for row in part.agreement]
+
+    rows = compare_menu(
+        trained, table, table, BUDGETS, kinds=(["one"] * len(table), ["one"] * len(table))
+    )
+    for row in rows:
+        agreement = row["agreement"]
+        assert agreement["static by kind"] == pytest.approx(agreement["static"])
+        assert agreement["gain by kind"]["mean"] == pytest.approx(agreement["gain"]["mean"])
+        assert row["depth by kind"] == {"one": pytest.approx(row["depth"])}
+    told = compare_menu(trained, table, table, BUDGETS, kinds=(kinds_of(table), kinds_of(table)))
+    for row in told:
+        # Nobody beats an opponent that knows everything.
+        assert row["agreement"]["gain by kind"]["mean"] <= 1e-9
+        assert row["agreement"]["static by kind"] >= row["agreement"]["static"] - 1e-9
+    assert sum(row["agreement"]["static by kind"] > row["agreement"]["static"] for row in told)
+    with pytest.raises(ConfigError, match="same kinds on both sides"):
+        compare_menu(trained, table, table, BUDGETS, kinds=(["a"] * len(table), ["b"] * len(table)))
+
+
 def test_what_is_worked_out_from_a_table_is_what_the_runtime_chooses(
     model: Any, tokenizer: Any, trained: Any, table: DamageTable
 ) -> None:

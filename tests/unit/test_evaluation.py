@@ -11,6 +11,7 @@ from dynadepth.evaluation import (
     bracket_depth,
     concave_hull,
     mean_interval,
+    mix_by_kind,
     mix_to_depth,
     paired_difference,
     pareto_front,
@@ -54,6 +55,61 @@ def test_no_pair_of_plans_mixes_to_a_higher_quality(
     span = depths[high] - depths[low]
     weight = (wanted - depths[low]) / span if span > 0 else 1.0
     assert ours >= (1 - weight) * qualities[low] + weight * qualities[high] - 1e-6
+
+
+@st.composite
+def _kinds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Depths, qualities of two kinds, the kinds' shares, and a depth within reach."""
+    depths, first = draw(_plans())
+    second = np.array(draw(st.lists(_floats, min_size=len(depths), max_size=len(depths))))
+    share = draw(st.integers(1, 9)) / 10
+    wanted = depths.min() + draw(st.floats(0, 1)) * (depths.max() - depths.min())
+    return depths, np.stack([first, second]), np.array([share, 1 - share]), float(wanted)
+
+
+@given(_kinds())
+def test_mixtures_by_kind_are_the_best_of_their_depth(
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray, float],
+) -> None:
+    depths, qualities, shares, wanted = drawn
+    mixtures = mix_by_kind(depths, qualities, shares, wanted)
+    assert shares @ [mixture.depth for mixture in mixtures] == pytest.approx(wanted, abs=1e-9)
+    ours = sum(
+        share * mixture.expected(row[:, None])[0]
+        for share, mixture, row in zip(shares, mixtures, qualities, strict=True)
+    )
+    # Every split of the depth between the two kinds, on a grid.
+    hulls = [concave_hull(depths, row) for row in qualities]
+    first = np.linspace(depths.min(), depths.max(), 201)
+    second = (wanted - shares[0] * first) / shares[1]
+    possible = (second >= depths.min()) & (second <= depths.max())
+    split = [
+        shares[0] * np.interp(first, depths[hulls[0]], qualities[0][hulls[0]]),
+        shares[1] * np.interp(second, depths[hulls[1]], qualities[1][hulls[1]]),
+    ]
+    assert ours >= np.max(sum(split)[possible], initial=-np.inf) - 1e-6
+
+
+@given(_plans(), st.floats(0, 1))
+def test_the_mixture_by_kind_of_one_kind_is_the_mixture(
+    plans: tuple[np.ndarray, np.ndarray], where: float
+) -> None:
+    depths, qualities = plans
+    wanted = depths.min() + where * (depths.max() - depths.min())
+    (mixture,) = mix_by_kind(depths, qualities[None], [1.0], wanted)
+    known = mix_to_depth(depths, qualities, wanted)
+    assert mixture.depth == pytest.approx(known.depth, abs=1e-9)
+    ours, other = (each.expected(qualities[:, None])[0] for each in (mixture, known))
+    # A plan within the slack of a depth is taken for it.
+    assert ours == pytest.approx(other, abs=1e-5)
+
+
+def test_kinds_that_lose_less_are_run_shallower() -> None:
+    depths, qualities = [1.0, 0.5], [[0.0, -1.0], [0.0, -3.0]]
+    cheap, dear = mix_by_kind(depths, qualities, [0.5, 0.5], 0.75)
+    assert (cheap.depth, dear.depth) == (0.5, 1.0)
+    with pytest.raises(BudgetError, match="from 0.5000 to 1.0000"):
+        mix_by_kind(depths, qualities, [0.5, 0.5], 0.4)
 
 
 def test_a_mixture_of_a_known_front() -> None:
