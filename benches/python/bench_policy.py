@@ -1,7 +1,7 @@
 """A menu policy on a real model and held-out prompts, against the best mixtures of static plans of equal depth: one
 for all prompts, and one for each kind of prompts, which shows how much is gained by more than telling kinds apart.
 
-    python benches/python/bench_policy.py --model qwen --json qwen.json       (hours; killed, it goes on)
+    python benches/python/bench_policy.py --model qwen --json qwen.json       (an hour and a half; killed, it goes on)
     python benches/python/bench_policy.py --model smollm2 --json smollm2.json
 
 `qwen` is Qwen2.5-Coder-1.5B-Instruct on six sets of questions with lettered answers, as turns of a chat. `smollm2` and
