@@ -155,7 +155,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     source = str(fetch_model(cache, source=MODELS[options.model]))
     model, tokenizer = load_model(source), load_tokenizer(source)
     material = lettered if options.model == "qwen" else several_kinds
-    train, heldout, *kinds = material(tokenizer, cache, options.train, options.heldout)
+    train, heldout, train_kinds, heldout_kinds = material(
+        tokenizer, cache, options.train, options.heldout
+    )
     from_layer = options.from_layer
     if from_layer is None:
         from_layer = 20 if options.model == "qwen" else 0
@@ -190,7 +192,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         )
         if options.stop_after == name:
             return None
-    report = compare(tables[0], tables[1], tokenizer, kinds[0], kinds[1])
+    report = compare(tables[0], tables[1], tokenizer, train_kinds, heldout_kinds)
     report["model"], report["seconds"] = source, round(time.perf_counter() - started, 1)
     show(report)
     return report
@@ -209,13 +211,13 @@ def compare(
     for count in counts:
         part = train.take(np.arange(count))
         trained = fit_trained_menu(part, progress=say)
-        kinds = (train_kinds[:count], heldout_kinds[: len(heldout)])
+        kinds = (train_kinds[:count], heldout_kinds)
         rows = compare_menu(trained, part, heldout, BUDGETS, mix=mix, kinds=kinds)
         curve.append({"prompts": count, "recipe": trained.training["recipe"], "rows": rows})
     return {
         "train_prompts": len(train),
         "heldout_prompts": len(heldout),
-        "kinds": dict(Counter(heldout_kinds[: len(heldout)])),
+        "kinds": dict(Counter(heldout_kinds)),
         "plans": [plan_text(plan) for plan in trained.menu.plans],
         "range": list(trained.calibration.range),
         "recipe": trained.training["recipe"],

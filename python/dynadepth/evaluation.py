@@ -266,24 +266,26 @@ def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple
         A fractional knapsack over the kinds' concave hulls, solved by taking the steepest pieces first. What a policy
         gains over it comes from single prompts, not from telling kinds apart.
     """
-    depth_of = np.asarray(depths, dtype=np.float64)
+    depth_of, quality = (
+        np.asarray(depths, dtype=np.float64),
+        np.asarray(qualities, dtype=np.float64),
+    )
     parts = np.asarray(shares, dtype=np.float64)
-    hulls = [concave_hull(depth_of, row) for row in np.asarray(qualities, dtype=np.float64)]
+    hulls = [concave_hull(depth_of, row) for row in quality]
     # The depths of a mixture over all kinds reach as far as those of the plans.
     wanted = bracket_depth(depth_of, depth, hulls[0][[0, -1]]).depth
-    steepness, pieces = [], []
+    pieces = []
     for kind, hull in enumerate(hulls):
-        rises = np.diff(np.asarray(qualities, dtype=np.float64)[kind][hull])
-        for piece, slope in enumerate(rises / np.diff(depth_of[hull])):
-            steepness.append(-slope)
-            pieces.append((kind, piece))
-    reached = np.array([depth_of[hull[0]] for hull in hulls])
-    for index in np.argsort(steepness, kind="stable").tolist():
-        kind, piece = pieces[index]
+        slopes = np.diff(quality[kind][hull]) / np.diff(depth_of[hull])
+        pieces += [
+            (-slope, kind, end) for slope, end in zip(slopes, depth_of[hull][1:], strict=True)
+        ]
+    reached = np.full(len(hulls), depth_of.min())
+    for _, kind, end in sorted(pieces):
         missing = wanted - float(parts @ reached)
-        if missing <= 0 or parts[kind] == 0:
-            continue
-        reached[kind] = min(depth_of[hulls[kind][piece + 1]], reached[kind] + missing / parts[kind])
+        if missing > 0 and parts[kind] > 0:
+            # Rounded slopes of one kind may change places: what is reached stays so.
+            reached[kind] = max(reached[kind], min(end, reached[kind] + missing / parts[kind]))
     return tuple(
         bracket_depth(depth_of, float(mean), hull)
         for mean, hull in zip(reached, hulls, strict=True)

@@ -115,9 +115,12 @@ def compare_menu(
         A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each figure `static`,
         `policy` and the paired `gain` with their 95 % intervals; with kinds also `depth by kind`, and for each figure
         `static by kind` and the `gain by kind` over it.
+
+    Raises:
+        ConfigError: The kinds are not one for each prompt, or not the same on both sides.
     """
     rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)
-    groups = None if kinds is None else _Groups(kinds[0], kinds[1])
+    groups = None if kinds is None else _Groups(kinds, (len(train), len(heldout)))
     depths = trained.menu.depths
     scores = menu_scores(trained.menu, heldout)
     spread = np.arange(len(heldout), dtype=np.float64) * _GOLDEN % 1.0
@@ -164,24 +167,30 @@ class _Groups:
     """Training and held-out prompts by their kinds.
 
     Args:
-        train: Kind of each training prompt.
-        heldout: Kind of each held-out prompt.
+        kinds: Kind of each training and of each held-out prompt.
+        counts: How many prompts there are of both.
 
     Raises:
-        ConfigError: A kind is on one side only.
+        ConfigError: The kinds are not one for each prompt, or not the same on both sides.
     """
 
-    def __init__(self, train: Sequence[str], heldout: Sequence[str]) -> None:
-        self.names = list(dict.fromkeys(heldout))
-        if set(train) != set(self.names):
+    def __init__(self, kinds: tuple[Sequence[str], Sequence[str]], counts: tuple[int, int]) -> None:
+        given = (len(kinds[0]), len(kinds[1]))
+        if given != counts:
             raise ConfigError(
-                f"training prompts are of kinds {sorted(set(train))} and held-out prompts of {sorted(self.names)}; "
+                f"{given[0]} kinds of {counts[0]} training and {given[1]} of {counts[1]} held-out prompts given; "
+                "expected one for each prompt"
+            )
+        self.names = list(dict.fromkeys(kinds[1]))
+        if set(kinds[0]) != set(self.names):
+            raise ConfigError(
+                f"training prompts are of kinds {sorted(set(kinds[0]))} and held-out prompts of {sorted(self.names)}; "
                 "expected the same kinds on both sides"
             )
         # Which prompts are of each kind. Shape (kinds, prompts), float64.
         self.train, self.heldout = (
             np.array([[kind == name for kind in side] for name in self.names], dtype=np.float64)
-            for side in (train, heldout)
+            for side in kinds
         )
 
     def expected(self, depths: Floats, known: Floats, values: Floats, depth: float) -> Floats:

@@ -216,6 +216,8 @@ def test_kinds_make_an_opponent_that_tells_them_apart(trained: Any, table: Damag
     assert sum(row["agreement"]["static by kind"] > row["agreement"]["static"] for row in told)
     with pytest.raises(ConfigError, match="same kinds on both sides"):
         compare_menu(trained, table, table, BUDGETS, kinds=(["a"] * len(table), ["b"] * len(table)))
+    with pytest.raises(ConfigError, match="one for each prompt"):
+        compare_menu(trained, table, table, BUDGETS, kinds=(["a"] * len(table), ["a"]))
 
 
 def test_what_is_worked_out_from_a_table_is_what_the_runtime_chooses(

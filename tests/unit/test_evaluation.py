@@ -78,16 +78,16 @@ def test_mixtures_by_kind_are_the_best_of_their_depth(
         share * mixture.expected(row[:, None])[0]
         for share, mixture, row in zip(shares, mixtures, qualities, strict=True)
     )
-    # Every split of the depth between the two kinds, on a grid.
+    # Splits of the depth between the two kinds on a grid, and the even one, so that there always is one.
     hulls = [concave_hull(depths, row) for row in qualities]
-    first = np.linspace(depths.min(), depths.max(), 201)
+    first = np.append(np.linspace(depths.min(), depths.max(), 201), wanted)
     second = (wanted - shares[0] * first) / shares[1]
-    possible = (second >= depths.min()) & (second <= depths.max())
+    possible = (second >= depths.min() - 1e-12) & (second <= depths.max() + 1e-12)
     split = [
         shares[0] * np.interp(first, depths[hulls[0]], qualities[0][hulls[0]]),
         shares[1] * np.interp(second, depths[hulls[1]], qualities[1][hulls[1]]),
     ]
-    assert ours >= np.max(sum(split)[possible], initial=-np.inf) - 1e-6
+    assert ours >= np.max(sum(split)[possible]) - 1e-6
 
 
 @given(_plans(), st.floats(0, 1))
@@ -101,7 +101,19 @@ def test_the_mixture_by_kind_of_one_kind_is_the_mixture(
     assert mixture.depth == pytest.approx(known.depth, abs=1e-9)
     ours, other = (each.expected(qualities[:, None])[0] for each in (mixture, known))
     # A plan within the slack of a depth is taken for it.
-    assert ours == pytest.approx(other, abs=1e-5)
+    assert ours == pytest.approx(other, abs=1e-6)
+
+
+def test_pieces_of_almost_one_slope_keep_the_depth() -> None:
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        depths = np.sort(rng.random(24))
+        # Lines, so that rounding says which of the steeper kind's pieces comes first.
+        qualities = np.outer([3.0, 1.0], depths) + rng.normal(size=(2, 1))
+        for wanted in (depths[-1], depths.mean()):
+            mixtures = mix_by_kind(depths, qualities, [0.5, 0.5], float(wanted))
+            mean = np.mean([mixture.depth for mixture in mixtures])
+            assert mean == pytest.approx(wanted, abs=1e-9)
 
 
 def test_kinds_that_lose_less_are_run_shallower() -> None:
