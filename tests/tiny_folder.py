@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynadepth.checkpoint import save_routers
-from dynadepth.fingerprint import fingerprint
+from dynadepth.checkpoints.save_load import save_routers
+from dynadepth.models.fingerprint import fingerprint
 from tests.tiny import tiny_model
 from tests.tiny_routers import random_routers
 from tests.tiny_text import word_tokenizer

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dynadepth import TrainedPolicy, save_routers
-from dynadepth.checkpoint import export_policy
-from dynadepth.fingerprint import fingerprint
+from dynadepth.checkpoints.save_load import export_policy
+from dynadepth.models.fingerprint import fingerprint
 from tests.tiny import tiny_model
 from tests.tiny_menus import random_menu
 from tests.tiny_routers import random_routers

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynadepth.menus import Menu, MenuHead
-from dynadepth.prompts import PromptBatch
-from dynadepth.trained import TrainedMenu
+from dynadepth.checkpoints.trained_policy import TrainedMenu
+from dynadepth.policies.menu import Menu, MenuHead
+from dynadepth.policies.prompt_batch import PromptBatch
 from tests.tiny_routers import CALIBRATION
 
 # At layer 4 three groups are told apart by what layers 2 and 3 did.

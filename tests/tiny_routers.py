@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynadepth.budget import Calibration
-from dynadepth.config import RouterConfig
-from dynadepth.prompts import PromptBatch
-from dynadepth.routers import RouterHeads
-from dynadepth.trained import Routers
+from dynadepth.checkpoints.trained_policy import Routers
+from dynadepth.policies.calibration import Calibration
+from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 
 CALIBRATION = Calibration(
     lambdas=(3.0, 1.0, 0.25, -0.5),

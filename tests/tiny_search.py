@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from dynadepth.forest import SearchConfig
-from dynadepth_search.search_spec import SearchSpec
-from dynadepth_search.tasks import Example, Task
+from dynadepth.tree_search.forest import SearchConfig
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 
 _WORDS = ["red", "green", "blue", "grey", "black", "white"]
 
@@ -27,10 +27,10 @@ def tiny_task(count: int, *, kind: str = "choices", name: str = "colours") -> Ta
     return Task(name, tuple(examples))
 
 
-def tiny_spec(*, config: dict[str, Any] | None = None, **changes: Any) -> SearchSpec:
+def tiny_spec(*, config: dict[str, Any] | None = None, **changes: Any) -> PromptSearchSpec:
     """Return a spec whose shards hold 8 prompts, 2 blocks each."""
     forest = {"max_evaluations": 8, "probe_trees": 2, "round_size": 3, **(config or {})}
-    return SearchSpec(
+    return PromptSearchSpec(
         config=SearchConfig(**forest), **{"block_size": 4, "blocks_per_shard": 2, **changes}
     )
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from dynadepth.loading import load_model, load_tokenizer
-from dynadepth.menu_training import decision_layers
+from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.plans import plan_depth, plan_text
-from dynadepth_search.assets import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
-from dynadepth_search.chat import as_chat
-from dynadepth_search.damage import DamageTable, score_damage
-from dynadepth_search.menu_fitting import fit_trained_menu
-from dynadepth_search.menu_outcomes import compare_menu, table_mix
-from dynadepth_search.questions import QUESTION_SETS, fetch_questions
-from dynadepth_search.shared import SharedSpec, search_shared
-from dynadepth_search.tasks import Example, Task
+from dynadepth.training.menu.fit import decision_layers
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
+from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.evaluation.menu_outcomes import compare_menu, table_mix
+from dynadepth_search.scoring.score_table import ScoreTable, score_prompts
+from dynadepth_search.search.static import StaticSpec, search_static
+from dynadepth_search.training.menu_fit import fit_trained_menu
 
 MODELS = {"qwen": QWEN_CODER, "smollm2": SMOLLM2, "gemma": GEMMA3}
 BUDGETS = (0.964, 0.95, 0.929, 0.9, 0.88, 0.87, 0.85, 0.8)
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     from_layer = options.from_layer
     if from_layer is None:
         from_layer = 20 if options.model == "qwen" else 0
-    spec = SharedSpec(
+    spec = StaticSpec(
         from_layer=from_layer,
         min_depth=options.min_depth,
         size=options.size,
@@ -169,10 +169,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         num_confirmed=150,
     )
     if options.quick:
-        spec = SharedSpec(
+        spec = StaticSpec(
             min_depth=0.9, size=4, beam=2, num_candidates=3, num_prompts=6, num_screened=2
         )
-    found = search_shared(model, tokenizer, train, folder / "shared", spec, progress=say)
+    found = search_static(model, tokenizer, train, folder / "plans", spec, progress=say)
     for plan in found.menu:
         say(f"{plan_text(plan)} {float(plan_depth(plan)):.3f}", 1, 1)
     if options.stop_after == "search":
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     tables = []
     for name, task in (("train", train), ("heldout", heldout)):
         tables.append(
-            score_damage(
+            score_prompts(
                 model,
                 tokenizer,
                 task,
@@ -199,8 +199,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
 
 
 def compare(
-    train: DamageTable,
-    heldout: DamageTable,
+    train: ScoreTable,
+    heldout: ScoreTable,
     tokenizer: Any,
     train_kinds: list[str],
     heldout_kinds: list[str],

@@ -24,18 +24,19 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dynadepth.baking import bake
-from dynadepth.config import RouterConfig
-from dynadepth.families import layer_stack
-from dynadepth.loading import load_model
-from dynadepth.menus import Menu, MenuHead
+from dynadepth.models.families import layer_stack
+from dynadepth.models.loading import load_model
+from dynadepth.models.weight_sharing import share_weights
 from dynadepth.plans import Plans, plan_depth, plan_ranges
-from dynadepth.policies import MenuPolicy, Policy, RouterPolicy
-from dynadepth.prompts import PromptBatch
-from dynadepth.routers import RouterHeads
-from dynadepth.sharing import share_weights
-from dynadepth.wrap import wrap_model
-from dynadepth_search.assets import SMOLLM2, default_cache, fetch_model
+from dynadepth.policies.base import Policy
+from dynadepth.policies.menu import Menu, MenuHead
+from dynadepth.policies.menu_policy import MenuPolicy
+from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.policies.router_heads import RouterConfig, RouterHeads
+from dynadepth.policies.router_policy import RouterPolicy
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import wrap_model
+from dynadepth_search.data.downloads import SMOLLM2, default_cache, fetch_model
 
 DEPTH = 0.8
 SHAPES: dict[str, dict[str, int]] = {

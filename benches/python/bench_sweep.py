@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dynadepth.sweep import Sweeper
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 
 SHAPE = {
     "vocab_size": 49152,

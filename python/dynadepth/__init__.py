@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth._core import __version__
-    from dynadepth.baking import bake
-    from dynadepth.checkpoint import load_routers, save_routers
+    from dynadepth.checkpoints.hub import push_routers
+    from dynadepth.checkpoints.save_load import load_routers, save_routers
+    from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
     from dynadepth.errors import DynadepthError, DynadepthWarning
-    from dynadepth.hub import push_routers
-    from dynadepth.menus import Menu, MenuHead
+    from dynadepth.execution.callbacks import VisitEvent
+    from dynadepth.models.weight_sharing import share_weights
     from dynadepth.plans import (
         Action,
         check_plans,
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
         plan_ranges,
         plan_text,
     )
-    from dynadepth.policies import MenuPolicy, Policy, RouterPolicy, StaticPolicy
-    from dynadepth.prompts import PromptBatch
-    from dynadepth.sharing import share_weights
-    from dynadepth.trained import Routers, TrainedMenu, TrainedPolicy
-    from dynadepth.watching import VisitEvent
-    from dynadepth.wrap import unwrap_model, wrap_model
+    from dynadepth.policies.base import Policy, StaticPolicy
+    from dynadepth.policies.menu import Menu, MenuHead
+    from dynadepth.policies.menu_policy import MenuPolicy
+    from dynadepth.policies.prompt_batch import PromptBatch
+    from dynadepth.policies.router_policy import RouterPolicy
+    from dynadepth.wrapping.bake import bake
+    from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 
 __all__ = [
     "Action",
@@ -66,30 +68,30 @@ _MODULES = {
     "Action": "plans",
     "DynadepthError": "errors",
     "DynadepthWarning": "errors",
-    "Menu": "menus",
-    "MenuHead": "menus",
-    "MenuPolicy": "policies",
-    "Policy": "policies",
-    "PromptBatch": "prompts",
-    "RouterPolicy": "policies",
-    "Routers": "trained",
-    "StaticPolicy": "policies",
-    "TrainedMenu": "trained",
-    "TrainedPolicy": "trained",
-    "VisitEvent": "watching",
-    "bake": "baking",
+    "Menu": "policies.menu",
+    "MenuHead": "policies.menu",
+    "MenuPolicy": "policies.menu_policy",
+    "Policy": "policies.base",
+    "PromptBatch": "policies.prompt_batch",
+    "RouterPolicy": "policies.router_policy",
+    "Routers": "checkpoints.trained_policy",
+    "StaticPolicy": "policies.base",
+    "TrainedMenu": "checkpoints.trained_policy",
+    "TrainedPolicy": "checkpoints.trained_policy",
+    "VisitEvent": "execution.callbacks",
+    "bake": "wrapping.bake",
     "check_plans": "plans",
     "identity_plan": "plans",
-    "load_routers": "checkpoint",
+    "load_routers": "checkpoints.save_load",
     "parse_plan": "plans",
     "plan_depth": "plans",
     "plan_ranges": "plans",
     "plan_text": "plans",
-    "push_routers": "hub",
-    "save_routers": "checkpoint",
-    "share_weights": "sharing",
-    "unwrap_model": "wrap",
-    "wrap_model": "wrap",
+    "push_routers": "checkpoints.hub",
+    "save_routers": "checkpoints.save_load",
+    "share_weights": "models.weight_sharing",
+    "unwrap_model": "wrapping.wrap",
+    "wrap_model": "wrapping.wrap",
 }
 
 

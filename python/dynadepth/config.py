@@ -1,30 +1,21 @@
-"""Settings as frozen dataclasses that go to JSON and come back unchanged.
-
-Owns the checks that every configuration class shares (types, unknown keys), the shape of the routers and the recipes
-that train them. Knows nothing of models or files.
-"""
+"""Settings as frozen dataclasses that go to JSON and come back unchanged: checks of types and of unknown keys."""
 
 import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeVar
 
 from dynadepth.errors import ConfigError
 
 __all__ = [
-    "PRESETS",
-    "RouterConfig",
-    "TrainConfig",
     "check_fields",
     "config_from_dict",
     "config_to_dict",
     "did_you_mean",
 ]
-
-PRESETS = ("dynadepth", "drllm")
 
 _Config = TypeVar("_Config")
 
@@ -110,189 +101,6 @@ def config_from_dict(config_class: type[_Config], content: Any) -> _Config:
             for key, value in content.items()
         }
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
-    """The shape of one set of routers.
-
-    Args:
-        num_layers: Decoder layers of the base model, one router each.
-        hidden_size: Width d of the residual stream.
-        num_windows: Windows W that the prompt's tokens are averaged over.
-        bottleneck: Hidden units of each router's perceptron.
-        last_token: Also read the state of the last prompt token, through a second perceptron.
-        preset: The recipe that trained them: `"dynadepth"` or `"drllm"` (windows only).
-
-    Raises:
-        ConfigError: A value of the wrong type or out of range.
-
-    Example:
-        >>> RouterConfig(num_layers=4, hidden_size=32).num_views
-        9
-    """
-
-    num_layers: int
-    hidden_size: int
-    num_windows: int = 8
-    bottleneck: int = 128
-    last_token: bool = True
-    preset: Literal["dynadepth", "drllm"] = "dynadepth"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("num_layers", "hidden_size", "num_windows", "bottleneck"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"RouterConfig.{name} is {getattr(self, name)}; expected 1 or more"
-                )
-        if self.preset == "drllm" and self.last_token:
-            raise ConfigError(
-                f"RouterConfig.last_token is True with the preset {self.preset!r}, which sees windows "
-                "only; give last_token=False or the preset 'dynadepth'"
-            )
-
-    @property
-    def num_views(self) -> int:
-        """Vectors V that a router reads: the windows, then the last token's state if it is used."""
-        return self.num_windows + int(self.last_token)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
-        return config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, content: Any) -> "RouterConfig":
-        """Make the configuration from what `to_dict` wrote.
-
-        Raises:
-            ConfigError: An unknown or missing key, or a value of the wrong type or size.
-        """
-        return config_from_dict(cls, content)
-
-    @classmethod
-    def for_preset(cls, preset: str, *, num_layers: int, hidden_size: int) -> "RouterConfig":
-        """Return the shape that a preset's routers have.
-
-        Args:
-            preset: `"dynadepth"` or `"drllm"`.
-            num_layers: Decoder layers of the base model.
-            hidden_size: Width of the residual stream.
-
-        Raises:
-            ConfigError: Unknown preset, or a size below 1.
-        """
-        _check_preset(preset)
-        return cls.from_dict(
-            {
-                "num_layers": num_layers,
-                "hidden_size": hidden_size,
-                "last_token": preset != "drllm",
-                "preset": preset,
-            }
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How routers are trained.
-
-    The defaults are the preset `dynadepth`'s: features standardised, a perceptron whose output starts at the best
-    constant, and for each layer the weights of the epoch that did best on prompts held out of the training prompts. A
-    layer that learns nothing which holds there keeps its constant output, and so never deviates from the static plans.
-
-    Args:
-        epochs: Passes over the prompts.
-        batch_size: Prompts of a step.
-        learning_rate: Peak rate of AdamW.
-        weight_decay: Of the weight matrices.
-        warmup_steps: Steps of linear warm-up; the cosine begins after them and ends at zero. If there are no more
-            steps than these, the peak is never reached.
-        focal_gamma: Exponent of the focal loss.
-        class_balance: beta of the effective number of labels; 0 weighs all actions alike.
-        standardise: Scale every dimension to unit spread; folded into the first linear layer afterwards.
-        centre: Subtract the mean logits over the prompts; folded into the last bias.
-        held_out: Share of the prompts that choose each layer's epoch; 0 starts from random outputs and keeps the last
-            epoch's weights.
-
-    Raises:
-        ConfigError: A value of the wrong type or out of range.
-
-    Source:
-        Dr.LLM (arXiv 2510.12773), for what `for_preset("drllm")` returns.
-    """
-
-    epochs: int = 12
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 10
-    focal_gamma: float = 2.0
-    class_balance: float = 0.999
-    standardise: bool = True
-    centre: bool = True
-    held_out: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        ranges: dict[str, tuple[bool, str]] = {
-            "epochs": (self.epochs >= 1, "1 or more"),
-            "batch_size": (self.batch_size >= 1, "1 or more"),
-            "learning_rate": (self.learning_rate > 0, "more than 0"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-            "focal_gamma": (self.focal_gamma >= 0, "0 or more"),
-            "class_balance": (0 <= self.class_balance < 1, "0 or more and less than 1"),
-            "held_out": (0 <= self.held_out <= 0.5, "0 to 0.5"),
-        }
-        for name, (good, words) in ranges.items():
-            if not good:
-                raise ConfigError(f"TrainConfig.{name} is {getattr(self, name)}; expected {words}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
-        return config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, content: Any) -> "TrainConfig":
-        """Make the configuration from what `to_dict` wrote.
-
-        Raises:
-            ConfigError: An unknown key, or a value of the wrong type or size.
-        """
-        return config_from_dict(cls, content)
-
-    @classmethod
-    def for_preset(cls, preset: str) -> "TrainConfig":
-        """Return a preset's recipe.
-
-        Args:
-            preset: `"dynadepth"` or `"drllm"`, the published settings.
-
-        Raises:
-            ConfigError: Unknown preset.
-        """
-        _check_preset(preset)
-        if preset != "drllm":
-            return cls()
-        return cls(
-            epochs=25,
-            batch_size=16,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            warmup_steps=500,
-            standardise=False,
-            centre=False,
-            held_out=0.0,
-        )
-
-
-def _check_preset(preset: Any) -> None:
-    if preset not in PRESETS:
-        raise ConfigError(
-            f"preset is {preset!r}; expected one of {', '.join(PRESETS)}"
-            f"{did_you_mean(str(preset), PRESETS)}"
-        )
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dynadepth import cli
+from dynadepth.cli import main as cli
 from tests.tiny_folder import save_tiny_base
 
 
@@ -19,6 +19,6 @@ def tiny_deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def search_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the verbs of this source tree, whatever is installed."""
     entry = importlib.metadata.EntryPoint(
-        "search", "dynadepth_search.cli:register", "dynadepth.commands"
+        "search", "dynadepth_search.cli.main:register", "dynadepth.commands"
     )
     monkeypatch.setattr(cli, "entry_points", lambda *, group: [entry])

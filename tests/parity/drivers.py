@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from dynadepth.baking import bake
+from dynadepth.wrapping.bake import bake
 
 Mode = Literal["full", "steps", "chunks"]
 MODES: tuple[Mode, ...] = ("full", "steps", "chunks")

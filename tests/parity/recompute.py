@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynadepth.baking import bake
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.tiny import random_batch, tiny_model
 
 # Since transformers 5.24 a forward calls its cache so.

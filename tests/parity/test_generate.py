@@ -4,10 +4,11 @@ import copy
 
 import pytest
 
-from dynadepth.budget import PenaltyMix
 from dynadepth.plans import identity_plan
-from dynadepth.policies import MenuPolicy, RouterPolicy
-from dynadepth.wrap import wrap_model
+from dynadepth.policies.calibration import PenaltyMix
+from dynadepth.policies.menu_policy import MenuPolicy
+from dynadepth.policies.router_policy import RouterPolicy
+from dynadepth.wrapping.wrap import wrap_model
 from tests.parity.drivers import mixed_plans
 from tests.parity.recompute import (
     assert_same,

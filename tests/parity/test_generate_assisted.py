@@ -8,12 +8,12 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from dynadepth.baking import bake
 from dynadepth.errors import UnsupportedModelError
+from dynadepth.models.weight_sharing import share_weights
 from dynadepth.plans import identity_plan
-from dynadepth.policies import Policy
-from dynadepth.sharing import share_weights
-from dynadepth.wrap import wrap_model
+from dynadepth.policies.base import Policy
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import wrap_model
 from tests.parity.recompute import (
     CACHE,
     assert_same,

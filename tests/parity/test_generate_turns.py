@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import mixed_plans
 from tests.parity.recompute import (
     CACHE,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.baking import bake
-from dynadepth.budget import PenaltyMix
 from dynadepth.errors import ConfigError, PlanError
-from dynadepth.policies import MenuPolicy
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.policies.calibration import PenaltyMix
+from dynadepth.policies.menu_policy import MenuPolicy
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive
 from tests.tiny import MECHANISMS, VOCAB_SIZE, random_batch, tiny_model
 from tests.tiny_menus import PLANS, random_menu

@@ -9,9 +9,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_submodules
 
-from dynadepth.baking import bake
 from dynadepth.errors import WrapError
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import random_batch, tiny_model
 

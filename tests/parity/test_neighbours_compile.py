@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dynadepth.baking import bake
 from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import baked_rows, drive
 from tests.tiny import random_batch, tiny_model
 

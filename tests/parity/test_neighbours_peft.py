@@ -14,13 +14,13 @@ from peft import (
     get_peft_model_state_dict,
 )
 
-from dynadepth.baking import bake
 from dynadepth.errors import CheckpointError, UnsupportedModelError, WrapError
-from dynadepth.fingerprint import fingerprint
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
-from dynadepth.policies import Policy
-from dynadepth.sweep import Sweeper
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.policies.base import Policy
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import random_batch, tiny_model
 from tests.tiny_routers import random_routers

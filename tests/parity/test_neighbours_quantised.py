@@ -9,11 +9,11 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, GgufConfig, TorchAoConfig
 
-from dynadepth.baking import bake
 from dynadepth.errors import CheckpointError
-from dynadepth.fingerprint import fingerprint
+from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import random_batch, tiny_model
 from tests.tiny_routers import random_routers

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynadepth.baking import bake
 from dynadepth.errors import WrapError
-from dynadepth.families import layer_stack
-from dynadepth.fingerprint import fingerprint
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.models.families import layer_stack
+from dynadepth.models.fingerprint import fingerprint
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, drive, mixed_plans
 from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_routers import random_routers

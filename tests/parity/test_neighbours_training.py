@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from dynadepth.baking import bake
 from dynadepth.errors import WrapError
-from dynadepth.families import layer_stack
+from dynadepth.models.families import layer_stack
 from dynadepth.plans import identity_plan
-from dynadepth.policies import Policy
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.policies.base import Policy
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import drive, mixed_plans, positions_of
 from tests.tiny import MECHANISMS, random_batch, tiny_model
 

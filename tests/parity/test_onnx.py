@@ -5,10 +5,10 @@ import onnxruntime
 import pytest
 import torch
 
-from dynadepth.onnx import OnnxRouterPolicy
-from dynadepth.onnx_graph import build_onnx
-from dynadepth.policies import RouterPolicy
-from dynadepth.routers import pool
+from dynadepth.onnx.router_graph import build_onnx
+from dynadepth.onnx.router_policy import OnnxRouterPolicy
+from dynadepth.policies.router_heads import pool
+from dynadepth.policies.router_policy import RouterPolicy
 from tests.tiny_routers import CALIBRATION, random_routers, seen
 
 TOLERANCE = 1e-5

@@ -5,9 +5,9 @@ import onnxruntime
 import pytest
 import torch
 
-from dynadepth.onnx_menu import OnnxMenuPolicy
-from dynadepth.onnx_menu_graph import build_menu_onnx
-from dynadepth.policies import MenuPolicy
+from dynadepth.onnx.menu_graph import build_menu_onnx
+from dynadepth.onnx.menu_policy import OnnxMenuPolicy
+from dynadepth.policies.menu_policy import MenuPolicy
 from tests.tiny_menus import PLANS, random_menu, told
 from tests.tiny_routers import CALIBRATION
 

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import wrap_model
+from dynadepth.wrapping.wrap import wrap_model
 from tests.parity.drivers import baked_rows, drive, mixed_plans
 from tests.parity.recompute import CACHE
 from tests.tiny import VOCAB_SIZE, random_batch, tiny_model

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.baking import bake
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import FAMILIES, KINDS, VARIANTS, VOCAB_SIZE, random_batch, tiny_model
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.baking import bake
 from dynadepth.plans import identity_plan
-from dynadepth_search.prompts import prompt_text
-from dynadepth_search.scoring import Scorer
-from dynadepth_search.tasks import Example
+from dynadepth.wrapping.bake import bake
+from dynadepth_search.data.encoding import prompt_text
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import tiny_model
 from tests.tiny_text import word_tokenizer
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.baking import bake
-from dynadepth.families import layer_stack
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.models.families import layer_stack
 from dynadepth.plans import prefix_numbers
-from dynadepth.sweep import Sweeper
-from dynadepth_search.scoring import Scorer
-from dynadepth_search.states import PromptStates
-from dynadepth_search.tasks import Example
+from dynadepth.wrapping.bake import bake
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.scoring.states import PromptStates
 from tests.parity.drivers import Watch
 from tests.tiny import MECHANISMS, random_batch, tiny_model
 from tests.tiny_text import word_tokenizer

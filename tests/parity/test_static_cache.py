@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
-from dynadepth.baking import bake
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import baked_rows, drive, mixed_plans, positions_of
 from tests.parity.recompute import CACHE, generated, plans_alone, prompts_of
 from tests.parity.test_generate import POLICIES

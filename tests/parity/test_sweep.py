@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadepth.baking import bake
 from dynadepth.errors import PlanError, WrapError
-from dynadepth.families import SUPPORTED_FAMILIES, layer_stack
-from dynadepth.features import block_influence, prompt_features
-from dynadepth.sweep import Sweeper
-from dynadepth.wrap import wrap_model
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.models.families import SUPPORTED_FAMILIES, layer_stack
+from dynadepth.training.features import block_influence, prompt_features
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.wrap import wrap_model
 from tests.parity.drivers import Watch, drive
 from tests.tiny import FAMILIES, KINDS, MECHANISMS, random_batch, tiny_model
 

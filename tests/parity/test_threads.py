@@ -9,7 +9,7 @@ import pytest
 from transformers.generation.streamers import BaseStreamer
 
 from dynadepth.plans import identity_plan
-from dynadepth.wrap import wrap_model
+from dynadepth.wrapping.wrap import wrap_model
 from tests.parity.drivers import mixed_plans
 from tests.parity.recompute import (
     assert_same,

@@ -17,11 +17,11 @@ from dynadepth.errors import (
     UnsupportedModelError,
     WrapError,
 )
-from dynadepth.fingerprint import fingerprint
-from dynadepth.layer_calls import _gather_argument
+from dynadepth.execution.layer_call import _gather_argument
+from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
-from dynadepth.policies import Policy, StaticPolicy
-from dynadepth.wrap import unwrap_model, wrap_model
+from dynadepth.policies.base import Policy, StaticPolicy
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
 from tests.tiny import FAMILIES, random_batch, tiny_model
 from tests.tiny_routers import random_routers

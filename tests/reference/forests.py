@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 from hypothesis import strategies as st
 
-from dynadepth.forest import EditPrior, SearchConfig
+from dynadepth.tree_search.forest import EditPrior, SearchConfig
 
 
 def table_reward(seed, tree_key, plan, *, grain=0.0):

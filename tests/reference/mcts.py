@@ -16,7 +16,7 @@ How it works, for one tree:
 import math
 from dataclasses import dataclass, field
 
-from dynadepth.forest import EditPrior, SearchConfig
+from dynadepth.tree_search.forest import EditPrior, SearchConfig
 
 MASK = 2**64 - 1
 LEAST_WEIGHT = 1e-9

@@ -7,15 +7,10 @@ from typing import Literal
 
 import pytest
 
-from dynadepth.config import (
-    RouterConfig,
-    TrainConfig,
-    check_fields,
-    config_from_dict,
-    config_to_dict,
-    did_you_mean,
-)
+from dynadepth.config import check_fields, config_from_dict, config_to_dict, did_you_mean
 from dynadepth.errors import ConfigError
+from dynadepth.policies.router_heads import RouterConfig
+from dynadepth.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Key-value caches with one slot for each visit of a decoder layer."""

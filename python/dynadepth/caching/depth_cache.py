@@ -1,0 +1,273 @@
+"""DepthCache: key and value states with one slot for each visit of a decoder layer.
+
+A slot holds only the rows whose plan makes the visit, and which rows these are follows from the plans, which live on
+the cache: so beams, several turns and two users of one model never mix. Tokens are counted for each layer whether it
+runs or not, so masks and positions never depend on a slot that may be empty. Dynamic and static caches are adopted;
+each slot is then of the kind that the cache had for its layer. Knows nothing of policies.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from dynadepth.caching.cache_layers import (
+    LengthLayer,
+    Slot,
+    advance_all,
+    crop_slot,
+    length_layer_of,
+    select_rows,
+)
+from dynadepth.caching.row_plans import RowPlans
+from dynadepth.errors import UnsupportedModelError
+
+__all__ = ["DepthCache", "VisitView", "adopt_cache"]
+
+
+class VisitView(Cache):
+    """What a decoder layer sees as its cache during one visit: its own slot, whatever index it asks for."""
+
+    def __init__(self, cache: "DepthCache", layer_idx: int, visit: int) -> None:
+        # The base class would make its own layers; these are those of `cache`. The cache itself holds views, so a
+        # reference to it would keep its memory until the next garbage collection.
+        self.layers = cache.layers
+        self._slots, self._key = cache.slots, (layer_idx, visit)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,  # noqa: ARG002 - the view knows its slot
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states to the slot of this visit and return all of its states."""
+        slot = self._slots.get(self._key)
+        if slot is None:
+            slot = self._slots[self._key] = self.layers[self._key[0]].make_slot()
+        keys, values = slot.update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+
+class DepthCache(Cache):
+    """A cache with one slot for each visit, and the plans of its rows.
+
+    Made by `adopt_cache` from a cache that is still empty, and still an instance of that cache's class. `layers` counts
+    tokens; `slots` holds the states.
+
+    Attributes:
+        slots: Key and value states by (layer_idx, visit); only visits that some row makes have one. Each holds
+            states of shape (rows that make the visit, heads, tokens, head width).
+        row_plans: The plans of the rows, fixed at prefill.
+        first_views: What each layer sees as its cache in its first visit.
+        in_forward: Whether a forward has begun to write and has not come to its end.
+    """
+
+    layers: list[Any]
+    slots: dict[tuple[int, int], Slot]
+    row_plans: RowPlans | None
+    first_views: list[VisitView]
+    in_forward: bool
+
+    def check_ready(self, num_tokens: int) -> None:  # noqa: ARG002 - static caches check it
+        """Refuse a forward that could not be exact, before it writes anything.
+
+        Args:
+            num_tokens: New tokens of each row.
+
+        Raises:
+            UnsupportedModelError: The forward before ended in an exception, or a static cache is too short.
+        """
+        if self.in_forward:
+            raise UnsupportedModelError(
+                "the last forward on this cache did not come to its end, so some layers hold more tokens than others; "
+                "begin with a new cache, or call cache.reset() and give the whole prompt again"
+            )
+
+    def view(self, layer_idx: int, visit: int) -> VisitView:
+        """Return what the layer sees as its cache in this visit."""
+        return self.first_views[layer_idx] if visit == 0 else VisitView(self, layer_idx, visit)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that have passed all layers, whether these ran or not: a forward has come to its end."""
+        advance_all(self.layers, num_tokens)
+        self.in_forward = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of key and value states held now."""
+        # Another thread may be running this cache's model.
+        return sum(
+            tensor.nbytes
+            for slot in list(self.slots.values())
+            for tensor in (slot.keys, slot.values)
+            if tensor is not None
+        )
+
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: only a wrapped model can write here.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError(
+            "this cache holds the states of a wrapped model, one slot for each visit; use it with that model while it "
+            "is wrapped, and a new cache elsewhere"
+        )
+
+    def reset(self) -> None:
+        """Forget all states and the plans: the next prompt is planned anew."""
+        super().reset()
+        self.slots.clear()
+        self.row_plans = None
+        self.in_forward = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens of every slot.
+
+        Args:
+            tokens_to_remove: Minus the number of tokens, as transformers has it.
+
+        Raises:
+            ValueError: The number is positive.
+            UnsupportedModelError: A sliding window has forgotten the states that would come back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to drop, not {tokens_to_remove}"
+            )
+        for length_layer in self.layers:
+            length_layer.check_crop(tokens_to_remove)
+        removed = [
+            min(-tokens_to_remove, length_layer.get_seq_length()) for length_layer in self.layers
+        ]
+        for (layer_idx, _), slot in self.slots.items():
+            crop_slot(slot, removed[layer_idx])
+        for length_layer, num_tokens in zip(self.layers, removed, strict=True):
+            length_layer.crop(-num_tokens)
+
+    def activate_past_recording(self) -> None:
+        """Let sliding windows keep the states that a later `crop` may need."""
+        super().activate_past_recording()
+        for slot in self.slots.values():
+            if isinstance(slot, DynamicSlidingWindowLayer):
+                slot.activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let row r continue what row `beam_idx[r]` was. Shape (rows,), int64."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times in place."""
+        if self.row_plans is not None:
+            rows = torch.arange(self.row_plans.num_rows).repeat_interleave(repeats)
+            self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order, rows repeated if named twice. Shape (rows,), integer or boolean."""
+        plans = self.row_plans
+        if plans is None:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        if plans.is_uniform:
+            # Every slot holds every row, so the selection need not come to the host.
+            for slot in self.slots.values():
+                select_rows(slot, indices)
+            self.row_plans = plans.select([0] * indices.numel())
+            return
+        chosen = indices.tolist()
+        for (layer_idx, visit), slot in self.slots.items():
+            position = {row: place for place, row in enumerate(plans.rows(layer_idx, visit))}
+            select_rows(
+                slot,
+                torch.tensor(
+                    [position[row] for row in chosen if row in position], dtype=torch.long
+                ),
+            )
+        self.row_plans = plans.select(chosen)
+
+
+class _DynamicDepthCache(DepthCache, DynamicCache):
+    """What a `DynamicCache` becomes."""
+
+
+class _StaticDepthCache(DepthCache, StaticCache):
+    """What a `StaticCache` becomes."""
+
+    def check_ready(self, num_tokens: int) -> None:
+        super().check_ready(num_tokens)
+        for length_layer in self.layers:
+            length_layer.check_room(num_tokens)
+
+
+# By the class of a cache: what it becomes, and the layers that it may have. Exact classes only: a subclass may keep its
+# states in another way.
+_ADOPTED: dict[type, tuple[type[DepthCache], tuple[type, ...]]] = {
+    DynamicCache: (_DynamicDepthCache, (DynamicLayer, DynamicSlidingWindowLayer)),
+    StaticCache: (_StaticDepthCache, (StaticLayer, StaticSlidingWindowLayer)),
+}
+
+
+def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
+    """Turn an empty cache into a `DepthCache`, in place, so that whoever holds it keeps holding it.
+
+    Args:
+        cache: A `DynamicCache` or `StaticCache` that `generate`, the model or the user made; a `DepthCache` is returned
+            as it is.
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: Another kind of cache, a cache offloaded to the host, one that holds states of the
+            unwrapped model, or a static one made for another number of layers.
+    """
+    if isinstance(cache, DepthCache):
+        return cache
+    becomes, layer_classes = _ADOPTED.get(type(cache), (None, ()))
+    if becomes is None or getattr(cache, "offloading", False):
+        offloaded = " with offloading" if getattr(cache, "offloading", False) else ""
+        raise UnsupportedModelError(
+            f"the cache is a {type(cache).__name__}{offloaded}; a wrapped model runs with a DynamicCache (the "
+            "default of generate), a StaticCache (cache_implementation='static') or use_cache=False"
+        )
+    if cache.get_seq_length() > 0:
+        raise UnsupportedModelError(
+            f"the cache already holds {int(cache.get_seq_length())} tokens of the unwrapped model; "
+            "begin with an empty cache"
+        )
+    strange = next((layer for layer in cache.layers if type(layer) not in layer_classes), None)
+    if strange is not None:
+        raise UnsupportedModelError(
+            f"the cache has a layer of class {type(strange).__name__}; supported are "
+            f"{', '.join(cls.__name__ for cls in layer_classes)}"
+        )
+    if becomes is _StaticDepthCache and len(cache.layers) != num_layers:
+        raise UnsupportedModelError(
+            f"the static cache was made for {len(cache.layers)} layers, but the model has {num_layers}; "
+            "make it with config=model.config"
+        )
+    length_layers = [length_layer_of(layer) for layer in cache.layers]
+    # A dynamic cache made without a config starts with no layers and grows full-attention ones.
+    length_layers.extend(LengthLayer() for _ in range(num_layers - len(length_layers)))
+    cache.__class__ = becomes
+    cache.layers = length_layers
+    cache.layer_class_to_replicate = None
+    cache.slots = {}
+    cache.row_plans = None
+    cache.first_views = [VisitView(cache, layer_idx, 0) for layer_idx in range(num_layers)]
+    cache.in_forward = False
+    adopted: DepthCache = cache
+    return adopted

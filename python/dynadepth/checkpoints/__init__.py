@@ -1,0 +1,1 @@
+"""Trained policies: on disk, beside their base model, on the hub."""

@@ -1,0 +1,265 @@
+"""Routers published on the Hugging Face hub: checked first, then sent in one commit.
+
+Owns what may be pushed where, and the errors of the hub. Loading from the hub is `dynadepth.checkpoints.save_load`'s.
+"""
+
+import os
+import re
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadepth._core import __version__
+from dynadepth.checkpoints.paths import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FOLDER_NAME,
+    HUB_ID,
+    ONNX_NAME,
+    ROUTERS_FILES,
+    first_lines,
+)
+from dynadepth.checkpoints.save_load import export_policy, load_routers, save_routers
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
+from dynadepth.errors import CheckpointError, ConfigError, DynadepthError, HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+__all__ = ["push_routers"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Files at the top of a repository that belong to nobody's model.
+_NEUTRAL = re.compile(r"\.git\w+|LICEN[CS]E(\.\w+)?")
+_ADVICE = {
+    401: "the hub does not know who is pushing; log in with `hf auth login`, or give a token that may write there",
+    402: "the hub wants a paid plan for this repository; push to another one",
+    403: "the token may not write there; log in with `hf auth login` as a member, or give a token that may",
+    404: "there is no such repository or revision, or this token may not see it; check the names and the token",
+    409: "someone else is changing the repository; push again",
+    412: "someone else has pushed in between; look at their commit, then push again",
+    429: "the hub has had too many requests; push again later",
+}
+
+
+def push_routers(
+    folder_or_routers: str | os.PathLike[str] | TrainedPolicy,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    beside_model: bool = False,
+) -> str:
+    """Publish routers, or a menu, on the Hugging Face hub.
+
+    Everything is checked before anything is sent. All files go in one commit, which also takes away a `routers.onnx` of
+    other routers: readers of the repository see the former routers or these. Nothing but the four files of a routers
+    folder is sent.
+
+    Args:
+        folder_or_routers: A routers folder, a folder that has one called `routers`, or routers in memory; these are
+            sent with a model card, and with an ONNX file if the `onnx` extra is installed.
+        repo_id: Where on the hub, `org/name`; a model repository, made if it is missing.
+        private: Whether a new repository is private; an old one must be what is said here. None: as its owner's
+            settings have it.
+        revision: Branch to push to, made from the main branch if it is missing; None: the main branch.
+        token: Who pushes; None: who has logged in.
+        commit_message: Title of the commit; None: one that names the base model.
+        create_pr: Open a pull request instead, for a repository that others own.
+        beside_model: Put the files into `routers/`, where `wrap_model` finds them if the repository is the base
+            model's own.
+
+    Returns:
+        The commit's URL; the last one's if the repository holds the same files already.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or `routers.onnx` is of other routers. Nothing was sent.
+        ConfigError: Not a hub id, or not a branch; or there is a `routers.onnx` and no onnxruntime to check it. Nothing
+            was sent.
+        ExportError: Routers in memory cannot be written as ONNX. Nothing was sent.
+        FileNotFoundError: There is no such folder. Nothing was sent.
+        HubError: The hub cannot be reached or refuses; or the repository holds something else, or is public and was to
+            be private. Its files are as they were; a new repository or branch may have been made.
+    """
+    _check_names(repo_id, revision)
+    if isinstance(folder_or_routers, TrainedPolicy):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = save_routers(Path(scratch) / FOLDER_NAME, folder_or_routers)
+            if find_spec("onnx") and find_spec("onnxruntime"):
+                export_policy(folder_or_routers, folder / ONNX_NAME)
+            return push_routers(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                beside_model=beside_model,
+            )
+    folder, routers = _check_folder(Path(folder_or_routers))
+    prefix = f"{FOLDER_NAME}/" if beside_model else ""
+    files = {f"{prefix}{name}": folder / name for name in ROUTERS_FILES}
+    message = commit_message or _message(routers)
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="dynadepth", library_version=__version__)
+        found = _prepare(api, repo_id, private=private, revision=revision, create_pr=create_pr)
+        if not beside_model:
+            _check_content(repo_id, found)
+        return _commit(
+            api, repo_id, files, found, message=message, revision=revision, create_pr=create_pr
+        )
+    except DynadepthError:
+        raise
+    # huggingface_hub, its HTTP client and hf_xet share no base but Exception.
+    except Exception as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise HubError(
+            f"cannot push {folder} to {repo_id}{at}: {_advice(error)} ({type(error).__name__}: {first_lines(error)})"
+        ) from error
+
+
+def _check_names(repo_id: str, revision: str | None) -> None:
+    if not HUB_ID.fullmatch(repo_id):
+        raise ConfigError(
+            f"repo_id is {repo_id!r}; expected a hub id like org/name: a user or organisation and a name"
+        )
+    if revision is not None and (not revision or _COMMIT.fullmatch(revision)):
+        raise ConfigError(
+            f"revision is {revision!r}; expected the name of a branch, since nothing can be pushed to a commit"
+        )
+
+
+def _check_folder(path: Path) -> tuple[Path, TrainedPolicy]:
+    """Return the routers folder and what it holds, if all of it can be loaded."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}; expected a routers folder")
+    routers = load_routers(path)
+    folder = routers.folder or path
+    card = folder / CARD_NAME
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{card}, the model card, is missing or not text ({error}); write one, or save the routers again"
+        ) from error
+    if not text.strip():
+        raise CheckpointError(f"{card}, the model card, is empty; save the routers again")
+    if (folder / ONNX_NAME).is_file():
+        lowest, highest = calibrated = routers.calibration.range
+        # A depth of the table; any other budget could warn that it is far from one.
+        depths = [depth for depth in routers.calibration.depths if lowest <= depth <= highest]
+        routers.policy((depths or calibrated)[0], backend="onnx")
+    return folder, routers
+
+
+def _message(routers: TrainedPolicy) -> str:
+    what = "a menu" if routers.kind == "menu" else "routers"
+    return f"Upload {what} for {routers.base_model or 'a model without a name'} with dynadepth"
+
+
+def _prepare(
+    api: "HfApi", repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool
+) -> "ModelInfo":
+    """Make what is missing and return what the repository holds where the commit goes."""
+    api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+    found = api.model_info(repo_id)
+    if private is not None and bool(found.private) is not private:
+        is_so, wanted = ("private", "public") if found.private else ("public", "private")
+        raise HubError(
+            f"the hub repository {repo_id} exists and is {is_so}, but private={private} asks for a {wanted} one; "
+            "nothing was sent: change it in its settings on the hub, or leave private out"
+        )
+    if revision is None:
+        return found
+    if not create_pr and not revision.startswith("refs/"):
+        refs = api.list_repo_refs(repo_id)
+        if revision in {tag.name for tag in refs.tags}:
+            raise HubError(
+                f"revision {revision} of {repo_id} is a tag, to which nothing can be pushed; give a branch"
+            )
+        if revision not in {branch.name for branch in refs.branches}:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.model_info(repo_id, revision=revision)
+
+
+def _names(found: "ModelInfo") -> set[str]:
+    return {file.rfilename for file in found.siblings or ()}
+
+
+def _check_content(repo_id: str, found: "ModelInfo") -> None:
+    """Refuse the top of a repository of something else, whose model card the routers' would replace."""
+    names = _names(found)
+    others = sorted(
+        name for name in names if name not in ROUTERS_FILES and not _NEUTRAL.fullmatch(name)
+    )
+    if others and CONFIG_NAME not in names:
+        raise HubError(
+            f"the hub repository {repo_id} holds {others[0]!r}{' and more' if others[1:] else ''} and no routers, and "
+            "their model card would replace its own; nothing was sent: give the routers a repository of their own, or, "
+            "if it is the base model's, push them beside it: beside_model=True, --beside-model"
+        )
+
+
+def _commit(
+    api: "HfApi",
+    repo_id: str,
+    files: dict[str, Path],
+    found: "ModelInfo",
+    *,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    there = _names(found)
+    operations: list[Any] = []
+    for name, file in files.items():
+        if file.is_file():
+            operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(file)))
+        elif name in there:
+            operations.append(CommitOperationDelete(path_in_repo=name))
+    info = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+        # What was looked at is what is changed: two pushes at once cannot mix their files.
+        parent_commit=found.sha,
+    )
+    return str(info.commit_url)
+
+
+def _advice(error: Exception) -> str:
+    """Say what an error of the hub means and what to do about it."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    # An upload in a thread fails with a RuntimeError of which the hub's answer is the cause.
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "huggingface_hub is in offline mode; to push, unset HF_HUB_OFFLINE"
+    if isinstance(error, LocalTokenNotFoundError):
+        return _ADVICE[401]
+    if status in _ADVICE:
+        return _ADVICE[status]
+    if status is not None and status >= 500:
+        return "the hub is out of order; push again later"
+    if status is not None or isinstance(error, ValueError):
+        return "the hub does not take what it was given; change that and push again"
+    # The base is the HTTP client's own, whichever client this huggingface_hub has.
+    if isinstance(error, (OSError, *HfHubHTTPError.__bases__)):
+        return (
+            "the hub cannot be reached; check the network, a proxy and HF_ENDPOINT, then push again"
+        )
+    return "huggingface_hub failed; update it, or HF_ENDPOINT is not a hub"

@@ -1,0 +1,271 @@
+"""Trained policies with everything that is needed to use them: weights, calibration, the base model they belong to.
+
+Owns the two kinds, routers of all layers and menus, and the check that a model is the one they were trained on. Knows
+nothing of files.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynadepth.checkpoints.paths import ONNX_NAME
+from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
+from dynadepth.models.fingerprint import compare_fingerprints, fingerprint
+from dynadepth.onnx.menu_graph import build_menu_onnx
+from dynadepth.onnx.menu_policy import OnnxMenuPolicy, menu_digest
+from dynadepth.onnx.router_graph import build_onnx, routers_digest
+from dynadepth.onnx.router_policy import OnnxRouterPolicy
+from dynadepth.policies.base import Policy
+from dynadepth.policies.calibration import Calibration
+from dynadepth.policies.menu import Menu
+from dynadepth.policies.menu_policy import MenuPolicy
+from dynadepth.policies.router_heads import RouterConfig, RouterHeads
+from dynadepth.policies.router_policy import RouterPolicy
+
+__all__ = ["Routers", "TrainedMenu", "TrainedPolicy"]
+
+Backend = Literal["torch", "onnx"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedPolicy(ABC):
+    """What a routers folder holds, whatever its kind.
+
+    Immutable and free of the base model; safe to share between models and threads.
+
+    Attributes:
+        calibration: From budget to penalty.
+        fingerprint: `dynadepth.models.fingerprint.fingerprint` of the base model.
+        protect: Layers that always run once.
+        base_model: Its name, as `base_model_name` gives it.
+        revision: Its hub commit, if known.
+        metrics: What was measured, JSON-able; the list of rows under `table` becomes the model card's table.
+        training: How it was trained, JSON-able.
+        folder: Where it was loaded from.
+        accepted: The user has accepted that the base model differs from the fingerprint.
+
+    Raises:
+        ConfigError: A value of the wrong shape or out of range.
+    """
+
+    calibration: Calibration
+    fingerprint: Mapping[str, Any]
+    protect: tuple[int, ...] = ()
+    base_model: str = ""
+    revision: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    accepted: bool = False
+
+    def __post_init__(self) -> None:
+        for layer in self.protect:
+            if type(layer) is not int or not 0 <= layer < self.num_layers:
+                raise ConfigError(
+                    f"protect names layer {layer!r}; expected numbers from 0 to {self.num_layers - 1}"
+                )
+        object.__setattr__(self, "protect", tuple(sorted(set(self.protect))))
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What the folder calls it."""
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Decoder layers of the model it is for."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width of the states that it reads."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights by name."""
+
+    @abstractmethod
+    def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
+        """Return the policy that keeps a budget.
+
+        Args:
+            budget: Mean depth over prompts, each counting once, as a fraction of the layers.
+            backend: What computes the decisions. `"onnx"` runs the folder's `routers.onnx`, or a graph made on the spot
+                if there is none.
+
+        Raises:
+            BudgetError: The budget is not a number or outside the calibrated range.
+            CheckpointError: The folder's `routers.onnx` is damaged or was made from other routers.
+            ConfigError: An unknown backend, or onnxruntime is not installed.
+            ExportError: There is no `routers.onnx` and none can be made.
+        """
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that a model is the one that this was trained on.
+
+        Args:
+            model: The base model, wrapped or not.
+
+        Raises:
+            CheckpointError: It differs and that was not accepted, or the routers do not fit it at all.
+        """
+        given = fingerprint(model)
+        shape = given["architecture"]
+        fits = (shape["num_hidden_layers"], shape["hidden_size"]) == (
+            self.num_layers,
+            self.hidden_size,
+        )
+        differences = compare_fingerprints(given, self.fingerprint)
+        if fits and (self.accepted or not differences):
+            return
+        if not fits:
+            differences.insert(
+                0, f"the routers read {self.num_layers} layers of width {self.hidden_size}"
+            )
+        where = f"the routers in {self.folder}" if self.folder else "these routers"
+        advice = "use routers trained on this model"
+        if fits:
+            path = repr(str(self.folder)) if self.folder else "path"
+            advice += (
+                "; or, if you know that it behaves alike, pass "
+                f"routers=load_routers({path}, model=model, accept_mismatch=True)"
+            )
+        raise CheckpointError(
+            f"{where} belong to another base model than this {type(model).__name__}: they were "
+            f"trained on {self.base_model or 'a model without a name'}, and here "
+            f"{'; '.join(differences)}. To go on, {advice}"
+        )
+
+    def _onnx_file(self) -> Path | None:
+        """Return the folder's ONNX file, if there is one."""
+        file = None if self.folder is None else self.folder / ONNX_NAME
+        return file if file is not None and file.is_file() else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Routers(TrainedPolicy):
+    """Trained routers of all layers with everything that makes a `RouterPolicy` of them.
+
+    Attributes:
+        heads: The trained part h.
+        bias: The static part b. Shape (num_layers, 3), float32, on the host.
+        shrinkage: s in 0..1, how far prompts may deviate from the static part.
+
+    Raises:
+        ConfigError: A value of the wrong shape or out of range.
+    """
+
+    heads: RouterHeads
+    bias: Tensor
+    shrinkage: float
+
+    def __post_init__(self) -> None:
+        # The policy checks bias and shrinkage.
+        RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage)
+        object.__setattr__(self, "bias", self.bias.detach().to("cpu", torch.float32))
+        object.__setattr__(self, "shrinkage", float(self.shrinkage))
+        # A dataclass with slots is made anew, and `super()` would look for the class before that.
+        TrainedPolicy.__post_init__(self)
+
+    @property
+    def config(self) -> RouterConfig:
+        """Shape of the routers."""
+        return self.heads.config
+
+    @property
+    def kind(self) -> str:
+        """`routers`."""
+        return "routers"
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model it is for."""
+        return self.config.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states that it reads."""
+        return self.config.hidden_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights by name."""
+        return {**self.heads.state_dict(), "bias": self.bias}
+
+    def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
+        """Return the policy whose mean depth in calibration is nearest to the budget; see `TrainedPolicy.policy`."""
+        _check_backend(backend)
+        penalty = self.calibration.penalty_for(budget)
+        nearest, step = self.calibration.depth_for(budget), 0.5 / self.config.num_layers
+        if abs(nearest - budget) > max(0.02, step + 1e-6):
+            message = (
+                f"a budget of {budget} gives a mean depth of {nearest:.3f}: these routers reach no depth nearer to it; "
+                "calibrate on more prompts, or ask for a depth of their table"
+            )
+            warnings.warn(message, DynadepthWarning, stacklevel=2)
+        if backend == "torch":
+            return RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage, penalty=penalty)
+        source = self._onnx_file() or build_onnx(self)
+        return OnnxRouterPolicy(source, budget, digest=routers_digest(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedMenu(TrainedPolicy):
+    """A trained menu with everything that makes a `MenuPolicy` of it.
+
+    Attributes:
+        menu: The plans and the heads that choose among them.
+
+    Raises:
+        ConfigError: A value out of range, or a plan that edits a protected layer.
+    """
+
+    menu: Menu
+
+    def __post_init__(self) -> None:
+        TrainedPolicy.__post_init__(self)
+        edited = sorted(set(self.protect) & set(self.menu.edited_layers()))
+        if edited:
+            raise ConfigError(
+                f"plans of the menu edit layers {edited}, which are protected; search a menu with these layers "
+                "protected"
+            )
+
+    @property
+    def kind(self) -> str:
+        """`menu`."""
+        return "menu"
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model it is for."""
+        return self.menu.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states that it reads."""
+        return self.menu.hidden_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights by name."""
+        return self.menu.state_dict()
+
+    def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
+        """Return the policy whose mean depth in calibration is the budget; see `TrainedPolicy.policy`."""
+        _check_backend(backend)
+        mix = self.calibration.mix_for(budget)
+        if backend == "torch":
+            return MenuPolicy(self.menu, mix)
+        source = self._onnx_file() or build_menu_onnx(self)
+        return OnnxMenuPolicy(source, budget, digest=menu_digest(self))
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("torch", "onnx"):
+        raise ConfigError(f"router backend is {backend!r}; expected 'torch' or 'onnx'")

@@ -1,0 +1,1 @@
+"""The command line `dynadepth`, and the verbs of the runtime."""

@@ -1,0 +1,1 @@
+"""One forward pass in which each decoder layer runs as a plan says."""

@@ -1,0 +1,76 @@
+"""Contexts: what the caller has said for the forwards inside a `with` block, or inside one `generate`.
+
+Contexts are this thread's and task's, as the executor's scopes are. Knows nothing of what they are used for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from dynadepth.caching.depth_cache import DepthCache
+from dynadepth.caching.row_plans import RowPlans
+from dynadepth.execution.callbacks import VisitCallback, VisitCallbacks
+from dynadepth.plans import Plans
+
+__all__ = ["Context", "callbacks_of", "contexts_of", "open_context"]
+
+
+@dataclass(slots=True)
+class Context:
+    """What one block says; what is None is said by an outer block or not at all.
+
+    Attributes:
+        owner: The controller whose forwards it is about.
+        plans: Plans in place of the policy's. Shape (rows, num_layers), uint8.
+        prompt_lengths: Real tokens of each row that are the prompt. Shape (rows,), int64, on the host.
+        prompt_width: Columns of the batch that `generate` was given; None once the prompt is planned.
+        row_plans: Plans of a generation without a cache to keep them on.
+        in_generate: Whether the block is one `generate`.
+        cache: The cache of a generation; it holds the states until the generation's figures are taken.
+        before: Called before each visit.
+        after: Called after each visit.
+    """
+
+    owner: object
+    plans: Plans | None = None
+    prompt_lengths: torch.Tensor | None = None
+    prompt_width: int | None = None
+    row_plans: RowPlans | None = None
+    in_generate: bool = False
+    cache: DepthCache | None = None
+    before: VisitCallback | None = None
+    after: VisitCallback | None = None
+
+
+_CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("dynadepth_contexts", default=())
+
+
+@contextmanager
+def open_context(context: Context) -> Iterator[Context]:
+    """Put a context inside those that are open, for this thread and the length of the block."""
+    token = _CONTEXTS.set((*_CONTEXTS.get(), context))
+    try:
+        yield context
+    finally:
+        _CONTEXTS.reset(token)
+
+
+def contexts_of(owner: object) -> list[Context]:
+    """Return the open contexts of a controller, innermost first."""
+    return [context for context in reversed(_CONTEXTS.get()) if context.owner is owner]
+
+
+def callbacks_of(owner: object) -> VisitCallbacks | None:
+    """Return the callbacks of the open contexts of a controller, or None if there are none."""
+    watching = [
+        context for context in reversed(contexts_of(owner)) if context.before or context.after
+    ]
+    if not watching:
+        return None
+    return VisitCallbacks(
+        [context.before for context in watching if context.before is not None],
+        [context.after for context in watching if context.after is not None],
+    )

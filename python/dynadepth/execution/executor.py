@@ -1,0 +1,286 @@
+"""The executor: lets a scope decide what each decoder layer of a model runs.
+
+Each decoder layer's class is swapped for a generated subclass of the same name, whose forward hands the call to the
+scope of the forward pass that is under way. A scope (of a plan, of a sweep) decides; `LayerCall.visit` runs. So the
+family's own forward makes masks and positions, and the layer's own forward does the work: no family is copied.
+Knows nothing of plans, policies or files.
+"""
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dynadepth.errors import WrapError
+from dynadepth.execution.layer_call import LayerCall
+from dynadepth.models.families import Family, LayerSignature, LayerStack, layer_signature
+
+__all__ = [
+    "PER_ROW",
+    "SKIPPED",
+    "Scope",
+    "enter_scope",
+    "install_executor",
+    "is_installed",
+    "leave_scope",
+    "remove_executor",
+]
+
+# In a scope's `dispatch`: the scope itself runs the layer; the layer runs for no row.
+PER_ROW: Any = object()
+SKIPPED: Any = object()
+
+
+class Scope(Protocol):
+    """Decides what a layer does while one forward pass of its model is under way."""
+
+    owner: object
+    outer: "Scope | None"
+    # For each layer: the cache that it is given, perhaps None, if it is known to run once for all rows; `SKIPPED` if it
+    # is known to run for none; `PER_ROW` if `run` must be called.
+    dispatch: Sequence[Any]
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Run a layer call and return the states that enter the next layer."""
+        ...
+
+
+# Each thread and task has its own scopes, so two threads may run one model.
+_SCOPE: ContextVar[Scope | None] = ContextVar("dynadepth_scope", default=None)
+
+
+def enter_scope(scope: Scope) -> None:
+    """Make `scope` the one that the layers of its owner obey, in this thread."""
+    outer = _SCOPE.get()
+    # A forward that a KeyboardInterrupt left early could not leave its scope.
+    while outer is not None and outer.owner is scope.owner:
+        outer = outer.outer
+    scope.outer = outer
+    _SCOPE.set(scope)
+
+
+def leave_scope(owner: object) -> Scope | None:
+    """Undo the last `enter_scope` of this owner and return its scope, or None if there is none."""
+    scope = _SCOPE.get()
+    if scope is None or scope.owner is not owner:
+        return None
+    _SCOPE.set(scope.outer)
+    return scope
+
+
+@dataclass(slots=True)
+class _Installed:
+    """What an installed layer carries: its number, whose scopes it obeys, and its own forward if that is compiled."""
+
+    layer_idx: int
+    owner: object
+    family: Family
+    compiled: Callable[..., Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are not compiled, as with any module.
+        return _Installed, (self.layer_idx, self.owner, self.family)
+
+
+_INSTALLED = "_dynadepth_installed"
+# Activation checkpointing keeps a layer's arguments and runs the layer again in the backward pass, perhaps in another
+# thread, when the forward's scope is closed. So the scope goes with the arguments.
+_SCOPE_ARGUMENT = "_dynadepth_scope"
+
+
+def _scope_of(installed: _Installed) -> Scope:
+    scope = _SCOPE.get()
+    while scope is not None and scope.owner is not installed.owner:
+        scope = scope.outer
+    if scope is None:
+        raise WrapError(
+            f"decoder layer {installed.layer_idx} was called outside a forward of the model it was wrapped with; call "
+            "the model itself. If layers were copied or replaced since (layer_replication of PEFT), "
+            "unwrap_model(model) and wrap it again"
+        )
+    return scope
+
+
+def _run_call(
+    layer: nn.Module,
+    own_forward: Callable[..., Any],
+    signature: LayerSignature,
+    scope: Scope,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    installed: _Installed = layer.__dict__[_INSTALLED]
+    arguments = dict(zip(signature.names, args, strict=False))
+    arguments.update(kwargs)
+    hidden_states = arguments.pop(signature.names[0])
+    family = installed.family
+    call = LayerCall(
+        installed.layer_idx,
+        hidden_states,
+        arguments,
+        signature,
+        (None,) * family.num_extras,
+        layer,
+        installed.compiled or own_forward,
+        family.feed_forward,
+    )
+    states = scope.run(call)
+    return (states, *call.extras) if call.extras else states
+
+
+@cache
+def _signature_of(base: Any) -> LayerSignature:
+    return layer_signature(base.forward)
+
+
+def _own_forward(base: Any) -> Callable[..., Any]:
+    """Return what a layer class computes, without the checkpointing that transformers puts around every forward.
+
+    Since transformers 5.24 only the outermost forward of a class checkpoints, and that is the stand-in's.
+    """
+    forward: Any = base.forward
+    name = getattr(getattr(forward, "__code__", None), "co_name", "")
+    own: Callable[..., Any] = (
+        forward.__wrapped__ if name == "forward_with_checkpointing" else forward
+    )
+    return own
+
+
+@cache
+def _routed_class(base: Any) -> type[nn.Module]:
+    """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
+    signature, own_forward = _signature_of(base), _own_forward(base)
+    cache_name, states_name = signature.cache_name, signature.names[0]
+    # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
+    own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
+        if torch.compiler.is_dynamo_compiling():
+            return forward_outside(self, *args, **kwargs)
+        installed: _Installed = self.__dict__[_INSTALLED]
+        scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _SCOPE.get()
+        if scope is None or scope.owner is not installed.owner:
+            scope = _scope_of(installed)
+        # Most calls of most plans go straight through; in decoding these lines are what the wrapping costs.
+        if cache_name in kwargs:
+            view = scope.dispatch[installed.layer_idx]
+            if view is SKIPPED:
+                states = args[0] if args else kwargs[states_name]
+                extras = (None,) * installed.family.num_extras
+                return (states, *extras) if extras else states
+            if view is not PER_ROW:
+                kwargs[cache_name] = view
+                return (installed.compiled or own_forward)(self, *args, **kwargs)
+        return _run_call(self, own_forward, signature, scope, args, kwargs)
+
+    # Where nothing is being compiled, the way outside would cost as much as all else.
+    forward_outside = torch.compiler.disable(forward)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            kwargs[_SCOPE_ARGUMENT] = _scope_of(self.__dict__[_INSTALLED])
+        return own_call(self, *args, **kwargs)
+
+    def compile_own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Unbound: a bound one would run this layer's weights in every copy.
+        self.__dict__[_INSTALLED].compiled = torch.compile(base.forward, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = base.__reduce_ex__(self, max(protocol, 2))
+        return (_empty_layer, (base,), *state)
+
+    # `capture_outputs`, `_no_split_modules` and PEFT look at names and signatures.
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
+    attributes = {
+        "forward": forward,
+        "__call__": call,
+        "compile": compile_own_forward,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dynadepth_base": base,
+    }
+    routed: type[nn.Module] = type(base.__name__, (base,), attributes)
+    return routed
+
+
+def _empty_layer(base: Any) -> nn.Module:
+    """Make a layer of the stand-in class, without any state: what copying and unpickling begin with."""
+    routed = _routed_class(base)
+    return routed.__new__(routed)
+
+
+def is_installed(stack: LayerStack) -> bool:
+    """Say whether an executor is on any of these layers."""
+    return any(_INSTALLED in layer.__dict__ for layer in stack.layers)
+
+
+def install_executor(stack: LayerStack, owner: object) -> None:
+    """Put the executor on every decoder layer; changes nothing if it raises.
+
+    Args:
+        stack: The layers.
+        owner: Whose scopes the layers obey.
+
+    Raises:
+        WrapError: An executor is there already, or another library has replaced a layer's forward.
+        UnsupportedModelError: A layer's forward has no known cache or mask argument.
+    """
+    classes: list[Any] = [type(layer) for layer in stack.layers]
+    for layer_idx, layer in enumerate(stack.layers):
+        if _INSTALLED in layer.__dict__ or hasattr(type(layer), "_dynadepth_base"):
+            raise WrapError(
+                f"decoder layer {layer_idx} is wrapped already; call unwrap_model(model) first"
+            )
+        if _is_patched(layer):
+            raise WrapError(
+                f"the forward of decoder layer {layer_idx} ({type(layer).__name__}) was replaced by another library; "
+                "remove that change before wrapping, or its effect would be lost in silence"
+            )
+        if layer._compiled_call_impl is not None:
+            raise WrapError(
+                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model "
+                "and call layer.compile() then, which compiles what one visit runs"
+            )
+        _signature_of(classes[layer_idx])
+    for layer_idx, layer in enumerate(stack.layers):
+        layer.__dict__[_INSTALLED] = _Installed(layer_idx, owner, stack.family)
+        _set_class(layer, _routed_class(classes[layer_idx]))
+
+
+def remove_executor(stack: LayerStack) -> None:
+    """Give every decoder layer its own class back; layers without an executor stay as they are."""
+    for layer in stack.layers:
+        base = getattr(type(layer), "_dynadepth_base", None)
+        if base is not None:
+            _set_class(layer, base)
+        layer.__dict__.pop(_INSTALLED, None)
+
+
+# Where accelerate keeps the forward that it found when it put its hook on, and where it puts that back.
+_FORWARD_PLACES = ("_old_forward", "forward")
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Say whether a call of the layer runs something else than its class's forward, hooks of accelerate aside."""
+    place = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    return place in layer.__dict__ and not _is_own_forward(layer, place)
+
+
+def _is_own_forward(layer: nn.Module, place: str) -> bool:
+    found: Any = layer.__dict__.get(place)
+    return getattr(found, "__func__", None) is type(layer).forward and found.__self__ is layer
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    own = [place for place in _FORWARD_PLACES if _is_own_forward(layer, place)]
+    layer.__class__ = cls
+    for place in own:
+        layer.__dict__[place] = MethodType(cls.forward, layer)

@@ -1,0 +1,165 @@
+"""PlanScope: one forward pass of a wrapped model, in which each layer runs the visits of its rows' plans.
+
+Asks a planner (the controller) for the plans and hands the rows of each visit to the executor. Knows nothing of
+policies or of how plans are made.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from dynadepth.caching.depth_cache import DepthCache, adopt_cache
+from dynadepth.caching.row_plans import RowPlans
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.execution.callbacks import VisitCallbacks, VisitEvent
+from dynadepth.execution.context_stack import callbacks_of
+from dynadepth.execution.executor import PER_ROW, SKIPPED, Scope
+from dynadepth.execution.layer_call import LayerCall
+from dynadepth.execution.padding import real_tokens
+from dynadepth.plans import EXECUTE, SKIP
+from dynadepth.policies.prompt_batch import PromptBatch
+
+__all__ = ["PlanScope", "Planner"]
+
+
+class Planner(Protocol):
+    """What a forward pass asks for plans."""
+
+    num_layers: int
+
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        ...
+
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
+        ...
+
+    def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
+        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        ...
+
+    def decide(
+        self,
+        plans: RowPlans,
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        prompts: PromptBatch,
+    ) -> None:
+        """Decide the actions of the layers from `layer_idx` to the next decision; writes `plans`."""
+        ...
+
+
+class PlanScope:
+    """One forward pass of a wrapped model.
+
+    Attributes:
+        owner: The planner.
+        outer: The scope that was open before, of another model.
+        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+    """
+
+    def __init__(
+        self,
+        owner: Planner,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor | None = None,
+    ) -> None:
+        self.owner: object = owner
+        self.outer: Scope | None = None
+        self._planner = owner
+        self._tokens = tokens
+        self.attention_mask = attention_mask
+        self._plans: RowPlans | None = None
+        # The same at every decision, so it is made once.
+        self._prompts: PromptBatch | None = None
+        # Until the plans are known, every layer asks.
+        self.dispatch: Sequence[Any] = (PER_ROW,) * owner.num_layers
+        self._num_tokens = 0
+        self._cache: DepthCache | None = None
+        self._is_prefill = False
+        self._callbacks: VisitCallbacks | None = None
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Run the visits of one layer for the rows whose plan makes them.
+
+        Raises:
+            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported or unusable cache.
+            PlanError: The batch does not fit the plans.
+        """
+        states, layer_idx = call.hidden_states, call.layer_idx
+        plans = self._plans
+        if plans is None:
+            plans = self._plans = self._begin(call)
+        if layer_idx >= plans.num_decided:
+            if self._prompts is None:
+                mask = self._planner.prompt_mask(real_tokens(call, self.attention_mask))
+                self._prompts = PromptBatch(mask, plans.plans, self._tokens_of(states))
+            self._planner.decide(plans, layer_idx, states, self._prompts)
+            self._look_ahead(plans)
+        if self._cache is not None:
+            self._cache.in_forward = True
+        num_rows, callbacks = plans.num_rows, self._callbacks
+        for visit in (0, 1):
+            rows = plans.rows(layer_idx, visit)
+            if not rows:
+                break
+            event = None
+            if callbacks is not None:
+                event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
+                callbacks.before(event)
+            view = None if self._cache is None else self._cache.view(layer_idx, visit)
+            if len(rows) == num_rows:
+                states = call.visit(states, cache=view)
+            else:
+                index = plans.index(layer_idx, visit, states.device)
+                run = call.visit(
+                    states.index_select(0, index), cache=view, index=index, num_rows=num_rows
+                )
+                states = states.index_copy(0, index, run)
+            if callbacks is not None and event is not None:
+                callbacks.after(event)
+        return states
+
+    def finish(self) -> None:
+        """Say that the forward has run to its end."""
+        if self._plans is None:
+            return
+        if self._cache is not None:
+            self._cache.advance(self._num_tokens)
+        self._planner.finish(self._plans, is_prefill=self._is_prefill)
+
+    def _look_ahead(self, plans: RowPlans) -> None:
+        """Let layers go straight through that run once or not for all rows, if that is decided and nobody watches."""
+        if self._callbacks is not None:
+            return
+        actions = plans.shared_actions()
+        views = [None] * len(actions) if self._cache is None else self._cache.first_views
+        self.dispatch = [
+            view if action == EXECUTE else SKIPPED if action == SKIP else PER_ROW
+            for view, action in zip(views, actions, strict=True)
+        ]
+
+    def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
+        tokens = self._tokens
+        if tokens is None or tokens.shape[:2] != states.shape[:2]:
+            return None
+        return tokens.to(states.device)
+
+    def _begin(self, call: LayerCall) -> RowPlans:
+        states = call.hidden_states
+        if states.dim() != 3:
+            raise UnsupportedModelError(
+                f"the states that enter layer {call.layer_idx} have shape {tuple(states.shape)}; "
+                "expected (batch, tokens, hidden)"
+            )
+        if call.cache is not None:
+            self._cache = adopt_cache(call.cache, self._planner.num_layers)
+            self._cache.check_ready(states.shape[1])
+        self._callbacks = callbacks_of(self._planner)
+        plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
+        self._num_tokens = states.shape[1]
+        self._look_ahead(plans)
+        return plans

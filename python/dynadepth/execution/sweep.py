@@ -1,0 +1,280 @@
+"""The sweep: many plans of many prompts in one ordinary forward of the base model.
+
+Rust plans which distinct states to visit at each layer; here that plan is executed inside one forward call, with the
+family's own masks and positions gathered for the rows. Knows nothing of rewards, tasks or policies.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dynadepth._core import SweepPlan, plan_sweep
+from dynadepth.errors import PlanError, UnsupportedModelError
+from dynadepth.execution.executor import (
+    PER_ROW,
+    Scope,
+    enter_scope,
+    install_executor,
+    leave_scope,
+    remove_executor,
+)
+from dynadepth.execution.layer_call import LayerCall
+from dynadepth.models.families import layer_stack
+from dynadepth.plans import check_plans
+
+__all__ = ["StateObserver", "SweepResult", "Sweeper"]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a sweep found and what it cost.
+
+    Attributes:
+        logits: Logits at the positions asked for. Shape (positions, vocabulary), model dtype and device.
+        naive_visits: Visits that one forward for each plan would have made.
+        executed_visits: Visits made.
+    """
+
+    logits: torch.Tensor
+    naive_visits: int
+    executed_visits: int
+
+
+class StateObserver(Protocol):
+    """Is shown the states that enter some layers during a sweep."""
+
+    @property
+    def layers(self) -> Collection[int]:
+        """Layers whose entering states it is shown."""
+        ...
+
+    def observe(
+        self, layer_idx: int, states: torch.Tensor, entering: npt.NDArray[np.int64]
+    ) -> None:
+        """Look at the distinct states that enter a layer.
+
+        Args:
+            layer_idx: The layer.
+            states: Shape (states, tokens, hidden), model dtype and device.
+            entering: Row of `states` that each plan of the sweep is in. Shape (plans,).
+        """
+
+
+class Sweeper:
+    """Runs sweeps on a model that is not wrapped; a context manager that leaves the model as it found it.
+
+    Args:
+        model: A supported causal language model.
+
+    Raises:
+        UnsupportedModelError: The family is not supported.
+        WrapError: On entering: the model is wrapped.
+
+    Source:
+        Own; the published searches run one forward for each plan.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape)).eval()
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> plans, score = [[1, 1, 1], [1, 0, 1], [1, 0, 2]], [[0, 2], [1, 2], [2, 2]]
+        >>> with Sweeper(model) as sweeper:
+        ...     result = sweeper.sweep(tokens, torch.ones_like(tokens), plans, [0, 0, 0], score=torch.tensor(score))
+        >>> tuple(result.logits.shape), result.naive_visits, result.executed_visits
+        ((3, 32), 8, 5)
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._stack = layer_stack(model)
+        self._head = model.get_output_embeddings()
+        if not isinstance(self._head, nn.Module):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no output head; load it with AutoModelForCausalLM"
+            )
+
+    def __enter__(self) -> "Sweeper":
+        install_executor(self._stack, self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        remove_executor(self._stack)
+
+    def sweep(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        plans: Any,
+        example: Any,
+        *,
+        score: torch.Tensor,
+        observer: StateObserver | None = None,
+    ) -> SweepResult:
+        """Run every plan on its prompt, each distinct prefix of visits once.
+
+        Args:
+            input_ids: Tokens of the E prompts, padded on the left. Shape (E, tokens), int64.
+            attention_mask: 1 for real tokens. Shape (E, tokens).
+            plans: Shape (N, num_layers), uint8.
+            example: The prompt of each plan. Shape (N,), integer.
+            score: Pairs (plan, position) to score; the logits at position t predict token t + 1. Shape (positions, 2),
+                int64.
+            observer: Shown the states that enter some layers.
+
+        Returns:
+            The logits and the cost.
+
+        Raises:
+            PlanError: A plan is not one of this model, or a prompt or position does not exist.
+
+        Complexity:
+            Time and memory grow with the distinct (prompt, prefix of a plan) pairs, not with N times num_layers.
+        """
+        num_examples, num_tokens = input_ids.shape
+        checked = check_plans(plans, self._stack.num_layers)
+        examples = _check_examples(example, len(checked), num_examples)
+        _check_score(score, len(checked), num_tokens)
+        plan = plan_sweep(checked, examples, num_examples)
+        device = input_ids.device
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        flat = score.to(device)
+        handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
+        enter_scope(_SweepScope(self, plan, num_examples, device, observer, score.cpu().numpy()))
+        try:
+            with torch.inference_mode():
+                logits = self._model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=positions,
+                    use_cache=False,
+                ).logits
+        finally:
+            leave_scope(self)
+            handle.remove()
+        return SweepResult(logits[0], plan.naive_visits, plan.executed_visits)
+
+
+class _ScoredStates:
+    """Pre-hook of the output head that hands it the scored states only: the head is a small model's widest layer."""
+
+    def __init__(self, row: torch.Tensor, position: torch.Tensor) -> None:
+        self._row, self._position = row, position
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (args[0][self._row, self._position].unsqueeze(0),)
+
+
+class _SweepScope:
+    """One sweep: from E prompts before the first layer to N plans after the last."""
+
+    def __init__(
+        self,
+        owner: Sweeper,
+        plan: SweepPlan,
+        num_examples: int,
+        device: torch.device,
+        observer: StateObserver | None,
+        score: npt.NDArray[np.int64],
+    ) -> None:
+        self.owner: object = owner
+        self.outer: Scope | None = None
+        # Every layer changes which states there are.
+        self.dispatch: Sequence[Any] = (PER_ROW,) * plan.num_layers
+        self._plan = plan
+        self._score = score
+        self._num_examples = num_examples
+        self._observer = observer
+        # The prompt whose masks and positions each state has.
+        self._example = torch.arange(num_examples, device=device)
+
+    def run(self, call: LayerCall) -> torch.Tensor:
+        """Visit each distinct state once, some of the results again, and gather the next layer's states."""
+        states, example = call.hidden_states, self._example
+        if self._observer is not None and call.layer_idx in self._observer.layers:
+            self._observer.observe(call.layer_idx, states, self._plan.entering(call.layer_idx))
+        first, second, gather, following = (
+            torch.from_numpy(array).to(states.device) for array in self._plan.layer(call.layer_idx)
+        )
+        self._example = following
+        pieces = [states]
+        if first.numel():
+            wanted = self._wanted(call.layer_idx, states, len(first), len(second))
+            prompts = example[first]
+            pieces.append(
+                self._visit(call, states.index_select(0, first), prompts, wanted[: len(first)])
+            )
+            if second.numel():
+                again = pieces[1].index_select(0, second)
+                pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
+        return torch.cat(pieces).index_select(0, gather)
+
+    def _wanted(
+        self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
+    ) -> npt.NDArray[np.bool_]:
+        """Return which tokens of a layer's results are read: of what no later layer visits, the scored ones.
+
+        Shape (first and second results, tokens).
+        """
+        wanted = np.ones((num_first + num_second, states.shape[1]), dtype=np.bool_)
+        observed = () if self._observer is None else self._observer.layers
+        if layer_idx >= max(observed, default=0):
+            wanted[self._plan.settled(layer_idx)] = False
+            plan, position = self._score.T
+            result = self._plan.leaving(layer_idx)[plan] - len(states)
+            made_here = result >= 0
+            wanted[result[made_here], position[made_here]] = True
+        return wanted
+
+    def _visit(
+        self,
+        call: LayerCall,
+        states: torch.Tensor,
+        prompts: torch.Tensor,
+        wanted: npt.NDArray[np.bool_],
+    ) -> torch.Tensor:
+        tokens = None
+        # Nothing at all is a shape that not every module takes.
+        if wanted.any() and not wanted.all():
+            tokens = torch.from_numpy(np.flatnonzero(wanted)).to(states.device)
+        return call.visit(
+            states, cache=None, index=prompts, num_rows=self._num_examples, wanted=tokens
+        )
+
+
+def _check_examples(example: Any, num_plans: int, num_examples: int) -> npt.NDArray[np.uint32]:
+    examples = np.asarray(example)
+    if examples.shape != (num_plans,) or examples.dtype.kind not in "iu":
+        raise PlanError(
+            f"example has shape {examples.shape} and type {examples.dtype}; expected one prompt number for each of "
+            f"{num_plans} plans"
+        )
+    if num_plans and not 0 <= int(examples.min()) <= int(examples.max()) < num_examples:
+        raise PlanError(
+            f"example names prompt {examples.max()} or {examples.min()}, but there are {num_examples}"
+        )
+    return examples.astype(np.uint32)
+
+
+def _check_score(score: torch.Tensor, num_plans: int, num_tokens: int) -> None:
+    if score.dim() != 2 or score.shape[1] != 2 or score.dtype != torch.long:
+        raise PlanError(
+            f"score has shape {tuple(score.shape)} and type {score.dtype}; expected (positions, 2), int64"
+        )
+    if score.numel():
+        low, high = score.amin(dim=0).tolist(), score.amax(dim=0).tolist()
+        if min(low) < 0 or high[0] >= num_plans or high[1] >= num_tokens:
+            raise PlanError(
+                f"score reaches from {low} to {high}; expected plans below {num_plans} and positions below {num_tokens}"
+            )

@@ -1,0 +1,1 @@
+"""Policies as ONNX files, and their decisions by onnxruntime."""

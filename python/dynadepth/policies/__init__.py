@@ -1,0 +1,1 @@
+"""What turns a prompt into a plan, and which penalty keeps a budget."""

@@ -1,0 +1,1 @@
+"""How policies are trained from features and scores."""

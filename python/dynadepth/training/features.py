@@ -1,0 +1,128 @@
+"""What training and static baselines read of a model: pooled states under a plan, and block influence.
+
+One teacher-forced pass gives the features of a prompt, so that training never runs the base model again.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dynadepth.errors import WrapError
+from dynadepth.models.families import layer_stack
+from dynadepth.plans import Plans, check_plans
+from dynadepth.policies.base import Policy
+from dynadepth.policies.pooling import last_token_state, window_means
+from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
+
+__all__ = ["block_influence", "prompt_features"]
+
+
+class _TeacherPolicy(Policy):
+    """Runs given plans and keeps what a router would have read on the way."""
+
+    def __init__(self, plans: Plans, num_windows: int) -> None:
+        self.num_layers = int(plans.shape[1])
+        self.decision_layers = tuple(range(self.num_layers))
+        self.pooled: list[Tensor] = []
+        self._plans, self._num_windows = plans, num_windows
+
+    def initial_plans(self, num_rows: int) -> Plans:
+        plans: Plans = self._plans[:num_rows].copy()
+        return plans
+
+    def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
+        means = window_means(hidden_states, prompts.mask, self._num_windows)
+        last = last_token_state(hidden_states, prompts.mask).unsqueeze(1)
+        self.pooled.append(torch.cat([means, last], dim=1).cpu())
+        return self._plans[:, layer_idx : layer_idx + 1]
+
+
+def prompt_features(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, plans: Any, *, num_windows: int
+) -> Tensor:
+    """Return what routers would read of prompts that run given plans.
+
+    Args:
+        model: An unwrapped, supported model; left unwrapped.
+        input_ids: Prompt tokens only. Shape (rows, tokens), int64.
+        attention_mask: 1 for real tokens. Shape (rows, tokens).
+        plans: The plan of each row. Shape (rows, num_layers), uint8.
+        num_windows: Windows of the prompt.
+
+    Returns:
+        The means over the windows and, last, the last token's state, of the states that enter each layer. Shape (rows,
+        num_layers, num_windows + 1, hidden), float32, on the host.
+
+    Raises:
+        PlanError: A plan is not one of this model, or there is not one for each row.
+        WrapError: The model is wrapped.
+    """
+    teacher = _TeacherPolicy(
+        check_plans(plans, layer_stack(model).num_layers, num_rows=len(input_ids)), num_windows
+    )
+    wrap_model(model, policy=teacher)
+    try:
+        with torch.inference_mode():
+            _forward(model, input_ids, attention_mask)
+    finally:
+        unwrap_model(model)
+    return torch.stack(teacher.pooled, dim=1)
+
+
+def block_influence(
+    model: Any, input_ids: Tensor, attention_mask: Tensor
+) -> npt.NDArray[np.float64]:
+    """Return how much each layer turns the states that pass it.
+
+    Args:
+        model: An unwrapped, supported model; left as it is.
+        input_ids: Prompt tokens. Shape (rows, tokens), int64.
+        attention_mask: 1 for real tokens. Shape (rows, tokens).
+
+    Returns:
+        1 - cosine of a layer's input and output, averaged over the real tokens of each row and then over rows. Shape
+        (num_layers,), float64.
+
+    Raises:
+        WrapError: The model is wrapped.
+
+    Source:
+        ShortGPT (arXiv 2403.03853), equation 1; deviation: every prompt counts once, whatever its length.
+    """
+    if "dynadepth" in model.__dict__:
+        raise WrapError("the model is wrapped; call unwrap_model(model) before block_influence")
+    stack = layer_stack(model)
+    influence = np.zeros(stack.num_layers)
+    weights = attention_mask.to(torch.float32)
+    weights = weights / weights.sum(dim=1, keepdim=True) / len(weights)
+
+    def record(layer_idx: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            cosine = nn.functional.cosine_similarity(args[0].float(), output.float(), dim=-1)
+            influence[layer_idx] = float(((1 - cosine) * weights.to(cosine.device)).sum())
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(record(layer_idx))
+        for layer_idx, layer in enumerate(stack.layers)
+    ]
+    try:
+        with torch.inference_mode():
+            _forward(model, input_ids, attention_mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return influence
+
+
+def _forward(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Run the decoder layers of left- or right-padded prompts; the output head would be wasted."""
+    positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    layer_stack(model).stack(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    )

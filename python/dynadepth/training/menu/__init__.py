@@ -1,0 +1,1 @@
+"""How a menu's plans are chosen and its heads trained; arrays in, a menu out."""

@@ -1,0 +1,277 @@
+"""Training of a menu on a score table: which recipe, which plans, and the heads in the end.
+
+Owns the choices; the cross-validation that they rest on is `menu_fitter`. Arrays in, a menu out: knows nothing of
+models, prompts or files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.errors import ConfigError
+from dynadepth.evaluation.mixtures import concave_hull
+from dynadepth.plans import Plans, prefix_numbers
+from dynadepth.policies.menu import Menu
+from dynadepth.training.menu.cross_validation import MenuCrossValidation
+from dynadepth.training.menu.menu_data import MenuData, MenuRecipe, MenuTrial
+from dynadepth.training.menu.tradeoff import (
+    at_depths,
+    choose,
+    depth_curve,
+    depth_grid,
+    standard_error,
+)
+
+__all__ = ["MenuFit", "choose_plans", "decision_layers", "fit_menu"]
+
+_SHRINKAGES = (1.0, 0.5, 0.25)
+_INNER = 32
+# Of a plan's static shortfall, when a menu is chosen.
+_SHORTFALL = 0.5
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MenuFit:
+    """A trained menu and how it was chosen.
+
+    Args:
+        menu: Trained on all prompts.
+        recipe: The chosen one.
+        gain: What the best recipe gains in cross-validation at shrinkage 1, less what its choice flatters it by.
+        trials: Those that came to the last rounds, in order.
+        fitter: The cross-validation, for what is not asked of every fit.
+    """
+
+    menu: Menu
+    recipe: MenuRecipe
+    gain: float
+    trials: tuple[MenuTrial, ...]
+    fitter: MenuCrossValidation
+
+    @property
+    def scores(self) -> Sequence[Floats]:
+        """Scores of each prompt by heads that learned from almost all others, but not from it, for each step.
+
+        Shape (N, K) each.
+        """
+        return self._out_of_fold[0]
+
+    @cached_property
+    def _out_of_fold(self) -> tuple[list[Floats], list[list[Floats]]]:
+        return self.fitter.out_of_fold_scores(self.recipe)
+
+    def choices(self, penalty: float) -> Indices:
+        """Return the plan of each training prompt under a penalty, by heads that did not learn from it. Shape (N,)."""
+        return self._choose(self.scores, penalty)
+
+    def mean_depth(self, penalty: float) -> float:
+        """Return the mean depth of the training prompts under a penalty, by heads that did not learn from them."""
+        return float(self.menu.depths[self.choices(penalty)].mean())
+
+    def depth_spread(self, penalty: float) -> float:
+        """Return by how much the mean depth hangs on which prompts the heads learned from: a standard deviation."""
+        depths = [
+            self.menu.depths[self._choose(scores, penalty)].mean()
+            for scores in self._out_of_fold[1]
+        ]
+        return float(np.std(depths))
+
+    def _choose(self, scores: Sequence[Floats], penalty: float) -> Indices:
+        numbers = [prefix_numbers(self.menu.plans, layer) for layer in self.recipe.layers]
+        return choose(scores, numbers, self.menu.depths, penalty)
+
+
+def fit_menu(
+    data: MenuData,
+    *,
+    objective: str = "preserve",
+    seed: int = 0,
+    steps: Sequence[Sequence[int]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MenuFit:
+    """Choose a recipe by cross-validation and train a menu's heads with it.
+
+    Recipes are compared by what they gain over the best mixture of the menu's own plans of equal depth, averaged over
+    four depths: in agreement for `preserve`, in the probability of the right answer for `reward`. A perceptron, and a
+    decision in several steps, is taken only if it gains more by at least one standard error of the paired difference.
+    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain, less what the choice of the recipe flatters it by, is
+    more than one standard error, else 0: then all prompts are treated alike.
+
+    Args:
+        data: Prompts under plans.
+        objective: `preserve` or `reward`.
+        seed: Of the folds and the perceptron.
+        steps: Layers to decide at, one tuple for each alternative; None takes each layer of the data at which no plans
+            differ yet and, behind the last of these, pairs with every later layer.
+        progress: Called with finished and all alternatives.
+
+    Returns:
+        The menu and how it was chosen.
+
+    Raises:
+        ConfigError: An unknown objective, or layers that the data has no states of.
+
+    Source:
+        Own. CARROT (arXiv 2502.03261) scores each choice with a head of its own and subtracts cost; deviation: targets
+        are the frozen model's own answers, so that no labels are needed.
+    """
+    if objective not in ("preserve", "reward"):
+        raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
+    if objective == "reward" and data.reward is None:
+        raise ConfigError(
+            "objective 'reward' needs prompts with right answers; use objective 'preserve'"
+        )
+    fitter = MenuCrossValidation(data, objective, seed)
+    single, several = _alternatives(data, steps)
+    total = len(single) + len(several) + 1
+    trials: list[MenuTrial] = []
+    best: tuple[MenuTrial, Floats] | None = None
+    for done, layers in enumerate(single):
+        found = fitter.best_of(layers)
+        trials.append(found[0])
+        if best is None or found[0].gain > best[0].gain:
+            best = found
+        if progress is not None:
+            progress(done + 1, total)
+    if best is None:
+        raise ConfigError("no layer to decide at was given; give the layers of the data's states")
+    for done, layers in enumerate(several):
+        found = fitter.best_of(layers)
+        trials.append(found[0])
+        if _wins(found[1], best[1]):
+            best = found
+        if progress is not None:
+            progress(len(single) + done + 1, total)
+    perceptron = fitter.try_recipe(replace(best[0].recipe, inner=_INNER))
+    trials.append(perceptron[0])
+    if _wins(perceptron[1], best[1]):
+        best = perceptron
+    recipe, bias = replace(best[0].recipe, shrinkage=0.0), fitter.selection_bias()
+    for shrinkage in _SHRINKAGES:
+        trial, _ = fitter.try_recipe(replace(best[0].recipe, shrinkage=shrinkage))
+        if shrinkage != 1.0:
+            trials.append(trial)
+        if trial.gain - shrinkage * bias > trial.standard_error:
+            recipe = trial.recipe
+            break
+    if progress is not None:
+        progress(total, total)
+    return MenuFit(
+        menu=fitter.train(recipe),
+        recipe=recipe,
+        trials=tuple(trials),
+        gain=best[0].gain - bias,
+        fitter=fitter,
+    )
+
+
+def decision_layers(plans: Plans) -> tuple[int, ...]:
+    """Return the layers at which it may pay to decide between plans, ascending.
+
+    Half and three quarters of the way to the first layer at which plans differ, that layer, and every second or, if
+    plans differ early, every fourth one behind it, for a second step.
+
+    Args:
+        plans: Shape (K, num_layers), uint8.
+
+    Returns:
+        Layers, at least one at or before the first at which plans differ.
+    """
+    differ = np.flatnonzero((plans != plans[0]).any(axis=0))
+    first, last = (int(differ[0]), int(differ[-1])) if len(differ) else (0, 0)
+    stride = 2 if first > len(plans[0]) // 3 else 4
+    return tuple(sorted({first // 2, 3 * first // 4, first, *range(first + 2, last, stride)}))
+
+
+def choose_plans(
+    data: MenuData, size: int, *, objective: str = "preserve", seed: int = 0
+) -> Indices:
+    """Choose a menu from a pool of plans, so that choosing among them by the prompt gains most.
+
+    The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still
+    has those. Each step adds the plan with which a policy that was trained on other prompts surely gains most (the mean
+    over prompts and four depths, less its standard error), less half of what the plan, given to all prompts, falls
+    short of the best mixture of its depth: where the prompts are too few to tell what a plan gains, a good plan is the
+    better bet. What an oracle would gain is not asked: most of that is luck.
+
+    Args:
+        data: The pool.
+        size: Plans wanted, the identity included; more come back if the static mixtures need more, fewer if the pool
+            has no more.
+        objective: `preserve` or `reward`, see `fit_menu`.
+        seed: Of the folds.
+
+    Returns:
+        Rows of the pool, the identity first, then by falling depth. Shape (chosen,).
+
+    Raises:
+        ConfigError: A size below 2, or a pool of one plan.
+    """
+    if size < 2 or len(data.plans) < 2:
+        raise ConfigError(
+            f"a menu of {size} from a pool of {len(data.plans)} plans was asked for; expected 2 or more of both"
+        )
+    fitter = MenuCrossValidation(data, objective, seed)
+    first = min(layer for layer in data.views)
+    scores = fitter.held_out_scores(fitter.default(first))[0]
+    depths = data.depths
+    # The graded figures beside the counted one: with few prompts counts alone cannot tell plans apart.
+    values = 0.75 * fitter.values + 0.25 * data.targets()["closeness"]
+    hull = concave_hull(depths, fitter.values.mean(axis=0))
+    taken = sorted({0, *hull.tolist()})
+    frontier = concave_hull(depths, values.mean(axis=0))
+    shortfall = np.interp(depths, depths[frontier], values.mean(axis=0)[frontier])
+    shortfall = shortfall - values.mean(axis=0)
+    wanted = depth_grid(depths)
+    while len(taken) < min(size, len(data.plans)):
+        rest = [plan for plan in range(len(data.plans)) if plan not in taken]
+        before = _menu_values(scores, values, depths, taken, wanted)
+        worth = []
+        for plan in rest:
+            gains = _menu_values(scores, values, depths, [*taken, plan], wanted) - before
+            sure = float(gains.mean()) - standard_error(gains)
+            worth.append(sure - _SHORTFALL * float(shortfall[plan]))
+        taken.append(rest[int(np.argmax(worth))])
+    others = sorted(taken[1:], key=lambda plan: (-depths[plan], plan))
+    return np.array([0, *others], dtype=np.int64)
+
+
+def _menu_values(
+    scores: Floats, values: Floats, depths: Floats, rows: list[int], wanted: Floats
+) -> Floats:
+    """Return what each prompt gets from a policy that chooses among some plans by held-out scores, over the depths."""
+    one = np.zeros(len(rows), dtype=np.int64)
+    curve = depth_curve([scores[:, rows]], [one], depths[rows])
+    each: Floats = at_depths(curve, values[:, rows], wanted).mean(axis=0)
+    return each
+
+
+def _alternatives(
+    data: MenuData, steps: Sequence[Sequence[int]] | None
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return decisions in one step and in several, each in the order in which they are tried."""
+    if steps is not None:
+        given = [tuple(layers) for layers in steps]
+        return [each for each in given if len(each) == 1], [each for each in given if len(each) > 1]
+    differ = np.flatnonzero((data.plans != data.plans[0]).any(axis=0))
+    first = int(differ[0]) if len(differ) else int(data.plans.shape[1]) - 1
+    early = [layer for layer in sorted(data.views) if layer <= first]
+    late = [layer for layer in sorted(data.views) if layer > first]
+    if not early:
+        raise ConfigError(
+            f"plans differ from layer {first} on, but the first states are of layer {min(data.views)}; keep the "
+            f"states of layer {first}"
+        )
+    return [(layer,) for layer in early], [(early[-1], layer) for layer in late]
+
+
+def _wins(gains: Floats, over: Floats) -> bool:
+    """Say whether gains on the same prompts are larger by more than one standard error."""
+    difference = gains - over
+    return float(difference.mean()) > standard_error(difference)

@@ -1,0 +1,330 @@
+"""Training of routers on cached features: arrays in, weights out.
+
+Owns one batched loop that trains the routers of all layers together. Knows
+nothing of models, labels on disk or budgets; a base model is never run here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynadepth.errors import ConfigError
+from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
+from dynadepth.policies.router_heads import Bottleneck, RouterConfig, RouterHeads, all_logits
+from dynadepth.training.losses import Goal, Imitation, Regression
+from dynadepth.training.train_config import TrainConfig
+
+__all__ = ["centre_heads", "logits_of", "train_heads", "train_skip_cost_heads"]
+
+# A dimension that varies by less than this share of its size is rounding noise of half precision.
+_SMALLEST_SPREAD = 1e-3
+# Elements of the features that are copied at a time: 16 M are 64 MB.
+_BLOCK = 1 << 24
+
+
+def train_heads(
+    features: Tensor,
+    actions: Any,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RouterHeads:
+    """Train the routers of all layers to imitate labels, on cached features.
+
+    The layers share nothing but the order of the prompts: each is trained as if alone, all of them in one batched
+    product. The same seed gives the same weights on one machine and build.
+
+    Args:
+        features: Views of the states entering each layer. Shape (prompts, num_layers, views, hidden), float32; views
+            beyond `config.num_views` (the last token's state, for a preset without it) are not read.
+        actions: The labelled action of each layer. Shape (prompts, num_layers), whole numbers 0 to 2.
+        config: Shape of the routers.
+        training: The recipe.
+        seed: Of the initial weights, the held-out prompts and the order.
+        device: Where to train; features that are elsewhere go there batch by batch. None: where the features are.
+        progress: Called as `progress(epoch, epochs)` after each epoch.
+
+    Returns:
+        The routers, without gradients, on that device.
+
+    Raises:
+        ConfigError: Features of another shape or dtype, not finite, or fewer than two prompts.
+        PlanError: Actions of another shape or out of range.
+    """
+    _check_features(features, config)
+    plans = check_plans(actions, config.num_layers, num_rows=len(features))
+    place = features.device if device is None else torch.device(device)
+    goal = Imitation(torch.from_numpy(plans.astype(np.int64)).to(place), training)
+    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+
+
+def train_skip_cost_heads(
+    features: Tensor,
+    skip_costs: Any,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RouterHeads:
+    """Train the router of each layer to predict what skipping the layer costs a prompt.
+
+    The logit of SKIP is minus the predicted cost, in spreads of all costs, so that layers stay comparable; those of
+    EXECUTE and REPEAT are 0. Otherwise as `train_heads`: the recipe's focal loss and class weights are not used.
+
+    Args:
+        features: As `train_heads` takes them, under the plan whose neighbours were measured.
+        skip_costs: What each prompt loses when a layer is skipped. Shape (prompts, num_layers), finite numbers.
+        config: Shape of the routers.
+        training: The recipe.
+        seed: As in `train_heads`.
+        device: As in `train_heads`.
+        progress: As in `train_heads`.
+
+    Returns:
+        The routers, without gradients, on that device.
+
+    Raises:
+        ConfigError: As `train_heads`, or costs of another shape or not finite.
+    """
+    _check_features(features, config)
+    given = np.asarray(skip_costs, dtype=np.float64)
+    shape = (len(features), config.num_layers)
+    if given.shape != shape or not np.isfinite(given).all():
+        raise ConfigError(
+            f"skip_costs has shape {given.shape} or numbers that are not finite; expected finite numbers of shape "
+            f"{shape}"
+        )
+    place = features.device if device is None else torch.device(device)
+    goal = Regression(torch.from_numpy(given).to(place, torch.float32))
+    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+
+
+@torch.enable_grad()
+def _train(
+    features: Tensor,
+    goal: Goal,
+    config: RouterConfig,
+    training: TrainConfig,
+    *,
+    seed: int,
+    place: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> RouterHeads:
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(features))
+    count = round(training.held_out * len(features))
+    held_out, used = np.sort(order[:count]), np.sort(order[count:])
+
+    learnable, constant = goal.begin(used)
+    spread = _spread(features, used, config, enabled=training.standardise)
+    mean, scale = (tensor.to(place) for tensor in spread)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    parameters = _initial_parameters(config, generator)
+    free = torch.ones(config.num_layers, NUM_ACTIONS)
+    if training.held_out > 0:
+        free = learnable
+        # Learning starts at the best constant, so that any epoch which beats it has learnt from the features.
+        for name in [name for name in parameters if ".second_" in name]:
+            parameters[name] = torch.zeros_like(parameters[name])
+        parameters["windows.second_bias"] = constant
+    for name, tensor in parameters.items():
+        parameters[name] = tensor.to(place).requires_grad_()
+    free = free.to(place)
+
+    def losses(prompts: Any) -> Tensor:
+        """Return each layer's mean loss over some prompts. Shape (num_layers,)."""
+        picked = (features[prompts][:, :, : config.num_views].to(place) - mean) * scale
+        logits = all_logits(*_parts(parameters, free), config.num_windows, picked)
+        return goal.losses(logits, prompts).mean(dim=0)
+
+    tensors = list(parameters.values())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in tensors if p.dim() == 3], "weight_decay": training.weight_decay},
+            {"params": [p for p in tensors if p.dim() < 3], "weight_decay": 0.0},
+        ],
+        lr=training.learning_rate,
+    )
+    steps = training.epochs * math.ceil(len(used) / training.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate(step, steps, training)
+    )
+    best = _BestEpoch(tensors, config.num_layers)
+    for epoch in range(training.epochs):
+        if count:
+            best.offer(_mean_losses(losses, held_out, training.batch_size))
+        shuffled = rng.permutation(used)
+        for start in range(0, len(shuffled), training.batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            losses(np.sort(shuffled[start : start + training.batch_size])).sum().backward()
+            optimizer.step()
+            schedule.step()
+        if progress is not None:
+            progress(epoch + 1, training.epochs)
+    if count:
+        best.offer(_mean_losses(losses, held_out, training.batch_size))
+        best.restore()
+    windows, last = _parts(_without_scaling(parameters, mean, scale, config), free)
+    result = RouterHeads(config, windows, last)
+    return centre_heads(result, features) if training.centre else result
+
+
+@torch.no_grad()
+def logits_of(heads: RouterHeads, features: Tensor) -> Tensor:
+    """Return the routers' logits for cached features, in blocks of prompts so that memory stays bounded.
+
+    Args:
+        heads: The routers.
+        features: As `train_heads` takes them.
+
+    Returns:
+        Shape (prompts, num_layers, 3), float32, on the features' device.
+    """
+    block = max(1, _BLOCK // max(1, features[0].numel()))
+    device = heads.windows.second_bias.device
+    parts = [heads.all_logits(part.to(device)) for part in features.split(block)]
+    return torch.cat(parts).to(features.device)
+
+
+@torch.no_grad()
+def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
+    """Subtract from the logits of every layer their mean over some prompts.
+
+    Args:
+        heads: The routers.
+        features: As `train_heads` takes them.
+
+    Returns:
+        Routers whose logits have mean zero over these prompts for every layer and action: the mean is folded into the
+        last bias, so they say only how a prompt differs from the others.
+    """
+    tensors = dict(heads.state_dict())
+    mean = logits_of(heads, features).cpu().to(torch.float64).mean(dim=0).to(torch.float32)
+    bias = tensors["windows.second_bias"]
+    tensors["windows.second_bias"] = bias - mean.to(bias.device)
+    return RouterHeads.from_state_dict(heads.config, tensors)
+
+
+class _BestEpoch:
+    """For each layer, the weights of the epoch with the lowest loss on held-out prompts."""
+
+    def __init__(self, tensors: list[Tensor], num_layers: int) -> None:
+        self._tensors = tensors
+        self._kept = [tensor.detach().clone() for tensor in tensors]
+        self._loss = torch.full((num_layers,), math.inf, device=tensors[0].device)
+
+    def offer(self, loss: Tensor) -> None:
+        better = loss < self._loss
+        self._loss = torch.where(better, loss, self._loss)
+        for kept, tensor in zip(self._kept, self._tensors, strict=True):
+            kept[better] = tensor.detach()[better]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for kept, tensor in zip(self._kept, self._tensors, strict=True):
+                tensor.copy_(kept)
+
+
+def _check_features(features: Tensor, config: RouterConfig) -> None:
+    shape = (config.num_layers, config.num_views, config.hidden_size)
+    fits = features.dim() == 4 and features.dtype == torch.float32
+    fits = fits and (features.shape[1], features.shape[3]) == (shape[0], shape[2])
+    if not fits or features.shape[2] < shape[1]:
+        raise ConfigError(
+            f"features are {features.dtype} of shape {tuple(features.shape)}; expected torch.float32 of shape "
+            f"(prompts, {shape[0]}, {shape[1]} views or more, {shape[2]}) for these routers"
+        )
+    if len(features) < 2:
+        raise ConfigError(
+            f"{len(features)} prompts were given to train routers; expected 2 or more"
+        )
+    finite = torch.stack([torch.isfinite(row).all() for row in features])
+    if not bool(finite.all()):
+        raise ConfigError(
+            f"the features of prompt {int((~finite).nonzero()[0])} are not finite; the base model overflows on it: "
+            "compute features in a wider dtype, or leave the prompt out"
+        )
+
+
+def _rate(step: int, steps: int, training: TrainConfig) -> float:
+    """Return the share of the peak rate at a step: linear warm-up, then half a cosine."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+@torch.no_grad()
+def _mean_losses(losses: Callable[[Plans], Tensor], prompts: Any, batch_size: int) -> Tensor:
+    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    return torch.stack([losses(part) * len(part) for part in parts]).sum(dim=0) / len(prompts)
+
+
+def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return weights and biases uniform within 1 / sqrt(inputs), as torch's own linear layers start."""
+    parameters = {}
+    for name, shape in RouterHeads.expected_shapes(config).items():
+        inputs = config.hidden_size if ".first_" in name else config.bottleneck
+        uniform = torch.rand(shape, generator=generator) * 2.0 - 1.0
+        parameters[name] = uniform / math.sqrt(inputs)
+    return parameters
+
+
+def _spread(
+    features: Tensor, prompts: Any, config: RouterConfig, *, enabled: bool
+) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse spread of every dimension, equal for all windows. Shapes (num_layers, views, hidden)."""
+    shape = (config.num_layers, config.num_views, config.hidden_size)
+    mean = torch.zeros(shape, device=features.device)
+    scale = torch.ones(shape, device=features.device)
+    if not enabled:
+        return mean, scale
+    groups = [slice(0, config.num_windows)]
+    if config.last_token:
+        groups.append(slice(config.num_windows, config.num_views))
+    for layer_idx in range(config.num_layers):
+        picked = features[:, layer_idx][prompts].to(torch.float64)
+        for group in groups:
+            values = picked[:, group].flatten(0, 1)
+            size = values.square().mean(dim=0).sqrt()
+            spread = values.std(dim=0, correction=0)
+            flat = spread <= _SMALLEST_SPREAD * size
+            mean[layer_idx, group] = values.mean(dim=0).to(torch.float32)
+            scale[layer_idx, group] = torch.where(flat, 0.0, 1.0 / spread).to(torch.float32)
+    return mean, scale
+
+
+def _without_scaling(
+    parameters: Mapping[str, Tensor], mean: Tensor, scale: Tensor, config: RouterConfig
+) -> dict[str, Tensor]:
+    """Return weights that do on raw features what the given ones do on scaled features."""
+    folded = {name: tensor.detach() for name, tensor in parameters.items()}
+    for part, view in (("windows", 0), ("last", config.num_windows)):
+        weight = folded.get(f"{part}.first_weight")
+        if weight is None:
+            continue
+        wide = weight.to(torch.float64) * scale[:, view].to(torch.float64).unsqueeze(2)
+        shift = torch.einsum("ld,ldh->lh", mean[:, view].to(torch.float64), wide)
+        folded[f"{part}.first_weight"] = wide.to(torch.float32)
+        folded[f"{part}.first_bias"] = (folded[f"{part}.first_bias"] - shift).to(torch.float32)
+    return folded
+
+
+def _parts(parameters: Mapping[str, Tensor], free: Tensor) -> tuple[Bottleneck, Bottleneck | None]:
+    """Return weights over these tensors, gradients included, that are constant for the actions that are not free."""
+
+    def part(prefix: str) -> Bottleneck:
+        named = {name.split(".")[1]: t for name, t in parameters.items() if name.startswith(prefix)}
+        named["second_weight"] = named["second_weight"] * free.unsqueeze(1)
+        return Bottleneck(**named)
+
+    return part("windows."), part("last.") if "last.first_weight" in parameters else None

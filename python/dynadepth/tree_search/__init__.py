@@ -1,0 +1,1 @@
+"""The search for the plan of each prompt, over the Rust core."""

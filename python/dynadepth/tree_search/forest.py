@@ -1,0 +1,293 @@
+"""The search for plans: one tree for each prompt, driven by ask and tell.
+
+A typed face of the Rust core's forest. Owns the arrays that go in and out. Knows nothing of models, prompts or rewards:
+the caller evaluates the plans that `ask` hands out and tells what they earned.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth import _core
+from dynadepth.errors import ConfigError, SearchError
+from dynadepth.plans import Plans
+from dynadepth.tree_search.config import EditPrior, SearchConfig
+
+__all__ = ["AskBatch", "BestPlan", "EditPrior", "Evaluated", "Forest", "SearchConfig"]
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AskBatch:
+    """Plans to evaluate.
+
+    Args:
+        tree: Tree of each plan, ascending. Shape (rows,), uint32.
+        plans: Shape (rows, num_layers), uint8.
+        ticket: What `tell` takes with the reward. Shape (rows,), uint64.
+    """
+
+    tree: npt.NDArray[np.uint32]
+    plans: Plans
+    ticket: npt.NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.ticket)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BestPlan:
+    """An evaluated plan.
+
+    Args:
+        plan: Shape (num_layers,), uint8.
+        reward: As told.
+        value: reward - depth_penalty * depth.
+        depth: Visits as a fraction of the number of layers.
+        visits: Layer executions.
+    """
+
+    plan: Plans
+    reward: float
+    value: float
+    depth: float
+    visits: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluated:
+    """All told plans of a tree, in the order in which the search chose them.
+
+    Args:
+        plans: Shape (evaluations, num_layers), uint8.
+        rewards: Shape (evaluations,), float64.
+        depths: Shape (evaluations,), float64.
+        visits: Shape (evaluations,), uint32.
+    """
+
+    plans: Plans
+    rewards: _Floats
+    depths: _Floats
+    visits: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+class Forest:
+    """A search over plans for many prompts at once.
+
+    Each tree starts from the identity plan and adds one edit (skip or repeat a layer) at a time; orders of the same
+    edits meet in one node, so every plan within the caps can be reached and none is asked twice. A tree chooses
+    `round_size` plans at once and learns from them together, so what it asks depends on its own rewards, the settings,
+    the prior, the seed and its key alone: not on the other trees, the size of the batches or the order of the tells.
+
+    Without a prior, and with `probe_trees` above 0, the forest first asks the identity plan and every single edit on
+    some trees that the seed chooses, and searches on with what these do on average. The probe also asks a lone REPEAT
+    that `max_depth` forbids by itself, since a SKIP may make room for it; `best` and `pareto` leave such plans out.
+
+    May be used from several threads; the GIL is released while Rust works.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        num_trees: Prompts, one tree each.
+        config: Settings of the search.
+        seed: Seed of everything random, 0 to 2**64 - 1.
+        prior: What single edits do to the reward; given one, there is no probe.
+        tree_keys: Whatever names the prompts: randomness about a tree follows from the seed and its key.
+            Shape (num_trees,), uint64; None for 0, 1, 2 and so on.
+
+    Raises:
+        ConfigError: A setting, the seed, the keys or the prior do not fit.
+
+    Source:
+        The rule `"puct"` is that of AlphaZero (Silver et al., Science 2018) on a graph of plans; deviations: a child
+        not yet asked has its prior mean, and the bonus is in units of the tree's own spread. `"drllm"` is the rule of
+        Dr.LLM (arXiv 2510.12773) on the same graph.
+
+    Example:
+        >>> config = SearchConfig(max_evaluations=8, probe_trees=0)
+        >>> forest = Forest(3, 2, config=config, seed=0)
+        >>> while not forest.finished:
+        ...     batch = forest.ask(256)
+        ...     forest.tell(batch.ticket, batch.plans[:, 0].clip(max=1).astype(float))
+        >>> forest.best(1).plan
+        array([1, 0, 0], dtype=uint8)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_trees: int,
+        *,
+        config: SearchConfig,
+        seed: int,
+        prior: EditPrior | None = None,
+        tree_keys: npt.ArrayLike | None = None,
+    ) -> None:
+        for name, number, most in (
+            ("num_layers", num_layers, 4096),
+            ("num_trees", num_trees, 2**32 - 1),
+        ):
+            if not 1 <= number <= most:
+                raise ConfigError(f"Forest was given {name}={number}; expected 1 to {most}")
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"Forest was given seed={seed}; expected 0 to 2**64 - 1")
+        settings = {**config.to_dict(), "protect": list(config.protect)}
+        self._core = _core.Forest(
+            num_layers,
+            _tree_keys(tree_keys, num_trees),
+            seed=seed,
+            prior=None if prior is None else _prior_arrays(prior),
+            **settings,
+        )
+        self._config = config
+
+    @property
+    def config(self) -> SearchConfig:
+        """Settings of the search."""
+        return self._config
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self._core.num_layers
+
+    @property
+    def num_trees(self) -> int:
+        """Number of prompts."""
+        return self._core.num_trees
+
+    @property
+    def finished(self) -> bool:
+        """Whether every tree has spent its evaluations or run out of plans, and has been told all rewards."""
+        return self._core.finished
+
+    def tree_finished(self, tree: int) -> bool:
+        """Return whether one tree is finished.
+
+        Raises:
+            SearchError: No such tree.
+        """
+        return self._core.tree_finished(self._checked(tree))
+
+    def ask(self, max_plans: int) -> AskBatch:
+        """Hand out plans to evaluate, never one that has been handed out before.
+
+        Trees that have plans waiting get equally many, give or take one; when there is not one for each, they take
+        turns. Rows of one tree lie together, so that they share prefixes in a sweep.
+
+        Args:
+            max_plans: Most plans to hand out, at least 1.
+
+        Returns:
+            The plans; none if all trees are finished or wait for tells.
+
+        Raises:
+            SearchError: `max_plans` is below 1.
+        """
+        if max_plans < 1:
+            raise SearchError(f"max_plans is {max_plans}; ask for at least one plan")
+        return AskBatch(*self._core.ask(max_plans))
+
+    def tell(self, ticket: npt.ArrayLike, rewards: npt.ArrayLike) -> None:
+        """Note the rewards of plans, in any order; all of them, or on an error none.
+
+        Args:
+            ticket: Tickets that `ask` handed out. Shape (rows,), whole numbers.
+            rewards: Reward of each plan. Shape (rows,), finite.
+
+        Raises:
+            SearchError: A ticket that is unknown or told before, a reward that is not finite, or not one reward for
+                each ticket.
+        """
+        tickets, numbers = np.asarray(ticket), np.asarray(rewards)
+        whole = tickets.dtype.kind in "iu" or tickets.size == 0
+        if not whole or tickets.ndim != 1 or (tickets < 0).any():
+            raise SearchError(
+                f"tickets are an array of {tickets.dtype} with shape {tickets.shape}; "
+                "expected those of `ask`, shape (rows,)"
+            )
+        if numbers.dtype.kind not in "fiu" or numbers.ndim != 1:
+            raise SearchError(
+                f"rewards are an array of {numbers.dtype} with shape {numbers.shape}; "
+                "expected one number for each ticket"
+            )
+        self._core.tell(tickets.astype(np.uint64), numbers.astype(np.float64))
+
+    def best(self, tree: int) -> BestPlan:
+        """Return the evaluated plan of highest value within the caps.
+
+        Ties go to the lower depth, then to the lower plan.
+
+        Raises:
+            SearchError: No such tree, or none of its plans has been told.
+        """
+        return BestPlan(*self._core.best(self._checked(tree)))
+
+    def pareto(self, tree: int) -> list[BestPlan]:
+        """Return the evaluated plans within the caps that no other beats in depth and reward, by ascending depth.
+
+        Raises:
+            SearchError: No such tree.
+        """
+        return [BestPlan(*plan) for plan in self._core.pareto(self._checked(tree))]
+
+    def evaluated(self, tree: int) -> Evaluated:
+        """Return every told plan of a tree, the probe's included.
+
+        Raises:
+            SearchError: No such tree.
+        """
+        return Evaluated(*self._core.evaluated(self._checked(tree)))
+
+    def prior(self) -> EditPrior:
+        """Return the prior that was given or that the probe measured.
+
+        Raises:
+            SearchError: The probe has not been told yet, or there is none.
+        """
+        return EditPrior(*self._core.prior())
+
+    def snapshot(self) -> bytes:
+        """Write the forest as bytes, open tickets included."""
+        return self._core.snapshot()
+
+    @classmethod
+    def restore(cls, snapshot: bytes) -> "Forest":
+        """Make the forest that `snapshot` wrote; it goes on as that one would have, and takes its tickets.
+
+        Raises:
+            SearchError: The bytes are cut off, damaged, or of another version.
+        """
+        forest = cls.__new__(cls)
+        forest._core = _core.Forest.restore(snapshot)
+        forest._config = SearchConfig.from_dict(forest._core.settings())
+        return forest
+
+    def _checked(self, tree: int) -> int:
+        if tree < 0:
+            raise SearchError(f"tree {tree} does not exist; expected 0 to {self.num_trees - 1}")
+        return tree
+
+
+def _tree_keys(keys: npt.ArrayLike | None, num_trees: int) -> npt.NDArray[np.uint64]:
+    if keys is None:
+        return np.arange(num_trees, dtype=np.uint64)
+    array = np.asarray(keys)
+    if array.dtype.kind not in "iu" or array.shape != (num_trees,) or (array < 0).any():
+        raise ConfigError(
+            f"tree_keys are an array of {array.dtype} with shape {array.shape}; "
+            f"expected whole numbers from 0, shape ({num_trees},)"
+        )
+    return array.astype(np.uint64)
+
+
+def _prior_arrays(prior: EditPrior) -> tuple[_Floats, _Floats, int]:
+    return (
+        np.ascontiguousarray(prior.mean, dtype=np.float64),
+        np.ascontiguousarray(prior.variance, dtype=np.float64),
+        prior.count,
+    )

@@ -1,0 +1,143 @@
+"""ContextMethods: what the caller can say of the forwards inside a `with model.dynadepth....:`.
+
+Checks what is said and keeps it in a context, where the controller finds it. Knows nothing of policies or hooks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dynadepth.errors import ConfigError, PlanError
+from dynadepth.execution.callbacks import VisitCallback
+from dynadepth.execution.context_stack import Context, open_context
+from dynadepth.plans import Plans, check_plans
+from dynadepth.wrapping.constraints import Limits
+from dynadepth.wrapping.stats import Stats
+
+__all__ = ["ContextMethods"]
+
+
+class ContextMethods:
+    """The `with` blocks of a controller, which derives from it: contexts belong to the controller itself.
+
+    Args:
+        limits: What given plans may not break.
+        stats: Where the figures of a generation go.
+    """
+
+    def __init__(self, limits: Limits, stats: Stats) -> None:
+        self.num_layers = limits.num_layers
+        self._limits = limits
+        self._stats = stats
+
+    @contextmanager
+    def plans(self, plans: Any) -> Iterator[None]:
+        """Run fixed plans in place of the policy's, for the forwards and generations inside the block.
+
+        The block is this thread's: a thread started inside it runs the policy's plans.
+
+        Args:
+            plans: One plan for all rows, or one for each row. Shape (num_layers,) or (rows, num_layers), uint8; or
+                texts that `parse_plan` reads: one, or a list of one for each row. A batch of k times as many rows
+                (beams, return sequences) repeats each plan k times.
+
+        Raises:
+            PlanError: A plan is not one of this model, skips a protected layer, or exceeds `max_depth`; or, at the
+                forward, the batch is not a multiple of the rows.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from dynadepth import wrap_model
+            >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+            >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape))
+            >>> model = wrap_model(model, plan="0-3")
+            >>> with model.dynadepth.plans(["0-1,3", "0-3,3"]):
+            ...     _ = model(torch.tensor([[5, 6, 7], [8, 9, 5]]))
+            >>> model.dynadepth.last_depths
+            array([0.75, 1.25])
+        """
+        fixed = check_plans(plans, self.num_layers)
+        self.check_limits(fixed)
+        with open_context(Context(self, plans=fixed)):
+            yield
+
+    @contextmanager
+    def watch(
+        self, before: VisitCallback | None = None, *, after: VisitCallback | None = None
+    ) -> Iterator[None]:
+        """Call a function at every visit of a decoder layer, for the forwards and generations inside the block.
+
+        The block is this thread's. What a callback raises leaves the forward; the model can be used again, the cache of
+        that forward cannot. A callback must not run the model itself. Without a block, nothing is spent on this.
+
+        Args:
+            before: Called with a `VisitEvent` before each visit.
+            after: Called with a `VisitEvent` after each visit.
+
+        Raises:
+            ConfigError: There is no callback, or it cannot be called.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from dynadepth import wrap_model
+            >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+            >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
+            >>> model = wrap_model(model, plan="0,2,2")
+            >>> with model.dynadepth.watch(print):
+            ...     _ = model(torch.tensor([[5, 6, 7], [8, 9, 5]]))
+            VisitEvent(layer_idx=0, visit=0, rows=(0, 1), num_tokens=3)
+            VisitEvent(layer_idx=2, visit=0, rows=(0, 1), num_tokens=3)
+            VisitEvent(layer_idx=2, visit=1, rows=(0, 1), num_tokens=3)
+        """
+        given: list[Any] = [each for each in (before, after) if each is not None]
+        wrong = [each for each in given if not callable(each)]
+        if not given or wrong:
+            what = repr(wrong[0]) if wrong else "nothing"
+            raise ConfigError(
+                f"watch was given {what} to call; expected a function that takes one VisitEvent"
+            )
+        with open_context(Context(self, before=before, after=after)):
+            yield
+
+    @contextmanager
+    def prompt(self, lengths: Sequence[int] | torch.Tensor) -> Iterator[None]:
+        """Say how many tokens of each row are the prompt, for plain forwards of prompt and continuation together.
+
+        Args:
+            lengths: Real tokens of the prompt at the start of each row, padding not counted. Shape (rows,), integer.
+
+        Raises:
+            PlanError: A length is below 1.
+        """
+        tensor = torch.as_tensor(lengths, dtype=torch.long).cpu()
+        if tensor.dim() != 1 or tensor.numel() == 0 or int(tensor.min()) < 1:
+            raise PlanError(
+                f"prompt lengths are {tensor.tolist()}; expected one number of at least 1 for each row"
+            )
+        with open_context(Context(self, prompt_lengths=tensor)):
+            yield
+
+    @contextmanager
+    def generation(self, prompt_width: int | None) -> Iterator[None]:
+        """Mark the forwards inside as one `generate` call: drafts and later tokens are not the prompt.
+
+        Args:
+            prompt_width: Columns of the batch that `generate` was given, padding included; None if unknown.
+        """
+        context = Context(self, prompt_width=prompt_width, in_generate=True)
+        with open_context(context):
+            try:
+                yield
+            finally:
+                if context.cache is not None:
+                    self._stats.measure(context.cache)
+
+    def check_limits(self, plans: Plans) -> None:
+        """Refuse given plans that break the limits the model was wrapped with.
+
+        Raises:
+            PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
+        """
+        self._limits.check(plans)

@@ -1,0 +1,298 @@
+"""The controller of a wrapped model: plans each prompt once and lets the executor run the plan.
+
+The stack's forward pre-hook opens a `PlanScope`; the first layers of the first forward on an empty cache plan the
+prompts (the policy sees prompt tokens only); the plans are kept on the cache, or by `generate` if there is none.
+`model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dynadepth.caching.depth_cache import DepthCache
+from dynadepth.caching.memory import KvBytes
+from dynadepth.caching.row_plans import RowPlans
+from dynadepth.errors import PlanError, WrapError
+from dynadepth.execution.context_stack import Context, contexts_of
+from dynadepth.execution.executor import (
+    enter_scope,
+    install_executor,
+    is_installed,
+    leave_scope,
+    remove_executor,
+)
+from dynadepth.execution.plan_forward import PlanScope
+from dynadepth.models.families import LayerStack, layer_stack
+from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
+from dynadepth.policies.base import Policy, StaticPolicy
+from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.wrapping.constraints import Limits
+from dynadepth.wrapping.contexts import ContextMethods
+from dynadepth.wrapping.stats import Stats, Totals
+
+__all__ = ["Controller"]
+
+_CONTROLLER = "_dynadepth_controller"
+
+
+class Controller(ContextMethods):
+    """What `model.dynadepth` is: the policy of a wrapped model, what it planned and what that came to.
+
+    Of several threads that run the model, the batch planned last counts for everything called `last`.
+
+    Attributes:
+        policy: Turns prompts into plans.
+        num_layers: Decoder layers of the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dynadepth import wrap_model
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape))
+        >>> model = wrap_model(model, plan="0-1,3")
+        >>> _ = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+        >>> model.dynadepth.last_plans, model.dynadepth.last_depths
+        (array([[1, 1, 0, 1]], dtype=uint8), array([0.75]))
+        >>> kv = model.dynadepth.last_kv
+        >>> kv.saved / kv.plain
+        0.25
+        >>> model.dynadepth.totals  # doctest: +NORMALIZE_WHITESPACE
+        Totals(prompts=1, planned_visits=3, plain_planned_visits=4, prefill_forwards=1, decode_forwards=2,
+               visits=9, plain_visits=12)
+        >>> model.dynadepth
+        <Controller: 4 layers, StaticPolicy 0-1,3; last batch 1 row at depth 0.750; in all 1 row at depth 0.750>
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        policy: Policy,
+        *,
+        max_depth: float | None = None,
+        protect: Iterable[int] = (),
+    ) -> None:
+        super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Stats())
+        self.policy = policy
+        self._handles: list[Any] = []
+
+    def __repr__(self) -> str:
+        policy = type(self.policy).__name__
+        if isinstance(self.policy, StaticPolicy):
+            policy += f" {plan_ranges(self.policy.plan)}"
+        parts = [f"{self.num_layers} layers", policy]
+        if self._limits.max_depth is not None:
+            parts.append(f"max_depth {self._limits.max_depth:g}")
+        if self._limits.protect:
+            parts.append(f"protect {list(self._limits.protect)}")
+        done = ["nothing planned yet"]
+        plans, totals = self.last_plans, self.totals
+        if plans is not None:
+            done = [_summary("last batch", len(plans), float(plan_depth(plans).mean()))]
+        if totals.mean_depth is not None:
+            done.append(_summary("in all", totals.prompts, totals.mean_depth))
+        return f"<{type(self).__name__}: {', '.join(parts)}; {'; '.join(done)}>"
+
+    @property
+    def last_plans(self) -> Plans | None:
+        """The plans of the batch planned last. Shape (rows, num_layers), uint8; None before the first."""
+        return self._stats.last_plans
+
+    @property
+    def last_depths(self) -> npt.NDArray[np.float64] | None:
+        """The depth of each row of that batch, 1.0 being the plain model's. Shape (rows,); None before the first."""
+        plans = self.last_plans
+        return None if plans is None else plan_depth(plans)
+
+    @property
+    def last_mean_depth(self) -> float | None:
+        """The mean of `last_depths`; None before the first batch."""
+        depths = self.last_depths
+        return None if depths is None else float(depths.mean())
+
+    @property
+    def last_kv(self) -> KvBytes | None:
+        """Bytes of key and value states of that batch, and what the plain model would hold.
+
+        Those of this moment while its cache lives; after `generate`, those at its end. None if there is no cache, or if
+        a plain forward's cache is gone.
+        """
+        return self._stats.last_kv
+
+    @property
+    def totals(self) -> Totals:
+        """What has been planned and run since wrapping, or since `reset_totals`."""
+        return self._stats.totals
+
+    def reset_totals(self) -> None:
+        """Let `totals` begin at zero again; the last batch stays known."""
+        self._stats.reset()
+
+    def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        contexts = contexts_of(self)
+        generation = next((context for context in contexts if context.in_generate), None)
+        # Without a cache, only `generate` knows that a longer input is the same prompt again.
+        keeper = generation if cache is None else cache
+        known = keeper.row_plans if keeper is not None else None
+        is_new = known is None
+        if known is None:
+            self._stats.begin(cache)
+            if generation is not None:
+                generation.cache = cache
+            known = self._fresh_plans(num_rows, contexts)
+        if known.num_rows != num_rows:
+            raise PlanError(
+                f"the cache holds {known.num_rows} planned rows, but the batch has {num_rows}; "
+                "a cache goes on with the sequences it began with"
+            )
+        if keeper is not None:
+            keeper.row_plans = known
+        return known, is_new
+
+    def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
+        """Take note of a forward that has run to its end."""
+        self._stats.ran(plans, is_prefill=is_prefill)
+
+    def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
+        fixed = next((context.plans for context in contexts if context.plans is not None), None)
+        if fixed is not None:
+            if num_rows % len(fixed):
+                raise PlanError(
+                    f"{len(fixed)} plans were given for a batch of {num_rows} rows, not a multiple"
+                )
+            plans = RowPlans(np.repeat(fixed, num_rows // len(fixed), axis=0))
+        else:
+            given = self.policy.initial_plans(num_rows)
+            initial = self._checked(given, (num_rows, self.num_layers), 0)
+            initial = self._limits.apply(initial, 0, np.zeros(num_rows, dtype=np.int64))
+            reads = self.policy.decision_layers
+            plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
+        if plans.num_decided == self.num_layers:
+            self._stats.planned(plans)
+        return plans
+
+    def decide(
+        self,
+        plans: RowPlans,
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        prompts: PromptBatch,
+    ) -> None:
+        """Ask the policy for the actions of the layers from `layer_idx` to its next decision.
+
+        Args:
+            plans: The plans of the batch; written.
+            layer_idx: The layer that the states enter.
+            hidden_states: Shape (rows, tokens, hidden).
+            prompts: The prompts; its plans are those written here.
+        """
+        reads = self.policy.decision_layers
+        end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
+        with torch.no_grad():
+            given = self.policy.decide(layer_idx, hidden_states, prompts)
+        actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
+        visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
+        plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
+        if end == self.num_layers:
+            self._stats.planned(plans)
+
+    def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
+        """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
+        array = np.asarray(actions)
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        if array.dtype.kind not in "iu" or array.shape != shape or low < 0 or high > int(REPEAT):
+            raise PlanError(
+                f"{type(self.policy).__name__} gave {array.dtype} of shape {array.shape} with values from {low} to "
+                f"{high} at layer {layer_idx}; expected whole numbers 0, 1 and 2 of shape {shape}"
+            )
+        checked: Plans = array.astype(np.uint8)
+        return checked
+
+    def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
+        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        mask, (rows, tokens) = real, real.shape
+        contexts = contexts_of(self)
+        lengths = next(
+            (context.prompt_lengths for context in contexts if context.prompt_lengths is not None),
+            None,
+        )
+        generation = next((context for context in contexts if context.in_generate), None)
+        width = None
+        if generation is not None:
+            # The width is that of the prompt planned first; the negative prompt of guidance is all its own.
+            width, generation.prompt_width = generation.prompt_width, None
+        if lengths is not None:
+            if lengths.numel() != rows:
+                raise PlanError(
+                    f"{lengths.numel()} prompt lengths were given for a batch of {rows} rows"
+                )
+            mask = mask & (mask.long().cumsum(dim=1) <= lengths.to(mask.device).unsqueeze(1))
+        elif width is not None and width < tokens:
+            mask = mask.clone()
+            mask[:, width:] = False
+        return mask
+
+    def attach(self, model: nn.Module) -> None:
+        """Put executor and hooks on a model; changes nothing if it raises."""
+        stack = layer_stack(model)
+        install_executor(stack, self)
+        stack.stack.__dict__[_CONTROLLER] = self
+        self._handles = [
+            stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
+            stack.stack.register_forward_hook(_close_scope, always_call=True),
+        ]
+
+    def detach(self, model: nn.Module) -> None:
+        """Take everything that `attach` put on off again."""
+        stack = layer_stack(model)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        stack.stack.__dict__.pop(_CONTROLLER, None)
+        remove_executor(stack)
+
+
+def _summary(what: str, rows: int, depth: float) -> str:
+    return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
+
+
+# Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
+# original's controller.
+def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        mask = None
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
+
+
+def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    scope = leave_scope(module.__dict__[_CONTROLLER])
+    # There is no output if the forward raised.
+    if output is not None and isinstance(scope, PlanScope):
+        scope.finish()
+
+
+def controller_of(model: nn.Module) -> Controller:
+    """Return the controller of a wrapped model.
+
+    Raises:
+        WrapError: The model is not wrapped.
+    """
+    controller = layer_stack(model).stack.__dict__.get(_CONTROLLER)
+    if not isinstance(controller, Controller):
+        raise WrapError(
+            f"this {type(model).__name__} is not wrapped; call wrap_model(model, ...) first"
+        )
+    return controller
+
+
+def is_wrapped(stack: LayerStack) -> bool:
+    """Say whether a controller or an executor is on these layers."""
+    return _CONTROLLER in stack.stack.__dict__ or is_installed(stack)

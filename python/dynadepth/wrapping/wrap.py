@@ -1,0 +1,260 @@
+"""`wrap_model` and `unwrap_model`: put dynamic depth on a model and take it off without a trace."""
+
+import copy
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_routers
+from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
+from dynadepth.models.families import LayerStack, layer_stack
+from dynadepth.plans import check_plans
+from dynadepth.policies.base import Policy, StaticPolicy
+from dynadepth.wrapping.controller import Controller, controller_of, is_wrapped
+
+__all__ = ["unwrap_model", "wrap_model"]
+
+
+def wrap_model(
+    model: Any,
+    *,
+    budget: float | None = None,
+    routers: Any = None,
+    plan: Any = None,
+    policy: Policy | None = None,
+    max_depth: float | None = None,
+    protect: Iterable[int] = (),
+    router_backend: Literal["torch", "onnx"] = "torch",
+) -> Any:
+    """Give a causal language model a dynamic depth; its weights, names and classes stay as they are.
+
+    Everything is checked before the model is touched. Inside, each prompt is planned once, from its own tokens; the
+    plan is kept on the cache. `unwrap_model` takes all of it off again.
+
+    Args:
+        model: A supported transformers causal language model, bare or inside a PEFT or a `torch.compile` model.
+        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
+        routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
+        plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
+        policy: Any other policy.
+        max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away. A layer is decided before the
+            later ones are known, so a repeat stays only if the rest of the plan, run once, still fits.
+        protect: Layers that always run once. With `budget` only layers that the routers never skip.
+        router_backend: What runs the routers: torch, or onnxruntime on `routers.onnx`.
+
+    Returns:
+        The same model, changed in place; `model.dynadepth` is its controller.
+
+    Raises:
+        BudgetError: The budget is not a number or outside the calibrated range.
+        CheckpointError: The routers are damaged or belong to another base model.
+        ConfigError: Not exactly one of budget, plan and policy, or settings that do not go together.
+        FileNotFoundError: There are no routers beside the base model.
+        PlanError: The plan is not one of this model.
+        UnsupportedModelError: The model's family is not supported.
+        WrapError: The model is wrapped already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))
+        >>> model = wrap_model(model, plan=[1, 0, 1])
+        >>> model = unwrap_model(model)
+    """
+    given = [
+        name
+        for name, value in (("budget", budget), ("plan", plan), ("policy", policy))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ConfigError(
+            f"wrap_model was given {' and '.join(given) or 'none of budget, plan and policy'}; "
+            "expected exactly one of budget, plan and policy"
+        )
+    if router_backend not in ("torch", "onnx"):
+        raise ConfigError(f"router_backend is {router_backend!r}; expected 'torch' or 'onnx'")
+    if budget is None and (routers is not None or router_backend != "torch"):
+        raise ConfigError(
+            f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
+        )
+    inner = _causal_lm(model)
+    stack = layer_stack(inner)
+    if is_wrapped(stack) or "dynadepth" in inner.__dict__:
+        raise WrapError(
+            f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
+        )
+    replaced = [name for name in ("generate", *_PACKED) if name in inner.__dict__]
+    if replaced:
+        raise WrapError(
+            f"another library has replaced this model's {replaced[0]}; remove that before wrapping"
+        )
+    protected = _check_protect(protect, stack)
+    _check_max_depth(max_depth)
+
+    if budget is not None:
+        loaded = _resolve_routers(inner, routers)
+        chosen: Policy = loaded.policy(budget, backend=router_backend)
+        movable = sorted(set(protected) - set(loaded.protect))
+        if movable:
+            raise ConfigError(
+                f"layers {movable} are to be protected, but the budget was calibrated with routers that may skip them; "
+                "train routers with these layers protected"
+            )
+        protected = tuple(sorted(set(protected) | set(loaded.protect)))
+    else:
+        chosen = (
+            policy
+            if policy is not None
+            else StaticPolicy(check_plans(plan, stack.num_layers, num_rows=1)[0])
+        )
+    if chosen.num_layers != stack.num_layers:
+        raise PlanError(
+            f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
+            "use a policy made for this model"
+        )
+    controller = Controller(stack.num_layers, chosen, max_depth=max_depth, protect=protected)
+    if isinstance(chosen, StaticPolicy):
+        controller.check_limits(chosen.initial_plans(1))
+    controller.attach(inner)
+    inner.__dict__["dynadepth"] = controller
+    # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
+    inner.__dict__["generate"] = partial(_generate, inner)
+    for name in _PACKED:
+        inner.__dict__[name] = partial(_refuse_packed, name)
+    return model
+
+
+def unwrap_model(model: Any) -> Any:
+    """Take everything that `wrap_model` put on off again.
+
+    Args:
+        model: A wrapped model, bare or inside a PEFT or a `torch.compile` model, whichever came first.
+
+    Returns:
+        The same model, with its own classes, attributes and outputs.
+
+    Raises:
+        WrapError: The model is not wrapped.
+    """
+    inner = _causal_lm(model)
+    controller_of(inner).detach(inner)
+    for name in ("dynadepth", "generate", *_PACKED):
+        inner.__dict__.pop(name, None)
+    return model
+
+
+def _causal_lm(model: Any) -> Any:
+    """Return the model that has the layers and the generate, from inside what torch.compile and PEFT put around it."""
+    inner = getattr(model, "_orig_mod", model)
+    get_base_model = getattr(inner, "get_base_model", None)
+    return inner if get_base_model is None else get_base_model()
+
+
+# Ways into continuous batching, whose worker thread would swallow an error raised in a layer.
+_PACKED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def _refuse_packed(name: str, *_: Any, **__: Any) -> None:
+    raise UnsupportedModelError(
+        f"{name} packs all requests into one row, where prompts cannot have plans of their own; "
+        "call generate on padded batches, or unwrap_model(model) first"
+    )
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's own generate, uncompiled, with the prompt's width known to the controller."""
+    controller: Controller = model.__dict__["dynadepth"]
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+    def setting(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        # What a given config leaves open, generate takes from the model's own.
+        values = (getattr(config, name, None) for config in (given, model.generation_config))
+        return next((value for value in values if value is not None), None)
+
+    if setting("assistant_early_exit"):
+        raise UnsupportedModelError(
+            "assistant_early_exit lowers the number of layers under the plan; use assistant_model= or no assistant"
+        )
+    if setting("prefill_chunk_size") and controller.policy.decision_layers:
+        raise UnsupportedModelError(
+            f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy a part of the prompt only; "
+            "leave it out, or wrap with plan="
+        )
+    if (
+        setting("guidance_scale") not in (None, 1)
+        and setting("use_cache") is False
+        and controller.policy.decision_layers
+    ):
+        raise UnsupportedModelError(
+            "guidance without a cache cannot tell the prompt from the negative prompt, which has a plan of its own; "
+            "leave use_cache=False out, or wrap with plan="
+        )
+    prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    if (
+        controller.policy.decision_layers
+        and prepare is not type(model).prepare_inputs_for_generation
+    ):
+        raise UnsupportedModelError(
+            "another library prepares the inputs of this model's generate (prompt tuning of PEFT puts tokens before "
+            "them), so the policy cannot tell where the prompt ends; wrap with plan="
+        )
+    if setting("compile_config") is not None or kwargs.get("disable_compile") is False:
+        raise UnsupportedModelError(
+            "generate was asked to compile (compile_config, or disable_compile=False); a wrapped model decides in "
+            "Python which rows run which layer, so it runs uncompiled: leave these out, or bake(model, plan) and "
+            "compile that"
+        )
+    # With a static cache on an accelerator, generate compiles the forward by itself: one graph for each plan, and after
+    # a few plans silently none. A fixed plan is no exception, as `model.dynadepth.plans` may change it at any time.
+    if given is None:
+        kwargs["disable_compile"] = True
+    else:
+        # Settings beside a config are deprecated, so this one goes into the config, which stays the caller's.
+        given = copy.copy(given)
+        given.disable_compile = True
+        if kwargs.get("generation_config") is None:
+            args = (args[0], given, *args[2:])
+        else:
+            kwargs["generation_config"] = given
+    prompt = kwargs.get("inputs_embeds")
+    for candidate in (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None):
+        if prompt is None:
+            prompt = candidate
+    width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
+    with controller.generation(width):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _check_max_depth(max_depth: object) -> None:
+    if max_depth is None:
+        return
+    if not isinstance(max_depth, (int, float)) or not 1 <= max_depth < math.inf:
+        raise ConfigError(
+            f"max_depth is {max_depth!r}; expected a number of at least 1 (1 takes all repeats away)"
+        )
+
+
+def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]:
+    layers = tuple(protect)
+    for layer in layers:
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int)
+            or not 0 <= layer < stack.num_layers
+        ):
+            raise ConfigError(
+                f"protect names layer {layer!r}; expected layer numbers from 0 to {stack.num_layers - 1}"
+            )
+    return layers
+
+
+def _resolve_routers(model: nn.Module, routers: Any) -> TrainedPolicy:
+    if isinstance(routers, TrainedPolicy):
+        routers.check_model(model)
+        return routers
+    return load_routers(find_routers(model) if routers is None else routers, model=model)

@@ -1,0 +1,380 @@
+"""The whole way on one small model: questions, search, routers, evaluation, report, an answer.
+
+Owns the order of the steps; their sizes are `demo_config`'s. Every step is a function that has its own
+command.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dynadepth.checkpoints.paths import restore_folder
+from dynadepth.checkpoints.save_load import TrainedPolicy, load_routers
+from dynadepth.errors import ConfigError
+from dynadepth.models.families import layer_stack
+from dynadepth.models.loading import load_model, load_tokenizer
+from dynadepth.plans import plan_depth, plan_text
+from dynadepth.training.menu.fit import decision_layers
+from dynadepth_search.cli.demo_config import DemoConfig
+from dynadepth_search.data.downloads import fetch_model
+from dynadepth_search.data.questions import fetch_piqa, fetch_questions
+from dynadepth_search.data.splits import split_examples, write_task
+from dynadepth_search.data.tasks import Example, Task, read_task
+from dynadepth_search.evaluation.comparison import Front
+from dynadepth_search.evaluation.evaluating import evaluate, read_evaluation
+from dynadepth_search.evaluation.metrics import show_interval, show_number
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.report.report import write_report
+from dynadepth_search.scoring.objectives import check_answers, check_objective
+from dynadepth_search.scoring.runtime_checks import wrapped
+from dynadepth_search.scoring.score_table import read_scores, score_prompts
+from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.per_prompt import search_prompts
+from dynadepth_search.search.static import read_static, search_static
+from dynadepth_search.storage.labels import read_labels
+from dynadepth_search.storage.steps import Steps
+from dynadepth_search.training.menu_fit import fit_trained_menu, learning_curve
+from dynadepth_search.training.router_fit import (
+    fit_imitation,
+    fit_routers,
+    router_plans,
+    write_routers,
+)
+
+__all__ = ["card_table", "run_demo"]
+
+_ANSWER_TOKENS = 40
+# Of the prompts that train the menu, those that the dearer comparisons learn from.
+_ROUTER_SHARE = 0.4
+_LABEL_SHARE = 0.2
+_FEWEST_LABELS = 16
+
+
+def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, Any]:
+    """Run a demo, or go on with one that was interrupted.
+
+    Args:
+        config: What is asked for.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        What was measured, as values that JSON knows: `search`, `train`, `evaluation`, `seconds` of
+        each step, the `report`'s path and the `answer` generated.
+
+    Raises:
+        AssetError: Something cannot be fetched.
+        LabelError: The folder holds a run that was asked for otherwise.
+        TaskError: The task is not what it must be, or too small.
+        UnsupportedModelError: The model's family is not supported.
+    """
+    return _Demo(config, progress).run()
+
+
+class _Demo:
+    """One run of a demo; everything that a later step needs of an earlier one is on disk."""
+
+    def __init__(self, config: DemoConfig, progress: Progress) -> None:
+        self._config, self._progress, self._out = config, progress, config.out
+        if config.scoring != "raw" and config.task is None:
+            raise ConfigError(
+                "scoring goes with a task of your own; the demo's questions are scored raw"
+            )
+        self._steps = Steps(config.out / "steps.json", config.asked())
+
+    def run(self) -> dict[str, Any]:
+        config, steps = self._config, self._steps
+        source = config.model
+        if source is None:
+            steps.run("fetch the model", self._fetch_model, write=False)
+            # It may have left the cache since.
+            source = str(fetch_model(config.cache))
+        self._progress("load the model", 0, 1)
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        layer_stack(model)
+        self._progress("load the model", 1, 1)
+        # The first step that writes: a run folder is bound to what was asked for, so whatever can
+        # be refused has been by then.
+        steps.run("fetch the questions", lambda: self._split(model, tokenizer))
+        train, heldout = (self._task(name) for name in ("train", "heldout"))
+        found = steps.run("search plans", lambda: self._search(model, tokenizer, train))
+        scored = steps.run("score plans", lambda: self._score(model, tokenizer, train))
+        trained = steps.run("train the menu", self._train_menu)
+        presets = {}
+        if not config.quick:
+            steps.run("train routers", lambda: self._train_routers(model, tokenizer, train))
+            steps.run("train drllm", lambda: self._train_imitation(model, tokenizer, train))
+            presets = {name: self._policy(model, name) for name in ("routers", "drllm")}
+        menu = self._policy(model, "menu")
+        steps.run(
+            "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, menu, presets)
+        )
+        evaluation = read_evaluation(self._out / "evaluation")
+        evaluation["learning_curve"] = trained["learning curve"]
+        steps.run("write the model card", lambda: self._write_card(menu, evaluation))
+        answered = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
+        run = {
+            "search": {**found, **scored},
+            "training": {
+                key: value
+                for key, value in trained.items()
+                if key not in ("trials", "learning curve")
+            },
+            "seconds of each step": steps.seconds,
+            "an answer": _show_answer(answered),
+        }
+        page = write_report(self._out, evaluation, run)
+        return {
+            "asked": config.asked(),
+            "search": {**found, **scored},
+            "train": trained,
+            "evaluation": evaluation,
+            "identity_rate": {
+                policy["name"]: policy["identity_rate"]
+                for policy in evaluation["policies"]
+                if policy["kind"] in ("routed", "preset")
+            },
+            "seconds": {**steps.seconds, "total": round(sum(steps.seconds.values()), 2)},
+            "answer": answered,
+            "report": str(page),
+        }
+
+    def _fetch_model(self) -> dict[str, Any]:
+        self._progress("fetch the model", 0, 1)
+        folder = fetch_model(self._config.cache)
+        self._progress("fetch the model", 1, 1)
+        return {"folder": str(folder)}
+
+    def _split(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        config = self._config
+        self._progress("fetch the questions", 0, 1)
+        if config.task is None:
+            examples = fetch_piqa(config.cache)
+        else:
+            task = read_task(config.task, scoring=config.scoring)
+            check_answers(task, check_objective(config.objective))
+            examples = list(task.examples)
+        train, heldout = split_examples(
+            examples, train=config.prompts, heldout=config.heldout, seed=config.seed
+        )
+        scorer = Scorer(model, tokenizer, config.scoring)
+        for example in (*train, *heldout):
+            scorer.encode(example)
+        write_task(self._out / "train.jsonl", train)
+        write_task(self._out / "heldout.jsonl", heldout)
+        self._progress("fetch the questions", 1, 1)
+        return {"train": len(train), "heldout": len(heldout)}
+
+    def _task(self, name: str) -> Task:
+        given = self._config.task
+        title = "PIQA" if given is None else given.stem
+        path = self._out / f"{name}.jsonl"
+        return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
+
+    def _search(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        spec = self._config.static(layer_stack(model).num_layers)
+        folder = self._out / "plans"
+        found = search_static(model, tokenizer, train, folder, spec, progress=self._progress)
+        return {
+            "plans on the menu": len(found.menu),
+            "plans measured": len(found.pool),
+            "evaluations to find them": found.evaluations,
+        }
+
+    def _score(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        menu = read_static(self._out / "plans").menu
+        table = score_prompts(
+            model,
+            tokenizer,
+            train,
+            menu,
+            self._out / "scores",
+            layers=decision_layers(menu),
+            progress=self._progress,
+        )
+        return {"prompts scored": len(table), "mean agreement": float(table.agreement.mean())}
+
+    def _train_menu(self) -> dict[str, Any]:
+        table = read_scores(self._out / "scores")
+        objective, seed = self._config.objective, self._config.seed
+        trained = fit_trained_menu(table, objective=objective, seed=seed, progress=self._progress)
+        write_routers(self._out / "menu", trained)
+        recipe = trained.training["recipe"]
+        return {
+            "policy": "menu",
+            "layers": recipe["layers"],
+            "rank": recipe["rank"],
+            "ridge": recipe["ridge"],
+            "shrinkage s": recipe["shrinkage"],
+            "budgets": list(trained.calibration.range),
+            "train prompts": trained.training["train_prompts"],
+            "trials": trained.training["trials"],
+            "learning curve": learning_curve(
+                table, objective=objective, seed=seed, progress=self._progress
+            ),
+        }
+
+    def _train_routers(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        front = read_static(self._out / "plans").front
+        part = self._part(train, _ROUTER_SHARE)
+        table = score_prompts(
+            model,
+            tokenizer,
+            part,
+            router_plans(front),
+            self._out / "router-scores",
+            layers=(),
+            progress=self._progress,
+        )
+        routers = fit_routers(
+            model,
+            tokenizer,
+            table,
+            front,
+            objective=self._config.objective,
+            seed=self._config.seed,
+            progress=self._progress,
+        )
+        write_routers(self._out / "routers", routers)
+        return {"prompts": len(table), "shrinkage s": routers.shrinkage}
+
+    def _train_imitation(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        folder = self._out / "labels"
+        part = self._part(train, _LABEL_SHARE)
+        summary = search_prompts(
+            model, tokenizer, part, folder, self._config.search, progress=self._progress
+        )
+        labels = read_labels(folder, model=model)
+        routers = fit_imitation(
+            model, tokenizer, labels, seed=self._config.seed, progress=self._progress
+        )
+        write_routers(self._out / "drllm", routers)
+        return {
+            "labels": len(labels),
+            "evaluations per label": labels.evaluations,
+            "probe evaluations": summary.probe_evaluations,
+            # Of the run that finished the search; unknown if an earlier one had made all visits.
+            "sharing factor": summary.sharing_factor if summary.executed_visits else None,
+            "identity rate of the labels": labels.identity_rate,
+            "mean depth of the labels": float(labels.depths.mean()),
+        }
+
+    def _part(self, task: Task, share: float) -> Task:
+        count = max(_FEWEST_LABELS, round(share * len(task.examples)))
+        return replace(task, examples=task.examples[:count])
+
+    def _policy(self, model: Any, name: str) -> TrainedPolicy:
+        """Load a policy of this run, also after a kill in the middle of its saving."""
+        restore_folder(self._out / name)
+        return load_routers(self._out / name, model=model)
+
+    def _evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: Task,
+        heldout: Task,
+        routers: TrainedPolicy,
+        presets: Mapping[str, TrainedPolicy],
+    ) -> dict[str, Any]:
+        static = read_static(self._out / "plans")
+        content = evaluate(
+            model,
+            tokenizer,
+            heldout=heldout,
+            train=train,
+            routers=routers,
+            front=Front(static.pool, static.pool_values),
+            objective=self._config.objective,
+            folder=self._out / "evaluation",
+            presets=presets,
+            unseen=self._unseen(),
+            config=self._config.evaluation,
+            progress=self._progress,
+        )
+        return {"policies": len(content["policies"])}
+
+    def _unseen(self) -> Task | None:
+        """Return questions of another set than the demo's own; none for a task of the user's."""
+        if self._config.task is not None:
+            return None
+        questions = fetch_questions(self._config.cache, "CommonsenseQA")[: self._config.heldout]
+        prompts = [Example(prompt=f"Question: {each.text}\nAnswer:") for each in questions]
+        return Task("CommonsenseQA", tuple(prompts))
+
+    def _write_card(self, routers: TrainedPolicy, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        self._progress("write the model card", 0, 1)
+        rows = card_table(evaluation)
+        write_routers(
+            self._out / "menu",
+            replace(routers, metrics={"table": rows, "drifts": _drift_texts(evaluation)}),
+        )
+        self._progress("write the model card", 1, 1)
+        return {"rows": len(rows)}
+
+    def _generate(self, model: Any, tokenizer: Any, heldout: Task) -> dict[str, Any]:
+        """Answer one held-out question as a user would: routers by their folder."""
+        budget, prompt = self._config.budgets[-1], heldout.examples[0].prompt
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        self._progress("generate", 0, 1)
+        with (
+            wrapped(model, budget=budget, routers=str(self._out / "menu")),
+            torch.inference_mode(),
+        ):
+            tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
+            plan = model.dynadepth.last_plans[0]
+        self._progress("generate", 1, 1)
+        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return {
+            "budget": budget,
+            "prompt": prompt,
+            "text": text.strip(),
+            "plan": plan_text(plan),
+            "depth": float(plan_depth(plan)),
+        }
+
+
+def card_table(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of a model card: what the base and the routed model are worth.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+
+    Returns:
+        Cells by title.
+    """
+    metrics = [
+        metric
+        for metric in dict.fromkeys([evaluation["headline"], "agreement", "accuracy"])
+        if metric in evaluation["policies"][0]["metrics"]
+    ]
+    rows = []
+    for policy in evaluation["policies"]:
+        if policy["kind"] not in ("base", "routed"):
+            continue
+        row = {"policy": policy["name"], "depth": f"{policy['depth']:.3f}"}
+        for metric in metrics:
+            row[metric] = show_number(metric, policy["metrics"][metric]["mean"])
+            against = policy["against_static"]
+            row[f"{metric} against static [95 %]"] = (
+                "" if against is None else show_interval(metric, against[metric])
+            )
+        rows.append(row)
+    return rows
+
+
+def _drift_texts(evaluation: Mapping[str, Any]) -> list[str]:
+    """Return for the model card what is known of the depth of prompts of another kind."""
+    return [
+        f"budget {row['budget']:g}: mean depth {row['depth']:.3f} on {row['n']} prompts of {row['task']}"
+        for row in evaluation["drift"]
+    ]
+
+
+def _show_answer(answered: Mapping[str, Any]) -> str:
+    return (
+        f"{answered['prompt']} {answered['text']}\n\n"
+        f"(budget {answered['budget']:.2f}, this prompt's depth {answered['depth']:.3f}, "
+        f"plan {answered['plan']})"
+    )

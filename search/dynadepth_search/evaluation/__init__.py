@@ -1,0 +1,1 @@
+"""Policies against their baselines on held-out prompts."""

@@ -1,0 +1,89 @@
+"""What a router has to beat: plans that do not look at the prompt.
+
+Owns random plans and ShortGPT's order of removal. Knows nothing of routers or rewards.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.errors import BudgetError
+from dynadepth.plans import Plans, identity_plan
+from dynadepth.training.features import block_influence
+
+__all__ = ["mean_influence", "random_plans", "removal_plans"]
+
+
+def random_plans(num_layers: int, num_prompts: int, depth: float, *, seed: int) -> Plans:
+    """Draw plans that skip layers at random, of a given mean depth over prompts.
+
+    Args:
+        num_layers: Decoder layers.
+        num_prompts: Plans wanted.
+        depth: Mean depth over the plans, at most 1. It is met to half a visit of one prompt; the
+            plans differ by one visit at most.
+        seed: Of the draw.
+
+    Returns:
+        Shape (num_prompts, num_layers), uint8, actions SKIP and EXECUTE.
+
+    Raises:
+        BudgetError: The depth needs repeats, or plans in which no layer runs.
+    """
+    total = round(depth * num_layers * num_prompts)
+    if not num_prompts <= total <= num_layers * num_prompts:
+        raise BudgetError(
+            f"random plans that only skip cannot have mean depth {depth}; expected a depth from "
+            f"{1 / num_layers:.4f} to 1"
+        )
+    rng = np.random.default_rng(seed)
+    fewest, extra = divmod(total, num_prompts)
+    visits = np.full(num_prompts, fewest)
+    visits[rng.permutation(num_prompts)[:extra]] += 1
+    ranks = rng.permuted(np.tile(np.arange(num_layers), (num_prompts, 1)), axis=1)
+    plans: Plans = (ranks < visits[:, None]).astype(np.uint8)
+    return plans
+
+
+def removal_plans(influence: npt.NDArray[np.float64]) -> Plans:
+    """Return the static plans that remove the least influential layers one by one.
+
+    Args:
+        influence: Of each layer. Shape (num_layers,).
+
+    Returns:
+        Row k skips the k layers of lowest influence, ties by lowest index; one layer is left in the
+        last. Shape (num_layers, num_layers), uint8.
+    """
+    num_layers = influence.shape[0]
+    plans = np.tile(identity_plan(num_layers), (num_layers, 1))
+    for removed, layer in enumerate(np.argsort(influence, kind="stable")[:-1].tolist(), start=1):
+        plans[removed:, layer] = 0
+    return plans
+
+
+def mean_influence(
+    model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> npt.NDArray[np.float64]:
+    """Return each layer's block influence, averaged over prompts.
+
+    Args:
+        model: An unwrapped base model; it is left as it was.
+        batches: Token ids and attention masks of prompts. Shapes (rows, tokens).
+
+    Returns:
+        Shape (num_layers,), float64.
+
+    Source:
+        ShortGPT (arXiv 2403.03853), equation 1.
+    """
+    weighted = [
+        (len(input_ids), block_influence(model, input_ids, attention_mask))
+        for input_ids, attention_mask in batches
+    ]
+    rows = sum(count for count, _ in weighted)
+    total = np.sum([count * influence for count, influence in weighted], axis=0)
+    return np.asarray(total / rows, dtype=np.float64)

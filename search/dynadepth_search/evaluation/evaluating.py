@@ -1,0 +1,431 @@
+"""Evaluation on held-out prompts: the routed model against everything that does not look at the prompt.
+
+Plans come from the real runtime, outcomes from the sweep, and a sample is scored both ways. Owns
+`evaluation.json`. Knows nothing of how routers are trained or reports are drawn.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+
+from dynadepth._core import __version__
+from dynadepth.checkpoints.save_load import base_model_name
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
+from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
+from dynadepth.files import read_json, write_json_atomic
+from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
+from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth_search.data.splits import prompt_hashes
+from dynadepth_search.data.tasks import Task
+from dynadepth_search.evaluation.baselines import mean_influence
+from dynadepth_search.evaluation.comparison import (
+    ComparedRun,
+    Comparison,
+    Front,
+    PlannedPolicy,
+    check_preset_names,
+)
+from dynadepth_search.evaluation.metrics import (
+    PolicyRun,
+    action_shares,
+    findings,
+    policy_metrics,
+    show_budget,
+)
+from dynadepth_search.evaluation.notes import describe, drift_notes, plan_map, warm_up_notes
+from dynadepth_search.evaluation.outcome_cache import score_plans
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring.objectives import check_objective
+from dynadepth_search.scoring.runtime_checks import (
+    check_runtime,
+    planned,
+    time_prefill,
+    wrapped,
+)
+from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.storage.compatibility import dtype_name
+
+__all__ = [
+    "EVALUATION_NAME",
+    "EvaluationConfig",
+    "check_trained_on",
+    "evaluate",
+    "read_evaluation",
+]
+
+EVALUATION_NAME = "evaluation.json"
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """How an evaluation is done.
+
+    Args:
+        budgets: Mean depths asked of the routed model.
+        seed: Of random plans and of resampling.
+        random_draws: Draws of random plans for each budget, whose mean is reported.
+        batch_size: Prompts of one forward while they are planned.
+        timing_prompts: Prompts whose prefill is timed.
+        timing_rounds: Rounds of that.
+        check_prompts: Prompts scored by the wrapped model as well.
+    """
+
+    budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8)
+    seed: int = 0
+    random_draws: int = 5
+    batch_size: int = 16
+    timing_prompts: int = 8
+    timing_rounds: int = 4
+    check_prompts: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ConfigError("no budgets to evaluate; give one or more mean depths")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError(f"budgets {list(self.budgets)} name one twice; give each once")
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    heldout: Task,
+    train: Task,
+    routers: TrainedPolicy,
+    front: Front,
+    objective: str,
+    folder: str | os.PathLike[str],
+    presets: Mapping[str, TrainedPolicy] | None = None,
+    unseen: Task | None = None,
+    config: EvaluationConfig | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Evaluate routers on prompts that took no part in search, training or calibration.
+
+    Every prompt that was scored is kept in `folder`, so that an interrupted evaluation goes on;
+    then `evaluation.json` is written there.
+
+    Args:
+        model: The unwrapped base model; it is left as it was.
+        tokenizer: Of the base model.
+        heldout: The prompts to evaluate on.
+        train: The prompts that the routers were trained on; ShortGPT's influence is measured on
+            them.
+        routers: What is evaluated.
+        front: Static plans found on the training prompts.
+        objective: `preserve`, whose headline is agreement, or `reward`, whose headline is the graded reward.
+        folder: Where the results go.
+        presets: Other routers to compare, by name.
+        unseen: Prompts of another kind than any that the calibration saw; what their mean depth is, is reported.
+        config: How it is done.
+        progress: Called with what goes on, how much of it is done, and of how much.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        BudgetError: A budget is out of the routers' range.
+        ConfigError: The objective is unknown, or needs labels that the task does not have; or a
+            preset has the name of something else in the comparison.
+        TaskError: A held-out prompt is also a training prompt, or one that a policy to compare was trained on.
+    """
+    settings = config or EvaluationConfig()
+    check_preset_names(presets or {})
+    sources = {routers.kind: routers, **(presets or {})}
+    if len(sources) <= len(presets or {}):
+        raise ConfigError(
+            f"routers to compare are named {routers.kind!r}, as those under test are; rename their folder"
+        )
+    goal = check_objective(objective)
+    headline = "agreement" if goal == "preserve" else "reward"
+    if goal == "reward" and heldout.kind == "prompt":
+        raise ConfigError(
+            f"task {heldout.name!r} has prompts alone, but objective 'reward' needs answers; "
+            "use objective 'preserve'"
+        )
+    _check_apart(train, heldout)
+    _check_unseen(sources, heldout)
+    for budget in settings.budgets:
+        routers.calibration.penalty_for(budget)
+    started = time.perf_counter()
+    scorer = Scorer(model, tokenizer, heldout.scoring)
+    planned_policies, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
+    drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
+    progress("measuring block influence", 0, 1)
+    comparison = Comparison(
+        policies=planned_policies,
+        front=front,
+        influence=mean_influence(model, _batches(scorer, train, settings.batch_size)),
+        num_prompts=len(heldout.examples),
+        random_draws=settings.random_draws,
+        seed=settings.seed,
+    )
+    progress("measuring block influence", 1, 1)
+    table = score_plans(
+        scorer,
+        heldout,
+        comparison.sets,
+        Path(folder) / "outcomes.jsonl",
+        # The fingerprint is the same in every dtype, the outcomes are not.
+        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)}",
+        progress=lambda done, total: progress("scoring held-out prompts", done, total),
+    )
+    compared = list(comparison.compared(table, headline))
+    tested = {
+        policy.name: arguments[policy.name]
+        for policy in planned_policies
+        if policy.kind == "routed"
+    }
+    times, base_milliseconds = _time(model, scorer, heldout, compared, tested, settings, progress)
+    base = compared[0].run
+    policies = [
+        policy_metrics(
+            item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name)
+        )
+        for item in compared
+    ]
+    checks = {
+        policy.name: check_runtime(
+            model,
+            scorer,
+            heldout.examples[: settings.check_prompts],
+            policy.plans[: settings.check_prompts],
+            **arguments[policy.name],
+        ).to_dict()
+        for policy in planned_policies
+        if policy.kind == "routed"
+    }
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": base_model_name(model),
+        "task": {
+            "name": heldout.name,
+            "kind": heldout.kind,
+            "scoring": heldout.scoring,
+            "sha256": heldout.sha256,
+            "heldout_prompts": len(heldout.examples),
+            "train_prompts": len(train.examples),
+        },
+        "headline": headline,
+        "num_layers": scorer.num_layers,
+        "dtype": dtype_name(model),
+        "config": asdict(settings) | {"budgets": list(settings.budgets)},
+        "routers": describe(routers),
+        "policies": policies,
+        "findings": [
+            *findings(policies, headline),
+            *notes,
+            *warm_up_notes(sources),
+            *drift_notes(drift),
+        ],
+        "drift": drift,
+        "actions": [
+            {"budget": policy.budget, "shares": action_shares(policy.plans)}
+            for policy in planned_policies
+            if policy.kind == "routed"
+        ],
+        "plan_map": [
+            plan_map(policy, heldout) for policy in planned_policies if policy.kind == "routed"
+        ],
+        "front": comparison.front_metrics(table),
+        "runtime_check": checks,
+        "base_prefill_milliseconds": base_milliseconds,
+        "versions": _versions(),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json_atomic(Path(folder) / EVALUATION_NAME, content)
+    # As every later reader has it.
+    return read_evaluation(folder)
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `evaluate` wrote.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ConfigError: The file is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    path = Path(folder) / EVALUATION_NAME
+    content = read_json(path, ConfigError)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path} has schema_version {content.get('schema_version')!r}; this dynadepth {__version__} "
+            f"reads {SCHEMA_VERSION}: evaluate again"
+        )
+    return content
+
+
+def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:
+    """Refuse routers that record another training task than that of the labels.
+
+    The held-out prompts are kept apart from those of the labels only, and the labels' static front
+    is the baseline.
+
+    Args:
+        routers: By what names them for the user.
+        task: `name` and `sha256` of the labels' task.
+
+    Raises:
+        LabelError: The tasks differ.
+    """
+    for name, each in routers.items():
+        trained = each.training.get("task")
+        if not isinstance(trained, Mapping) or "sha256" not in trained:
+            continue
+        if trained["sha256"] != task["sha256"]:
+            raise LabelError(
+                f"routers {name} were trained on task {trained.get('name')!r} (sha256 "
+                f"{str(trained['sha256'])[:12]}), but the labels are of task {task['name']!r} (sha256 "
+                f"{str(task['sha256'])[:12]}); give --labels the folder that these routers were trained "
+                "on, or routers that were trained on these labels"
+            )
+
+
+def _drift(
+    model: Any,
+    tokenizer: Any,
+    unseen: Task,
+    routers: TrainedPolicy,
+    config: EvaluationConfig,
+) -> list[dict[str, Any]]:
+    """Return the mean depth of prompts that the calibration has not seen the like of, for each budget."""
+    scorer = Scorer(model, tokenizer, unseen.scoring)
+    rows = []
+    for budget in config.budgets:
+        with wrapped(model, budget=budget, routers=routers):
+            plans = planned(model, scorer, unseen.examples, batch_size=config.batch_size)
+        depth = float(plan_depth(plans).mean())
+        rows.append({"budget": budget, "depth": depth, "n": len(plans), "task": unseen.name})
+    return rows
+
+
+def _check_apart(train: Task, heldout: Task) -> None:
+    """Refuse a comparison on prompts that the routers were trained on."""
+    seen = {example.prompt.strip() for example in train.examples}
+    shared = [example.prompt for example in heldout.examples if example.prompt.strip() in seen]
+    if shared:
+        raise TaskError(
+            f"{len(shared)} of {len(heldout.examples)} held-out prompts are training prompts too, such as "
+            f"{shared[0][:60]!r}; give prompts that took no part in search or training"
+        )
+
+
+def _check_unseen(sources: Mapping[str, TrainedPolicy], heldout: Task) -> None:
+    """Refuse held-out prompts that one of the compared policies remembers to have learned from."""
+    hashes = set(prompt_hashes(heldout.examples))
+    for name, trained in sources.items():
+        known = trained.training.get("prompt_hashes")
+        shared = hashes & set(known) if isinstance(known, list) else set()
+        if shared:
+            raise TaskError(
+                f"{len(shared)} of {len(hashes)} held-out prompts were among those that {name} was trained on; give "
+                "prompts that no policy of the comparison has seen, or leave it out"
+            )
+
+
+def _plan(
+    model: Any,
+    scorer: Scorer,
+    task: Task,
+    sources: Mapping[str, TrainedPolicy],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[list[PlannedPolicy], dict[str, dict[str, Any]], list[str]]:
+    """Let the real runtime plan the prompts for every source and budget; the first source is under test."""
+    planned_policies: list[PlannedPolicy] = []
+    arguments: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    wanted = [(source, budget) for source in sources for budget in config.budgets]
+    first = next(iter(sources))
+    for step, (source, budget) in enumerate(wanted):
+        progress("planning held-out prompts", step, len(wanted))
+        name = f"{source} {show_budget(budget)}"
+        try:
+            with wrapped(model, budget=budget, routers=sources[source]):
+                plans = planned(model, scorer, task.examples, batch_size=config.batch_size)
+        except BudgetError as error:
+            # The routers under test were checked before; another preset may reach less.
+            notes.append(f"{name} was left out: {error}.")
+            continue
+        arguments[name] = {"budget": budget, "routers": sources[source]}
+        kind: Literal["routed", "preset"] = "routed" if source == first else "preset"
+        planned_policies.append(PlannedPolicy(name=name, kind=kind, budget=budget, plans=plans))
+    progress("planning held-out prompts", len(wanted), len(wanted))
+    return planned_policies, arguments, notes
+
+
+def _time(
+    model: Any,
+    scorer: Scorer,
+    task: Task,
+    compared: Sequence[ComparedRun],
+    arguments: Mapping[str, Mapping[str, Any]],
+    config: EvaluationConfig,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Time the planned_policies and the plans of their baselines; a mixture takes the time of its parts."""
+    policies: dict[str, Mapping[str, Any]] = dict(arguments)
+    mixtures = {
+        item.run.name: _timed_parts(item.run)
+        for item in compared
+        if item.run.kind in ("static", "shortgpt", "random")
+    }
+    for plans, _ in mixtures.values():
+        policies |= {plan_text(plan): {"plan": plan} for plan in plans}
+    progress("timing prefills", 0, 1)
+    examples = task.examples[: config.timing_prompts]
+    ratios, base_milliseconds = time_prefill(
+        model, scorer, examples, policies, rounds=config.timing_rounds
+    )
+    progress("timing prefills", 1, 1)
+    times = {name: ratios[name].to_dict() for name in arguments}
+    for name, (plans, weights) in mixtures.items():
+        parts = [ratios[plan_text(plan)].to_dict() for plan in plans]
+        mixed = {
+            key: sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
+            for key in ("median", "low", "high", "milliseconds")
+        }
+        times[name] = parts[0] | mixed
+    return times, base_milliseconds
+
+
+def _timed_parts(run: PolicyRun) -> tuple[Plans, list[float]]:
+    """Return the plans whose times make up a baseline's, and their shares."""
+    if run.weights is not None:
+        return run.plans, run.weights.tolist()
+    # Random plans have one of two numbers of visits; one plan stands for all of its number.
+    _, first, counts = np.unique(run.plans.sum(axis=1), return_index=True, return_counts=True)
+    return run.plans[first], (counts / counts.sum()).tolist()
+
+
+def _batches(
+    scorer: Scorer, task: Task, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(task.examples), batch_size):
+        yield scorer.encode_prompts(task.examples[start : start + batch_size])
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "dynadepth": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }

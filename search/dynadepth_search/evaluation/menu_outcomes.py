@@ -1,0 +1,208 @@
+"""What a menu does on prompts whose every plan has been scored: no forward is needed to know.
+
+Works on score tables. The comparison is with the best mixture of the same plans of equal depth that looks at no
+prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.checkpoints.trained_policy import TrainedMenu
+from dynadepth.errors import ConfigError
+from dynadepth.evaluation.intervals import mean_interval, paired_difference
+from dynadepth.evaluation.mixtures import mix_by_kind, mix_to_depth
+from dynadepth.plans import prefix_numbers
+from dynadepth.policies.menu import Menu, score_states
+from dynadepth.policies.prompt_batch import prompt_mix
+from dynadepth.training.menu.tradeoff import choose_menu_plans
+from dynadepth_search.scoring.score_table import ScoreTable
+
+__all__ = ["chosen_plans", "compare_menu", "menu_scores", "table_mix"]
+
+Floats = npt.NDArray[np.float64]
+# Its multiples are spread evenly.
+_GOLDEN = 0.6180339887498949
+# Figures, the factor they are shown with, and the training figure whose best static mixture is the opponent.
+_METRICS = (
+    ("agreement", "agreement", 100.0, 1.0),
+    ("total variation", "total_variation", 1.0, -1.0),
+    ("divergence", "divergence", 1.0, -1.0),
+    ("accuracy", "correct", 100.0, 1.0),
+    ("graded reward", "reward", 1.0, 1.0),
+)
+
+
+def menu_scores(menu: Menu, table: ScoreTable) -> list[Floats]:
+    """Return what each head scores, every plan by the states under its own prefix.
+
+    Args:
+        menu: Its plans are the table's, or some of them, in any order.
+        table: With states of every layer that a head reads.
+
+    Returns:
+        One array for each head. Shape (prompts, K), float64.
+    """
+    rows = _rows(menu, table)
+    return [
+        score_states(
+            head,
+            table.views[head.layer_idx],
+            prefix_numbers(table.plans, head.layer_idx)[rows],
+        )
+        for head in menu.heads
+    ]
+
+
+def chosen_plans(
+    trained: TrainedMenu, budget: float, mix: Floats, scores: list[Floats]
+) -> npt.NDArray[np.int64]:
+    """Return the plan of each prompt at a budget, as `MenuPolicy` chooses it.
+
+    Args:
+        trained: The menu with its calibration.
+        budget: Mean depth.
+        mix: The prompts' numbers, see `dynadepth.policies.prompt_batch.prompt_mix`. Shape (prompts,).
+        scores: What `menu_scores` returned.
+
+    Returns:
+        Index into the menu's plans. Shape (prompts,).
+    """
+    penalties = trained.calibration.mix_for(budget)
+    menu = trained.menu
+    shallow, deep = (
+        choose_menu_plans(scores, menu.plans, menu.decision_layers, penalty)
+        for penalty in (penalties.shallow, penalties.deep)
+    )
+    return np.where(mix < penalties.share, deep, shallow)
+
+
+def table_mix(table: ScoreTable, tokenizer: Any) -> Floats:
+    """Return the number in [0, 1) of each prompt. Shape (prompts,)."""
+    found = []
+    for example in table.examples:
+        ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
+        found.append(float(prompt_mix(ids, torch.ones_like(ids, dtype=torch.bool))))
+    return np.array(found)
+
+
+def compare_menu(
+    trained: TrainedMenu,
+    train: ScoreTable,
+    heldout: ScoreTable,
+    budgets: Sequence[float],
+    *,
+    mix: Floats | None = None,
+    kinds: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Compare a menu with the static mixture of the mean depth that it had, on held-out prompts.
+
+    The mixture is made of the same plans; which plans is decided on the training prompts, for each figure by itself.
+
+    Args:
+        trained: The menu.
+        train: Training prompts under its plans.
+        heldout: Held-out prompts under its plans.
+        budgets: Mean depths asked for; those below its range are left out.
+        mix: The held-out prompts' numbers; None takes evenly spaced ones, whose plans differ from those of the prompts'
+            own numbers for single prompts but not in the mean.
+        kinds: What kind each training and each held-out prompt is of. Then the mean depth of each kind is reported, and
+            a second opponent: the best mixtures of equal depth overall that look at a prompt's kind alone.
+
+    Returns:
+        A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each figure `static`,
+        `policy` and the paired `gain` with their 95 % intervals; with kinds also `depth by kind`, and for each figure
+        `static by kind` and the `gain by kind` over it.
+
+    Raises:
+        ConfigError: The kinds are not one for each prompt, or not the same on both sides.
+    """
+    rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)
+    groups = None if kinds is None else _Groups(kinds, (len(train), len(heldout)))
+    depths = trained.menu.depths
+    scores = menu_scores(trained.menu, heldout)
+    spread = np.arange(len(heldout), dtype=np.float64) * _GOLDEN % 1.0
+    numbers = spread if mix is None else mix
+    lowest, highest = trained.calibration.range
+    found = []
+    for budget in budgets:
+        if not lowest - 1e-6 <= budget <= highest + 1e-6:
+            continue
+        asked = min(max(budget, lowest), highest)
+        choice = chosen_plans(trained, asked, numbers, scores)
+        depth = float(depths[choice].mean())
+        row: dict[str, Any] = {
+            "budget": budget,
+            "depth": depth,
+            "n": len(heldout),
+            "identity rate": float((trained.menu.plans[choice] == 1).all(axis=1).mean()),
+            "different plans": len(np.unique(choice)),
+        }
+        if groups is not None:
+            means = groups.heldout @ depths[choice] / groups.heldout.sum(axis=1)
+            row["depth by kind"] = dict(zip(groups.names, means.tolist(), strict=True))
+        for name, column, factor, sign in _METRICS:
+            if column in ("correct", "reward") and not heldout.graded:
+                continue
+            known = sign * getattr(train, column)[:, rows_train]
+            values = factor * getattr(heldout, column)[:, rows_held]
+            policy = values[np.arange(len(values)), choice]
+            static = mix_to_depth(depths, known.mean(axis=0), depth).expected(values.T)
+            row[name] = {
+                "static": float(static.mean()),
+                "policy": mean_interval(policy).to_dict(),
+                "gain": paired_difference(policy, static).to_dict(),
+            }
+            if groups is not None:
+                static = groups.expected(depths, known, values, depth)
+                row[name]["static by kind"] = float(static.mean())
+                row[name]["gain by kind"] = paired_difference(policy, static).to_dict()
+        found.append(row)
+    return found
+
+
+class _Groups:
+    """Training and held-out prompts by their kinds.
+
+    Args:
+        kinds: Kind of each training and of each held-out prompt.
+        counts: How many prompts there are of both.
+
+    Raises:
+        ConfigError: The kinds are not one for each prompt, or not the same on both sides.
+    """
+
+    def __init__(self, kinds: tuple[Sequence[str], Sequence[str]], counts: tuple[int, int]) -> None:
+        given = (len(kinds[0]), len(kinds[1]))
+        if given != counts:
+            raise ConfigError(
+                f"{given[0]} kinds of {counts[0]} training and {given[1]} of {counts[1]} held-out prompts given; "
+                "expected one for each prompt"
+            )
+        self.names = list(dict.fromkeys(kinds[1]))
+        if set(kinds[0]) != set(self.names):
+            raise ConfigError(
+                f"training prompts are of kinds {sorted(set(kinds[0]))} and held-out prompts of {sorted(self.names)}; "
+                "expected the same kinds on both sides"
+            )
+        # Which prompts are of each kind. Shape (kinds, prompts), float64.
+        self.train, self.heldout = (
+            np.array([[kind == name for kind in side] for name in self.names], dtype=np.float64)
+            for side in kinds
+        )
+
+    def expected(self, depths: Floats, known: Floats, values: Floats, depth: float) -> Floats:
+        """Return what each held-out prompt gets from the best mixtures of a depth, one for each kind. Shape (N,)."""
+        means = self.train @ known / self.train.sum(axis=1, keepdims=True)
+        mixtures = mix_by_kind(depths, means, self.heldout.mean(axis=1), depth)
+        found = np.stack([mixture.expected(values.T) for mixture in mixtures])
+        expected: Floats = (self.heldout * found).sum(axis=0)
+        return expected
+
+
+def _rows(menu: Menu, table: ScoreTable) -> npt.NDArray[np.int64]:
+    known = {plan.tobytes(): row for row, plan in enumerate(table.plans)}
+    return np.array([known[plan.tobytes()] for plan in menu.plans])

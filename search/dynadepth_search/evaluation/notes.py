@@ -1,0 +1,88 @@
+"""What an evaluation says besides its figures: who got which plan, drifts, and what to know of the training.
+
+Works on plans and records; runs nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
+from dynadepth.errors import ConfigError
+from dynadepth.plans import plan_depth, plan_text
+from dynadepth.training.train_config import TrainConfig
+from dynadepth_search.data.tasks import Task
+from dynadepth_search.evaluation.comparison import PlannedPolicy
+from dynadepth_search.evaluation.metrics import show_budget
+
+__all__ = ["describe", "drift_notes", "plan_map", "warm_up_notes"]
+
+# Of the map of plans: the plans that most prompts got, and prompts of each.
+_SHOWN_PLANS = 24
+_SHOWN_PROMPTS = 2
+
+
+def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how far the mean depth drifts on prompts of another kind."""
+    if not drift:
+        return []
+    shown = ", ".join(f"{row['depth']:.3f} for {show_budget(row['budget'])}" for row in drift)
+    return [
+        f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which the calibration has not seen the like "
+        f"of, the mean depth is {shown}."
+    ]
+
+
+def describe(routers: TrainedPolicy) -> dict[str, Any]:
+    """Return what kind of policy is under test."""
+    described: dict[str, Any] = {"kind": routers.kind, "range": list(routers.calibration.range)}
+    if isinstance(routers, Routers):
+        return described | {"preset": routers.config.preset, "shrinkage": routers.shrinkage}
+    recipe = routers.training.get("recipe")
+    return described | (dict(recipe) if isinstance(recipe, Mapping) else {})
+
+
+def plan_map(policy: PlannedPolicy, task: Task) -> dict[str, Any]:
+    """Return which plans a policy gave to how many prompts, with a few of the prompts."""
+    plans, inverse = np.unique(policy.plans, axis=0, return_inverse=True)
+    counts = np.bincount(inverse.reshape(-1), minlength=len(plans))
+    rows = []
+    for index in np.argsort(-counts, kind="stable")[:_SHOWN_PLANS].tolist():
+        prompts = np.flatnonzero(inverse.reshape(-1) == index)[:_SHOWN_PROMPTS].tolist()
+        rows.append(
+            {
+                "plan": plan_text(plans[index]),
+                "depth": float(plan_depth(plans[index])),
+                "share": float(counts[index] / counts.sum()),
+                "examples": [_shortened(task.examples[prompt].prompt) for prompt in prompts],
+            }
+        )
+    return {"budget": policy.budget, "different_plans": len(plans), "rows": rows}
+
+
+def _shortened(prompt: str) -> str:
+    text = " ".join(prompt.split())
+    return text if len(text) <= 90 else f"{text[:87]}..."
+
+
+def warm_up_notes(sources: Mapping[str, TrainedPolicy]) -> list[str]:
+    """Say whose training ended inside its warm-up, from what the routers record of it."""
+    notes = []
+    for name, routers in sources.items():
+        prompts = routers.training.get("train_prompts")
+        try:
+            recipe = TrainConfig.from_dict(routers.training.get("recipe"))
+        except ConfigError:
+            continue  # routers need not record it
+        if not isinstance(prompts, int):
+            continue
+        used = prompts - round(recipe.held_out * prompts)
+        steps = recipe.epochs * math.ceil(used / recipe.batch_size)
+        if steps <= recipe.warmup_steps:
+            notes.append(
+                f"The training of {name} ended inside its warm-up: {steps} steps on {used} prompts, "
+                f"{recipe.warmup_steps} steps of warm-up."
+            )
+    return notes

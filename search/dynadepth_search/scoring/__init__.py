@@ -1,0 +1,1 @@
+"""What plans do to prompts: outcomes of sweeps, and tables of them."""

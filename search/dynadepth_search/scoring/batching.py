@@ -1,0 +1,277 @@
+"""Examples under plans, packed into sweeps of bounded size, and read back as log-probabilities.
+
+Owns the layout of a sweep: which token rows and plan rows go together, and which places are scored.
+Knows nothing of rewards.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.plans import Plans
+from dynadepth_search.data.encoding import EncodedExample
+from dynadepth_search.scoring.states import PromptStates, SweptPrompt
+
+__all__ = ["Answered", "Work", "pack", "pad_left", "run_sweep"]
+
+# Rows of logits normalised at a time; few enough to stay near the processor.
+_LOGIT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Plans of one example.
+
+    Args:
+        example: Number of the example, whatever the caller counts.
+        encoded: Its token rows.
+        plans: Shape (plans, layers), uint8.
+        rows: Where the caller wants each plan's outcome. Shape (plans,), int64.
+    """
+
+    example: int
+    encoded: EncodedExample
+    plans: Plans
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the model says on one piece of work, K plans.
+
+    Args:
+        scores: Summed log-probabilities of each answer's tokens, divided as the example asks.
+            Shape (K, answers), float64.
+        greedy: Every scored token is the model's own choice. Shape (K,), bool; empty if it was not read.
+        next_token: The model's choice at each place where the vocabulary is compared: after the prompt and, for a
+            completion, before each of its other tokens. Ties go to the lowest. Shape (K, compared), int64; empty if it
+            was not read.
+        next_log_probs: Log-probabilities there. Shape (K, compared, vocabulary), float32 (float64 if the model is), on
+            the model's device; None if they were not read.
+    """
+
+    scores: npt.NDArray[np.float64]
+    greedy: npt.NDArray[np.bool_]
+    next_token: npt.NDArray[np.int64]
+    next_log_probs: torch.Tensor | None
+
+
+def pad_left(
+    rows: Iterable[npt.NDArray[np.int64]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token rows as one batch.
+
+    Args:
+        rows: Token ids; lengths differ.
+        device: Where the batch goes.
+
+    Returns:
+        Token ids and attention mask. Shape (rows, longest), int64.
+    """
+    listed = list(rows)
+    width = max((len(row) for row in listed), default=0)
+    ids = np.zeros((len(listed), width), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(listed):
+        ids[index, width - len(row) :] = row
+        mask[index, width - len(row) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def pack(
+    works: Iterable[Work], *, max_scored: int, max_tokens: int, aim: int
+) -> Iterator[list[Work]]:
+    """Group work, in the order given, into sweeps.
+
+    Examples share nothing but the call, so a sweep ends between two of them once it is large enough. Plans of one
+    example share visits, so they are parted only if the example by itself is over a bound; a single plan never is.
+
+    Args:
+        works: The work, best sorted by length.
+        max_scored: Most scored places of a sweep, every plan counted.
+        max_tokens: Most padded tokens of a sweep, every plan counted.
+        aim: As `max_tokens`, but only for more than one example.
+
+    Yields:
+        Work of one sweep.
+    """
+    group: list[Work] = []
+    rows = scored = width = 0
+    for work in works:
+        places, num_rows = len(work.encoded.places), len(work.encoded.rows)
+        start = 0
+        while start < len(work.plans):
+            left = len(work.plans) - start
+            # The group's own rows get longer too when a longer one joins it.
+            longest = max(width, work.encoded.longest)
+            tokens = (rows + left * num_rows) * longest
+            if group and (scored + left * places > max_scored or tokens > min(aim, max_tokens)):
+                yield group
+                group, rows, scored, width = [], 0, 0, 0
+                continue
+            if not group:
+                left = max(1, min(left, max_scored // places, max_tokens // (num_rows * longest)))
+            take = slice(start, start + left)
+            group.append(Work(work.example, work.encoded, work.plans[take], work.rows[take]))
+            rows, scored, width = rows + left * num_rows, scored + left * places, longest
+            start += left
+    if group:
+        yield group
+
+
+def run_sweep(
+    sweeper: Sweeper,
+    works: list[Work],
+    device: torch.device,
+    *,
+    next_tokens: bool,
+    states: PromptStates | None = None,
+) -> tuple[list[Answered], int, int]:
+    """Run work in one sweep.
+
+    Args:
+        sweeper: Of the model, entered.
+        works: What `pack` put together.
+        device: Of the model.
+        next_tokens: Also read the vocabulary: `greedy`, `next_token` and `next_log_probs`.
+        states: Collects states of the prompts on the way.
+
+    Returns:
+        One answer for each piece of work; naive visits; executed visits.
+    """
+    token_rows = [row for work in works for row in work.encoded.rows]
+    ids, mask = pad_left(token_rows, device)
+    width = ids.shape[1]
+    plans: list[Plans] = []
+    example: list[npt.NDArray[np.int64]] = []
+    score: list[npt.NDArray[np.int64]] = []
+    swept: list[SweptPrompt] = []
+    first_token_row = first_plan_row = 0
+    for work in works:
+        encoded, count = work.encoded, len(work.plans)
+        num_rows = len(encoded.rows)
+        plans.append(np.repeat(work.plans, num_rows, axis=0))
+        example.append(np.tile(first_token_row + np.arange(num_rows), count))
+        lengths = np.array([len(row) for row in encoded.rows])
+        row, offset = encoded.places.T
+        pairs = np.empty((count, len(row), 2), dtype=np.int64)
+        pairs[..., 0] = first_plan_row + np.arange(count)[:, None] * num_rows + row
+        pairs[..., 1] = width - lengths[row] + offset
+        score.append(pairs.reshape(-1, 2))
+        start = width - int(lengths[0])
+        # Every row of an example begins with the prompt; its first one will do.
+        firsts = first_plan_row + np.arange(count) * num_rows
+        after = start + len(encoded.prompt_ids)
+        swept.append(SweptPrompt(work.example, work.plans, firsts, start, after))
+        first_token_row += num_rows
+        first_plan_row += count * num_rows
+    result = sweeper.sweep(
+        ids,
+        mask,
+        np.concatenate(plans),
+        np.concatenate(example).astype(np.int32),
+        score=torch.from_numpy(np.concatenate(score)).to(device),
+        observer=None if states is None else states.watch(swept),
+    )
+    answers = _read(works, result.logits, next_tokens=next_tokens)
+    return answers, result.naive_visits, result.executed_visits
+
+
+@torch.inference_mode()
+def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list[Answered]:
+    places: list[npt.NDArray[np.int64]] = []
+    tokens: list[npt.NDArray[np.int64]] = []
+    compared: list[npt.NDArray[np.int64]] = []
+    first = 0
+    for work in works:
+        encoded = work.encoded
+        starts = first + np.arange(len(work.plans)) * len(encoded.places)
+        places.append((starts[:, None] + encoded.entry_place).reshape(-1))
+        tokens.append(np.tile(encoded.entry_token, len(work.plans)))
+        compared.append((starts[:, None] + _compared_places(encoded)).reshape(-1))
+        first += len(work.plans) * len(encoded.places)
+    ends = np.concatenate(compared) if next_tokens else np.empty(0, dtype=np.int64)
+    table = _Vocabulary(logits, np.concatenate(places), np.concatenate(tokens), ends)
+    answers: list[Answered] = []
+    entry = end = 0
+    for work in works:
+        encoded, count = work.encoded, len(work.plans)
+        shape = (count, len(encoded.entry_token))
+        here = slice(entry, entry + shape[0] * shape[1])
+        shown = (count, len(_compared_places(encoded)) if next_tokens else 0)
+        after = slice(end, end + shown[0] * shown[1])
+        entry, end = here.stop, after.stop
+        scores = np.empty((count, 0))
+        if encoded.num_answers:
+            sums = np.add.reduceat(table.log_probs[here].reshape(shape), encoded.starts, axis=1)
+            scores = sums / encoded.divisors
+        answers.append(
+            Answered(
+                scores=scores,
+                greedy=np.logical_and.reduce(table.greedy[here].reshape(shape), axis=1)
+                if next_tokens
+                else table.greedy,
+                next_token=table.best[after].reshape(shown),
+                next_log_probs=table.next_log_probs[after].unflatten(0, shown)
+                if next_tokens
+                else None,
+            )
+        )
+    return answers
+
+
+def _compared_places(encoded: EncodedExample) -> npt.NDArray[np.int64]:
+    """Return the places where whole vocabularies are compared, ascending; the first is the prompt's end."""
+    return encoded.entry_place if encoded.num_answers == 1 else np.zeros(1, dtype=np.int64)
+
+
+class _Vocabulary:
+    """Log-probabilities of some tokens at some places, and what the model itself would say.
+
+    A few rows are normalised at a time, so that the vocabulary is held in full precision only once
+    for each prompt's end.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        place: npt.NDArray[np.int64],
+        token: npt.NDArray[np.int64],
+        ends: npt.NDArray[np.int64],
+    ) -> None:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        device = logits.device
+        order = np.argsort(place, kind="stable")
+        starts = np.arange(0, len(logits) + _LOGIT_ROWS, _LOGIT_ROWS)
+        entry_bounds = np.searchsorted(place[order], starts)
+        end_bounds = np.searchsorted(ends, starts)
+        sorted_place = torch.from_numpy(place[order]).to(device)
+        sorted_token = torch.from_numpy(token[order]).to(device)
+        end_place = torch.from_numpy(ends).to(device)
+        log_probs, greedy, best, following = [], [], [], []
+        for block, rows in enumerate(logits.split(_LOGIT_ROWS)):
+            table = torch.log_softmax(rows, dim=-1, dtype=exact)
+            entries = slice(*entry_bounds[block : block + 2].tolist())
+            at, wanted = sorted_place[entries] - int(starts[block]), sorted_token[entries]
+            log_probs.append(table[at, wanted])
+            if len(ends):
+                choice = rows.argmax(dim=-1)
+                greedy.append(choice[at] == wanted)
+                last = end_place[slice(*end_bounds[block : block + 2].tolist())] - int(
+                    starts[block]
+                )
+                best.append(choice[last])
+                following.append(table[last])
+        self.log_probs = np.empty(len(place))
+        self.log_probs[order] = torch.cat(log_probs).double().cpu().numpy()
+        self.greedy = np.empty(len(place) if len(ends) else 0, dtype=np.bool_)
+        self.best = np.empty(0, dtype=np.int64)
+        self.next_log_probs = logits.new_empty(0)
+        if len(ends):
+            self.greedy[order] = torch.cat(greedy).cpu().numpy()
+            self.best = torch.cat(best).cpu().numpy()
+            self.next_log_probs = torch.cat(following)

@@ -1,0 +1,242 @@
+"""What only the real runtime can tell: the plans that a wrapped model makes, its scores, its time.
+
+Runs `wrap_model` as a user does, on prompts alone, and takes it off again. Knows nothing of
+baselines or intervals.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.plans import Plans
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
+from dynadepth_search.data.encoding import EncodedExample
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.scorer import Scorer
+
+__all__ = ["RuntimeCheck", "TimeRatio", "check_runtime", "planned", "time_prefill", "wrapped"]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeCheck:
+    """How far the wrapped model's own scores are from those of the sweep.
+
+    Args:
+        prompts: Prompts checked.
+        choices: Scores compared; 0 for prompts alone, whose differences are then 0 and mean nothing.
+        mean_difference: Mean difference of a choice's score without its sign, in nats.
+        max_difference: Largest one. Half-precision logits are rounded to steps of 1/16, so a score
+            that sums twenty of them may be off by half a nat.
+        plans_differing: Prompts whose plan changes when they are planned in another batch.
+    """
+
+    prompts: int
+    choices: int
+    mean_difference: float
+    max_difference: float
+    plans_differing: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRatio:
+    """Wall time of a prefill as a fraction of the base model's, in rounds that take turns.
+
+    Args:
+        median: Over the rounds.
+        low: Of the fastest round.
+        high: Of the slowest round.
+        rounds: Rounds; each runs every prompt once with every policy.
+        prompts: Prompts of a round, one at a time.
+        milliseconds: Median over the rounds of the mean time of one prompt.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    prompts: int
+    milliseconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+
+@contextmanager
+def wrapped(model: Any, **arguments: Any) -> Iterator[Any]:
+    """Wrap a model for the length of a block."""
+    wrap_model(model, **arguments)
+    try:
+        yield model
+    finally:
+        unwrap_model(model)
+
+
+def planned(
+    model: Any, scorer: Scorer, examples: Sequence[Example], *, batch_size: int = 16
+) -> Plans:
+    """Let a wrapped model plan prompts, as it would for a user.
+
+    Args:
+        model: The wrapped model.
+        scorer: Encodes the prompts, left-padded.
+        examples: The prompts.
+        batch_size: Prompts of one forward.
+
+    Returns:
+        Shape (prompts, num_layers), uint8.
+    """
+    plans: list[Plans] = []
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch_size):
+            input_ids, attention_mask = scorer.encode_prompts(examples[start : start + batch_size])
+            model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+            plans.append(model.dynadepth.last_plans)
+    return np.concatenate(plans)
+
+
+def check_runtime(
+    model: Any, scorer: Scorer, examples: Sequence[Example], plans: Plans, **arguments: Any
+) -> RuntimeCheck:
+    """Score examples with the wrapped model itself and compare with the sweep.
+
+    Args:
+        model: The unwrapped base model; it is left as it was.
+        scorer: The sweep's side.
+        examples: A few examples with answers.
+        plans: What the wrapped model planned for them. Shape (examples, num_layers), uint8.
+        **arguments: Of `wrap_model`.
+
+    Returns:
+        The differences.
+    """
+    expected = scorer.outcomes(list(examples), plans, np.arange(len(examples))).scores
+    encoded = [scorer.encode(example) for example in examples]
+    owner = [index for index, item in enumerate(encoded) for _ in item.rows]
+    rows = [row for item in encoded for row in item.rows]
+    input_ids, attention_mask = pad_left(rows, model.device)
+    lengths = [len(encoded[index].prompt_ids) for index in owner]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    with wrapped(model, **arguments), torch.inference_mode():
+        with model.dynadepth.prompt(lengths):
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        again: Plans = model.dynadepth.last_plans
+        # Scored under the plans that were evaluated: a near-tie may be decided otherwise in this
+        # batch.
+        with model.dynadepth.plans(plans[owner]):
+            logits = model(**inputs, use_cache=False).logits
+    differences: list[float] = []
+    first_row = 0
+    for item, scores in zip(encoded, expected, strict=True):
+        own = _scores(item, logits[first_row : first_row + len(item.rows)])
+        differences += np.abs(own - scores).tolist()
+        first_row += len(item.rows)
+    return RuntimeCheck(
+        prompts=len(examples),
+        choices=sum(len(scores) for scores in expected),
+        mean_difference=float(np.mean(differences)) if differences else 0.0,
+        max_difference=max(differences, default=0.0),
+        plans_differing=len(
+            {owner[row] for row in np.flatnonzero((again != plans[owner]).any(axis=1))}
+        ),
+    )
+
+
+def _scores(item: EncodedExample, logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Return the score of each answer from the logits of its left-padded rows."""
+    if not item.num_answers:
+        return np.zeros(0)
+    width = logits.shape[1]
+    at = [
+        logits[row, width - len(item.rows[row]) + place].double().log_softmax(dim=-1)
+        for row, place in item.places.tolist()
+    ]
+    taken = np.array(
+        [
+            float(at[place][token])
+            for place, token in zip(
+                item.entry_place.tolist(), item.entry_token.tolist(), strict=True
+            )
+        ]
+    )
+    scores: npt.NDArray[np.float64] = np.add.reduceat(taken, item.starts) / item.divisors
+    return scores
+
+
+def time_prefill(
+    model: Any,
+    scorer: Scorer,
+    examples: Sequence[Example],
+    policies: Mapping[str, Mapping[str, Any]],
+    *,
+    rounds: int = 5,
+) -> tuple[dict[str, TimeRatio], float]:
+    """Time the prefill of prompts, one at a time and with a cache, against the base model.
+
+    Base and policies take turns within every round, so that a machine that slows down slows all of
+    them.
+
+    Args:
+        model: The unwrapped base model; it is left as it was.
+        scorer: Encodes the prompts.
+        examples: The prompts of each round.
+        policies: Arguments of `wrap_model` by name.
+        rounds: Measured rounds; one more goes before them unmeasured.
+
+    Returns:
+        The ratio to the base model by name, and the base model's milliseconds for one prompt.
+    """
+    inputs = [scorer.encode_prompts([example]) for example in examples]
+
+    def run() -> float:
+        _wait(model)
+        start = time.perf_counter()
+        for input_ids, attention_mask in inputs:
+            model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1
+            )
+        _wait(model)
+        return time.perf_counter() - start
+
+    base: list[float] = []
+    taken: dict[str, list[float]] = {name: [] for name in policies}
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            base.append(run())
+            for name, arguments in policies.items():
+                with wrapped(model, **arguments):
+                    taken[name].append(run())
+    ratios = {}
+    for name, seconds in taken.items():
+        each = np.array(seconds[1:]) / np.array(base[1:])
+        ratios[name] = TimeRatio(
+            median=float(np.median(each)),
+            low=float(each.min()),
+            high=float(each.max()),
+            rounds=rounds,
+            prompts=len(examples),
+            milliseconds=float(np.median(seconds[1:])) * 1e3 / len(examples),
+        )
+    return ratios, float(np.median(base[1:])) * 1e3 / len(examples)
+
+
+def _wait(model: Any) -> None:
+    """Let an accelerator finish what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,357 @@
+"""The score table: what each plan of a menu does to the base model's answers, prompt by prompt.
+
+Owns the loop that fills a table; its files are `damage_store`'s. Needs prompts alone; where there are right answers,
+they are graded too. Knows nothing of what is learned from a table.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from dynadepth._core import __version__
+from dynadepth.checkpoints.paths import base_model_name
+from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError, WrapError
+from dynadepth.files import write_json_atomic
+from dynadepth.models.families import layer_stack
+from dynadepth.models.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
+from dynadepth.training.menu.menu_data import MenuData
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.scoring.states import PromptStates
+from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.locking import locked
+from dynadepth_search.storage.score_store import (
+    BLOCK,
+    MANIFEST,
+    METRICS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    block_of,
+    is_whole,
+    part_name,
+    read_manifest,
+    read_part,
+    write_part,
+)
+
+__all__ = ["MANIFEST", "ScoreTable", "menu_data", "read_scores", "score_prompts"]
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ScoreTable:
+    """N prompts under K plans.
+
+    Args:
+        plans: The identity first. Shape (K, layers), uint8.
+        examples: The prompts with what their answers are judged by, in the order of the task.
+        given: The answer under each plan: the best choice, or else the best token after the prompt. Shape (N, K),
+            int64.
+        agreement: 1 where it is the base model's; for a completion the share of its tokens. Shape (N, K), float64.
+        total_variation: Between base and plan, over the choices or else the vocabulary. Shape (N, K), float64.
+        divergence: KL(base, plan) in nats over the same. Shape (N, K), float64.
+        reward: The graded reward; NaN for prompts alone. Shape (N, K), float64.
+        correct: 1 where the answer is right; agreement for prompts alone. Shape (N, K), float64.
+        views: By layer, what a policy reads of the prompts that come there under each distinct prefix of the plans:
+            the windows' means, then the last token's state. Shape (N, prefixes, num_windows + 1, hidden), model dtype.
+        manifest: What the table was made with.
+    """
+
+    plans: Plans
+    examples: tuple[Example, ...]
+    given: npt.NDArray[np.int64]
+    agreement: Floats
+    total_variation: Floats
+    divergence: Floats
+    reward: Floats
+    correct: Floats
+    views: dict[int, torch.Tensor]
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def take(self, prompts: Any) -> "ScoreTable":
+        """Return the table of some of its prompts, by index."""
+        rows = np.asarray(prompts, dtype=np.int64)
+        return replace(
+            self,
+            examples=tuple(self.examples[row] for row in rows.tolist()),
+            given=self.given[rows],
+            views={layer: view[rows] for layer, view in self.views.items()},
+            **{name: getattr(self, name)[rows] for name in METRICS},
+        )
+
+    @property
+    def graded(self) -> bool:
+        """Whether the prompts have right answers."""
+        return self.examples[0].kind != "prompt"
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in the views."""
+        return int(self.manifest["asked"]["num_windows"])
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the base model."""
+        known: dict[str, Any] = self.manifest["base_model"]["fingerprint"]
+        return known
+
+
+def score_prompts(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    plans: Any,
+    folder: str | os.PathLike[str],
+    *,
+    layers: Sequence[int],
+    num_windows: int = 0,
+    progress: Progress = silent,
+) -> ScoreTable:
+    """Score prompts under plans, or go on with a table whose scoring was interrupted.
+
+    Args:
+        model: The unwrapped base model; left as it was.
+        tokenizer: Of the base model.
+        task: The prompts, all of one kind.
+        plans: The identity first, all different. Shape (K, layers), uint8.
+        folder: Of the table; made if it is missing.
+        layers: Layers whose entering states are kept.
+        num_windows: Windows kept besides the last prompt token's state.
+        progress: Called with the stage, finished prompts and all of them.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: A layer is not one of the model, or `num_windows` is negative.
+        LabelError: The folder holds a table of something else, is damaged, or is in use.
+        PlanError: The plans are not different plans of this model with the identity first.
+        SearchError: A metric is not finite.
+        TaskError: A prompt cannot be encoded.
+        WrapError: The model is wrapped.
+    """
+    if "dynadepth" in model.__dict__:
+        raise WrapError("the model is wrapped; call unwrap_model(model) before scoring")
+    stack = layer_stack(model)
+    rows = _checked_plans(plans, stack.num_layers)
+    wrong = [layer for layer in layers if not 0 <= layer < stack.num_layers]
+    if wrong or num_windows < 0:
+        raise ConfigError(
+            f"states of layers {list(layers)} with {num_windows} windows were asked for; expected layers from 0 to "
+            f"{stack.num_layers - 1} and 0 windows or more"
+        )
+    place = Path(folder)
+    mark = fingerprint(model)
+    asked = {
+        "base_model": fingerprint_digest(mark),
+        "dtype": dtype_name(model),
+        "task": task_fields(task),
+        "plans": [plan_text(plan) for plan in rows],
+        "layers": sorted({int(layer) for layer in layers}),
+        "num_windows": num_windows,
+    }
+    scorer = Scorer(model, tokenizer, task.scoring)
+    for example in task.examples:
+        scorer.encode(example)
+    with locked(place):
+        if (place / MANIFEST).exists():
+            stored = read_manifest(place)
+            check_asked(place / MANIFEST, asked, stored["asked"])
+        else:
+            stray = sorted(place.glob("part-*"))
+            if stray:
+                raise LabelError(
+                    f"{place} holds {stray[0].name} but no {MANIFEST}, so nothing says what it was scored with: put it "
+                    "back, or score into another folder"
+                )
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "asked": asked,
+                "task_name": task.name,
+                "base_model": {"name": base_model_name(model), "fingerprint": mark},
+                "versions": _versions(),
+            }
+            write_json_atomic(place / MANIFEST, manifest)
+        for litter in place.glob(".*.tmp"):
+            litter.unlink(missing_ok=True)
+        total = len(task.examples)
+        for start in range(0, total, BLOCK):
+            progress("scoring plans", start, total)
+            examples = task.examples[start : start + BLOCK]
+            number = start // BLOCK
+            path, block = place / part_name(number), block_of(asked, number)
+            if not is_whole(place, number):
+                _score_block(scorer, examples, rows, path, asked, stack.hidden_size, block)
+        progress("scoring plans", total, total)
+    return read_scores(place)
+
+
+def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTable:
+    """Read a score table.
+
+    Args:
+        folder: What `score_prompts` filled.
+        model: The base model; its fingerprint is compared if it is given.
+
+    Returns:
+        The table, with as many of its blocks as are there from the first one on: an unfinished table can be learned
+        from.
+
+    Raises:
+        FileNotFoundError: There is no table.
+        LabelError: It is damaged, empty, or of another base model.
+    """
+    place = Path(folder)
+    manifest = read_manifest(place)
+    if model is not None:
+        differences = compare_fingerprints(
+            fingerprint(model), manifest["base_model"]["fingerprint"]
+        )
+        if differences:
+            raise LabelError(
+                f"the score table {place} belongs to {manifest['base_model']['name'] or 'another model'}, not to this "
+                f"{type(model).__name__}: {'; '.join(differences)}; score the prompts with this model"
+            )
+    asked = manifest["asked"]
+    total = int(asked["task"]["prompts"])
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    views: dict[int, list[torch.Tensor]] = {layer: [] for layer in asked["layers"]}
+    for number in range(-(-total // BLOCK)):
+        if not is_whole(place, number):
+            break
+        metrics, states = read_part(place / part_name(number), asked, number)
+        for name, values in metrics.items():
+            columns[name] += values
+        for layer, listed in views.items():
+            listed.append(states[str(layer)])
+    if not columns["prompt"]:
+        raise LabelError(f"{place} holds no scored prompts yet: run the scoring first")
+    width = len(asked["plans"][0])
+    arrays = {name: np.array(columns[name], dtype=np.float64) for name in METRICS}
+    return ScoreTable(
+        plans=np.stack([parse_plan(text, width) for text in asked["plans"]]),
+        examples=tuple(
+            Example(
+                prompt=prompt,
+                choices=None if choices is None else tuple(choices),
+                answer=answer,
+                completion=completion,
+            )
+            for prompt, choices, answer, completion in zip(
+                *(columns[name] for name in ("prompt", "choices", "answer", "completion")),
+                strict=True,
+            )
+        ),
+        given=np.array(columns["given"], dtype=np.int64),
+        views={layer: torch.cat(listed) for layer, listed in views.items()},
+        manifest=manifest,
+        **arrays,
+    )
+
+
+def menu_data(table: ScoreTable, columns: Any = None) -> MenuData:
+    """Return a score table, or some of its plans, as what a menu is trained on.
+
+    Args:
+        table: The table.
+        columns: Plans to take, in their order on the menu; None takes all.
+    """
+    taken = np.arange(len(table.plans)) if columns is None else np.asarray(columns)
+    plans = table.plans[taken]
+    views = {}
+    for layer, view in table.views.items():
+        old, new = prefix_numbers(table.plans, layer)[taken], prefix_numbers(plans, layer)
+        # The first plan of each new prefix says which of the old ones it was.
+        first = [int(old[np.flatnonzero(new == number)[0]]) for number in range(int(new.max()) + 1)]
+        views[layer] = view[:, first]
+    reward = np.exp(np.minimum(table.reward, 0.0))[:, taken] if table.graded else None
+    return MenuData(
+        plans=plans,
+        views=views,
+        agreement=table.agreement[:, taken],
+        total_variation=table.total_variation[:, taken],
+        reward=reward,
+        groups=[example.prompt.strip() for example in table.examples],
+    )
+
+
+def _score_block(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    plans: Plans,
+    path: Path,
+    asked: dict[str, Any],
+    hidden_size: int,
+    block: dict[str, str],
+) -> None:
+    """Score a block of prompts by itself, so that its metrics depend on nothing before it, and write it."""
+    scorer.forget()
+    states = PromptStates(
+        plans,
+        asked["layers"],
+        num_windows=asked["num_windows"],
+        num_prompts=len(examples),
+        hidden_size=hidden_size,
+        dtype=scorer.model.dtype,
+    )
+    outcomes = scorer.outcomes(
+        examples,
+        np.tile(plans, (len(examples), 1)),
+        np.repeat(np.arange(len(examples)), len(plans)),
+        states=states,
+    )
+    shape = (len(examples), len(plans))
+    metrics = {
+        name: np.asarray(getattr(outcomes, name), dtype=np.float64).reshape(shape)
+        for name in METRICS
+    }
+    graded = examples[0].kind != "prompt"
+    for name, values in metrics.items():
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad) and (graded or name != "reward"):
+            row, column = bad[0].tolist()
+            raise SearchError(
+                f"plan {plan_text(plans[column])} gives prompt {examples[row].prompt[:40]!r} the {name} "
+                f"{values[row, column]}; the model's logits overflow there: load it in another dtype, or leave the "
+                "plan out"
+            )
+    given = outcomes.answer.reshape(shape)
+    write_part(path, examples, given, metrics, states.views, block)
+
+
+def _checked_plans(plans: Any, num_layers: int) -> Plans:
+    rows = check_plans(plans, num_layers)
+    if not len(rows):
+        raise PlanError("no plans were given; expected the identity plan and others")
+    if not np.array_equal(rows[0], identity_plan(num_layers)):
+        raise PlanError(
+            f"the first plan is {plan_text(rows[0])}; expected the identity plan, which all others are compared with"
+        )
+    texts = [plan_text(plan) for plan in rows]
+    twice = sorted({text for text in texts if texts.count(text) > 1})
+    if twice:
+        raise PlanError(f"plan {twice[0]} is given twice; give each plan once")
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dynadepth": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

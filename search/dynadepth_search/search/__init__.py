@@ -1,0 +1,1 @@
+"""The search for plans: static ones for all prompts, and one for each prompt."""

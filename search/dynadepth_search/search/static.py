@@ -1,0 +1,402 @@
+"""Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
+
+Owns the search and the file `menu.json`. The beam is the look-ahead: a plan that is not the best of its depth may lead
+to the best one below. Knows nothing of policies that choose from a menu.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.config import config_to_dict
+from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
+from dynadepth.files import write_json_atomic
+from dynadepth.models.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
+from dynadepth.training.menu.fit import choose_plans
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring.objectives import (
+    Objective,
+    check_answers,
+    check_objective,
+    plan_values,
+)
+from dynadepth_search.scoring.outcomes import Outcomes
+from dynadepth_search.scoring.score_table import menu_data, score_prompts
+from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.static_spec import StaticSpec
+from dynadepth_search.storage.compatibility import (
+    check_asked,
+    dtype_name,
+    read_versioned,
+    task_fields,
+)
+from dynadepth_search.storage.locking import locked
+
+__all__ = ["MENU", "StaticPlans", "StaticSpec", "read_static", "search_static"]
+
+MENU = "menu.json"
+_POOL = "pool"
+SCHEMA_VERSION = 1
+_FEWEST_PROMPTS = 40
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class StaticPlans:
+    """What a search of static plans found.
+
+    Args:
+        menu: Plans to choose from by the prompt: the identity first, then by falling depth. Shape (K, layers), uint8.
+        front: Nested plans for all prompts: the identity first, each with one more layer skipped. Shape (F, layers).
+        front_values: Mean of each of these on prompts that chose none of them: of the agreement for `preserve`, of the
+            graded reward for `reward`. Shape (F,).
+        front_errors: Standard errors of these, against the identity. Shape (F,).
+        pool: Every plan that was measured there, the identity first. Shape (P, layers).
+        pool_values: Their means. Shape (P,).
+        objective: What plans were compared by.
+        prompts: Prompts in these means.
+        evaluations: Plans evaluated on prompts in all.
+        asked: What the search was asked for.
+    """
+
+    menu: Plans
+    front: Plans
+    front_values: _Floats
+    front_errors: _Floats
+    pool: Plans
+    pool_values: _Floats
+    objective: Objective
+    prompts: int
+    evaluations: int
+    asked: dict[str, Any]
+
+
+def search_static(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    folder: str | os.PathLike[str],
+    spec: StaticSpec,
+    *,
+    progress: Progress = silent,
+) -> StaticPlans:
+    """Search plans for all prompts of a task, or go on with a search that was interrupted.
+
+    Every layer is removed alone; of the best ones, sets are grown one layer at a time, the best few of each size being
+    carried on. All of these are the pool. Prompts that took no part measure it and, by cross-fitting, choose the menu.
+    The front is the chain of nested plans within the pool with the highest sum of means on the first prompts.
+
+    Args:
+        model: The unwrapped base model; left as it was.
+        tokenizer: Of the base model.
+        task: Training prompts; a sample of them is used.
+        folder: `menu.json` and the pool's score table go there.
+        spec: How to search.
+        progress: Called with the stage, how much of it is done, and of how much.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`, or these name no layer.
+        LabelError: The folder holds a search that was asked for otherwise, or is in use.
+        SearchError: A figure is not finite.
+        TaskError: Too few prompts, or the objective needs answers that the task has not.
+
+    Source:
+        Removal by measured harm as in SLEB (arXiv 2402.09025); deviation: a beam in place of a greedy chain, and the
+        model's own answers in place of perplexity.
+    """
+    check_answers(task, spec.objective)
+    if len(task.examples) < _FEWEST_PROMPTS:
+        raise TaskError(
+            f"{len(task.examples)} prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
+        )
+    place = Path(folder)
+    # What can be refused is refused before a folder is made.
+    search = _StaticSearch(model, tokenizer, task, place, spec, progress)
+    with locked(place):
+        search.run()
+    return read_static(place)
+
+
+def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticPlans:
+    """Read what a search of static plans found.
+
+    Args:
+        folder: Where it was written.
+        model: The base model; its fingerprint is compared if it is given.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        LabelError: It is damaged, unfinished or of another base model.
+    """
+    path = Path(folder) / MENU
+    content = _read(path)
+    if not content.get("complete"):
+        raise LabelError(f"the search of {path} is unfinished: run it again to go on")
+    if model is not None:
+        differences = compare_fingerprints(fingerprint(model), content["base_model"])
+        if differences:
+            raise LabelError(
+                f"{path} belongs to another base model than this {type(model).__name__}: {'; '.join(differences)}; "
+                "search with this model"
+            )
+    try:
+        width = len(content["pool"][0]["plan"])
+        pool = np.stack([parse_plan(item["plan"], width) for item in content["pool"]])
+        front = content["front"]
+        return StaticPlans(
+            menu=pool[content["menu"]],
+            front=pool[front],
+            front_values=np.array([content["pool"][row]["value"] for row in front]),
+            front_errors=np.array([content["pool"][row]["standard_error"] for row in front]),
+            pool=pool,
+            pool_values=np.array([item["value"] for item in content["pool"]]),
+            objective=check_objective(content["asked"]["search"]["objective"]),
+            prompts=content["confirmed"],
+            evaluations=content["evaluations"],
+            asked=content["asked"],
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
+
+
+class _StaticSearch:
+    """One run; `_content` is what is on disk."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        folder: Path,
+        spec: StaticSpec,
+        progress: Progress,
+    ) -> None:
+        self._model, self._tokenizer, self._task = model, tokenizer, task
+        self._folder, self._spec, self._progress = folder, spec, progress
+        self._scorer = Scorer(model, tokenizer, task.scoring)
+        self._num_layers = self._scorer.num_layers
+        order = np.random.default_rng(spec.seed).permutation(len(task.examples))
+        # Two thirds at most choose the beam: the menu needs prompts that did not.
+        count = min(spec.num_prompts, len(order) // 3)
+        self._examples = [task.examples[index] for index in order[:count].tolist()]
+        others = np.sort(order[count : count + spec.num_confirmed]).tolist()
+        self._others = [task.examples[index] for index in others]
+        wrong = [layer for layer in spec.protect if not 0 <= layer < self._num_layers]
+        if wrong:
+            raise ConfigError(
+                f"StaticSpec.protect names layers {wrong}; expected layers from 0 to {self._num_layers - 1}"
+            )
+        for example in (*self._examples, *self._others):
+            self._scorer.encode(example)  # what cannot be encoded is known before an hour of work
+        self._asked = {
+            "base_model": fingerprint_digest(fingerprint(model)),
+            "dtype": dtype_name(model),
+            "task": task_fields(task),
+            "search": config_to_dict(spec),
+        }
+        self._path = folder / MENU
+        self._content: dict[str, Any] = {}
+
+    def run(self) -> None:
+        if self._path.exists():
+            self._content = _read(self._path)
+            check_asked(self._path, self._asked, self._content["asked"])
+            if self._content["complete"]:
+                return
+        else:
+            self._content = {
+                "schema_version": SCHEMA_VERSION,
+                "asked": self._asked,
+                "base_model": fingerprint(self._model),
+                "complete": False,
+                "evaluations": 0,
+                # Layers that plans are made of, the cheapest first.
+                "candidates": [],
+                # Plans carried on, by the number of layers skipped, with their mean on the first prompts.
+                "levels": [],
+            }
+        most = self._most_skipped()
+        if not self._content["candidates"]:
+            self._progress("removing single layers", 0, 1)
+            self._open()
+        while len(self._content["levels"]) < most:
+            self._progress("growing plans", len(self._content["levels"]), most)
+            self._grow()
+        self._measure()
+        self._content["complete"] = True
+        write_json_atomic(self._path, self._content)
+
+    def _most_skipped(self) -> int:
+        spec = self._spec
+        free = [
+            layer for layer in range(spec.from_layer, self._num_layers) if layer not in spec.protect
+        ]
+        fewest = max(1, int(np.ceil(spec.min_depth * self._num_layers - 1e-9)))
+        most = min(self._num_layers - fewest, len(free), spec.num_candidates)
+        if most < 1:
+            raise ConfigError(
+                f"nothing can be removed: {len(free)} of {self._num_layers} layers are free from layer "
+                f"{spec.from_layer} on, and min_depth {spec.min_depth} keeps {fewest}; free more layers or lower it"
+            )
+        return most
+
+    def _open(self) -> None:
+        """Remove every free layer alone."""
+        spec = self._spec
+        layers = [
+            layer for layer in range(spec.from_layer, self._num_layers) if layer not in spec.protect
+        ]
+        few = min(spec.num_screened, len(self._examples))
+        values = self._values([frozenset([layer]) for layer in layers], range(few))
+        order = np.argsort(-values.mean(axis=1), kind="stable")
+        self._content["candidates"] = [layers[index] for index in order[: spec.num_candidates]]
+        write_json_atomic(self._path, self._content)
+
+    def _grow(self) -> None:
+        """Add the plans that skip one more layer."""
+        spec, content = self._spec, self._content
+        known = (
+            [frozenset(item["skips"]) for item in content["levels"][-1]]
+            if content["levels"]
+            else []
+        )
+        grown = {
+            before | {layer}
+            for before in known or [frozenset()]
+            for layer in content["candidates"]
+            if layer not in before
+        }
+        plans = sorted(grown, key=sorted)
+        count = len(self._examples)
+        few = min(spec.num_screened, count)
+        screened = self._values(plans, range(few))
+        order = np.argsort(-screened.mean(axis=1), kind="stable")
+        kept = sorted(order[: spec.beam + -(-spec.beam // 2)].tolist())
+        if not content["levels"]:
+            kept = list(range(len(plans)))
+        values = np.empty((len(kept), count))
+        values[:, :few] = screened[kept]
+        if few < count:
+            values[:, few:] = self._values([plans[index] for index in kept], range(few, count))
+        # Single layers are few, and the best sets need not be made of the best of them.
+        most = spec.beam if content["levels"] else len(kept)
+        best = np.argsort(-values.mean(axis=1), kind="stable")[:most]
+        content["levels"].append(
+            [
+                {"skips": sorted(plans[kept[row]]), "value": float(values[row].mean())}
+                for row in best.tolist()
+            ]
+        )
+        write_json_atomic(self._path, content)
+
+    def _measure(self) -> None:
+        """Measure the pool on other prompts, and choose front and menu."""
+        spec, content = self._spec, self._content
+        pool: list[frozenset[int]] = [frozenset()]
+        pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
+        plans = np.stack([self._plan(skips) for skips in pool])
+        first = int(np.flatnonzero((plans != 1).any(axis=0))[0])
+        task = Task(f"{self._task.name}, pool", tuple(self._others), self._task.scoring)
+        table = score_prompts(
+            self._model,
+            self._tokenizer,
+            task,
+            plans,
+            self._folder / _POOL,
+            layers=[first],
+            progress=self._progress,
+        )
+        content["evaluations"] += len(self._others) * len(pool)
+        values = table.agreement if spec.objective == "preserve" else table.reward
+        means, changes = values.mean(axis=0), values - values[:, :1]
+        content["pool"] = [
+            {
+                "plan": plan_text(plan),
+                "value": float(mean),
+                "standard_error": float(change.std(ddof=1) / np.sqrt(len(change))),
+                "agreement": float(agreement),
+            }
+            for plan, mean, change, agreement in zip(
+                plans, means, changes.T, table.agreement.mean(axis=0), strict=True
+            )
+        ]
+        content["confirmed"] = len(self._others)
+        content["front"] = self._chain(pool)
+        content["menu"] = choose_plans(
+            menu_data(table), spec.size, objective=spec.objective, seed=spec.seed
+        ).tolist()
+
+    def _chain(self, pool: list[frozenset[int]]) -> list[int]:
+        """Return the nested plans with the highest sum of values on the prompts that grew them."""
+        total: dict[frozenset[int], float] = {frozenset(): 0.0}
+        before: dict[frozenset[int], frozenset[int]] = {}
+        for level in self._content["levels"]:
+            for item in level:
+                skips = frozenset(item["skips"])
+                under = [known for known in total if len(known) == len(skips) - 1 and known < skips]
+                best = max(under, key=lambda known: (total[known], sorted(known)))
+                before[skips], total[skips] = best, total[best] + item["value"]
+        deepest = max(len(skips) for skips in total)
+        at = max((s for s in total if len(s) == deepest), key=lambda s: (total[s], sorted(s)))
+        chain = [at]
+        while at:
+            at = before[at]
+            chain.append(at)
+        return [pool.index(skips) for skips in reversed(chain)]
+
+    def _values(self, skips: list[frozenset[int]], prompts: Iterable[int]) -> _Floats:
+        """Return what plans are worth on some of the first prompts, see `plan_values`. Shape (plans, prompts)."""
+        examples = [self._examples[index] for index in prompts]
+        plans = np.stack([self._plan(each) for each in skips])
+        # A step's values depend on nothing that was scored before it.
+        self._scorer.forget()
+        outcomes = self._scorer.outcomes(
+            examples,
+            np.repeat(plans, len(examples), axis=0),
+            np.tile(np.arange(len(examples)), len(plans)),
+        )
+        self._check_finite(outcomes, examples, plans)
+        values = plan_values(outcomes, self._spec.objective)
+        self._content["evaluations"] += values.size
+        return values.reshape(len(plans), len(examples))
+
+    def _check_finite(self, outcomes: Outcomes, examples: Sequence[Example], plans: Plans) -> None:
+        """Refuse outcomes of logits that overflow."""
+        reward = self._spec.objective == "reward"
+        figures = outcomes.reward if reward else outcomes.total_variation
+        bad = np.flatnonzero(~np.isfinite(figures))
+        if len(bad):
+            plan, prompt = divmod(int(bad[0]), len(examples))
+            raise SearchError(
+                f"plan {plan_text(plans[plan])} gives prompt {examples[prompt].prompt[:40]!r} the "
+                f"{'reward' if reward else 'total variation'} {figures[bad[0]]}; the model's logits overflow there: "
+                "load it in another dtype, or protect the layers that overflow"
+            )
+
+    def _plan(self, skips: Iterable[int]) -> Plans:
+        plan = identity_plan(self._num_layers)
+        plan[list(skips)] = int(SKIP)
+        return plan
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_versioned(path, SCHEMA_VERSION, verb="search static", again="search again")
+    kinds = {"asked": dict, "base_model": dict, "complete": bool, "evaluations": int}
+    kinds |= {"candidates": list, "levels": list}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise LabelError(
+                f"{path} is damaged ({name} is {content.get(name)!r}): delete it and search again"
+            )
+    return content

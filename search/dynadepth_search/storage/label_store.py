@@ -1,0 +1,140 @@
+"""Writing labels so that a kill at any moment loses no finished prompt.
+
+A finished prompt goes into the journal at once. When all prompts of a shard are there, the shard is
+written, then named in the manifest, then its prompts leave the journal: in whatever order that is cut
+off, every finished prompt is in the journal or in a shard that the manifest knows. A shard holds a fixed
+range of the task's prompts in their order, so that labels are equal byte for byte however often the
+search was killed.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dynadepth.errors import LabelError
+from dynadepth.files import sha256_file, write_bytes_atomic, write_json_atomic
+from dynadepth_search.storage.journal import Journal
+from dynadepth_search.storage.labels import (
+    JOURNAL,
+    MANIFEST,
+    Manifest,
+    Shard,
+    check_shard,
+    read_manifest,
+    read_unfinished,
+    shard_bytes,
+    shard_name,
+)
+
+__all__ = ["LabelStore"]
+
+
+class LabelStore:
+    """A folder of labels that is being written; hold its lock (`locked`) meanwhile.
+
+    Args:
+        folder: Where the labels go.
+        prompt_ids: Of all prompts of the task, in order.
+        shard_size: Prompts of a shard.
+
+    Raises:
+        LabelError: What lies there is damaged.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], prompt_ids: Sequence[str], shard_size: int
+    ) -> None:
+        self.folder = Path(folder)
+        self._shards = [
+            tuple(prompt_ids[i : i + shard_size]) for i in range(0, len(prompt_ids), shard_size)
+        ]
+        self._finished: dict[str, Shard] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
+        self.manifest: Manifest | None = None
+        journal, length = read_unfinished(self.folder)
+        if (self.folder / MANIFEST).exists():
+            self.manifest = read_manifest(self.folder)
+        elif journal or any(self.folder.glob("part-*.parquet")):
+            raise LabelError(
+                f"{self.folder} holds labels but no {MANIFEST}, so nothing says what they were made with: "
+                "put it back, or search into another folder"
+            )
+        self._journal = Journal(self.folder / JOURNAL, length)
+        self._unsorted = journal
+
+    def create(self, manifest: Manifest) -> None:
+        """Begin a new folder."""
+        self._write_manifest(manifest)
+
+    def open(self) -> None:
+        """Go on with a folder whose manifest has been found to fit.
+
+        A shard that was deleted counts as never written.
+
+        Raises:
+            LabelError: A shard is damaged, or a row belongs to no prompt of the task.
+        """
+        for litter in self.folder.glob(".*.tmp"):
+            # What a kill left of a file that was being written beside its place.
+            litter.unlink(missing_ok=True)
+        manifest = self._known()
+        for shard in manifest.shards:
+            if (self.folder / shard.name).exists():
+                check_shard(self.folder, shard)
+                self._finished[shard.name] = shard
+        for row in self._unsorted:
+            self._rows[row["prompt_id"]] = row
+        stray = set(self._rows) - {prompt for prompts in self._shards for prompt in prompts}
+        if stray:
+            raise LabelError(
+                f"{self.folder / JOURNAL} holds prompt {min(stray)}, which the task has not; it was altered: "
+                "remove that line"
+            )
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Ids of all prompts that have a label on disk."""
+        return self._stored().union(self._rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Store a finished prompt; it is on disk when this returns."""
+        self._journal.append(row)
+        self._rows[row["prompt_id"]] = row
+
+    def compact(self) -> None:
+        """Write every shard whose prompts are all in the journal, and take them out of the journal."""
+        for number, prompts in enumerate(self._shards):
+            name = shard_name(number)
+            if name in self._finished or any(prompt not in self._rows for prompt in prompts):
+                continue
+            path = self.folder / name
+            write_bytes_atomic(path, shard_bytes([self._rows[prompt] for prompt in prompts]))
+            self._finished[name] = Shard(name, sha256_file(path), len(prompts))
+        manifest = self._known()
+        shards = tuple(self._finished[name] for name in sorted(self._finished))
+        if shards != manifest.shards:
+            self._write_manifest(replace(manifest, shards=shards))
+        stored = self._stored()
+        if not stored.isdisjoint(self._rows):
+            self._rows = {prompt: row for prompt, row in self._rows.items() if prompt not in stored}
+            self._journal.replace(self._rows.values())
+
+    def _stored(self) -> frozenset[str]:
+        """Ids of the prompts that the manifest's shards hold."""
+        return frozenset(
+            prompt
+            for number, prompts in enumerate(self._shards)
+            if shard_name(number) in self._finished
+            for prompt in prompts
+        )
+
+    def _known(self) -> Manifest:
+        if self.manifest is None:
+            raise LabelError(f"{self.folder} has no {MANIFEST} yet")
+        return self.manifest
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        write_json_atomic(self.folder / MANIFEST, manifest.to_dict())
+        self.manifest = manifest

@@ -1,0 +1,386 @@
+"""Labels on disk: what they were made with, how they are read, and what a damaged file looks like.
+
+A folder holds `manifest.json`, Parquet shards `part-00000.parquet` and so on, and, while a search is
+unfinished, `journal.jsonl` with the prompts that no shard holds yet. Writing is `label_store`. Knows
+nothing of how labels are found.
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynadepth.config import did_you_mean
+from dynadepth.errors import ConfigError, LabelError
+from dynadepth.files import read_json, sha256_file
+from dynadepth.models.fingerprint import compare_fingerprints, fingerprint
+from dynadepth.plans import Plans, plan_depth
+from dynadepth.tree_search.forest import EditPrior, Evaluated
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.storage.journal import read_journal
+
+__all__ = [
+    "JOURNAL",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Labels",
+    "Manifest",
+    "Shard",
+    "check_shard",
+    "label_row",
+    "read_labels",
+    "read_manifest",
+    "read_shard",
+    "read_unfinished",
+    "shard_bytes",
+    "shard_name",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answer", pa.int64()),
+        pa.field("completion", pa.string()),
+        pa.field("base_reward", pa.float64(), nullable=False),
+        pa.field("plans", pa.list_(pa.string()), nullable=False),
+        pa.field("rewards", pa.list_(pa.float64()), nullable=False),
+        pa.field("depths", pa.list_(pa.float64()), nullable=False),
+        pa.field("visits", pa.list_(pa.int64()), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("label_value", pa.float64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A finished file of labels.
+
+    Args:
+        name: Within the folder.
+        sha256: Of its bytes.
+        prompts: Rows.
+    """
+
+    name: str
+    sha256: str
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a folder of labels was made with; written once, but for the list of shards.
+
+    Args:
+        base_model: Fingerprint of the base model.
+        num_layers: Its decoder layers.
+        dtype: In which it ran.
+        task: `name`, `kind`, `scoring`, `sha256` and `prompts`.
+        search: The search spec as it was asked for, see `searching.PromptSearchSpec`.
+        depth_penalty: Lambda of the labels' value, as asked for or as the probe chose it.
+        prior: What the probe measured.
+        versions: Of the libraries that took part.
+        shards: Finished ones, in order.
+    """
+
+    base_model: dict[str, Any]
+    num_layers: int
+    dtype: str
+    task: dict[str, Any]
+    search: dict[str, Any]
+    depth_penalty: float
+    prior: EditPrior
+    versions: dict[str, str]
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def objective(self) -> str:
+        """What the search maximised."""
+        return str(self.search["objective"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as values that JSON knows."""
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        shards = [
+            {item.name: getattr(shard, item.name) for item in fields(Shard)}
+            for shard in self.shards
+        ]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **content,
+            "prior": self.prior.to_dict(),
+            "shards": shards,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """Labels of P prompts, in the order of the task.
+
+    Args:
+        manifest: What they were made with.
+        examples: The prompts with what their answers are judged by.
+        base_rewards: Reward of the identity plan. Shape (P,), float64.
+        plans: The chosen plans. Shape (P, layers), uint8.
+        rewards: Their rewards. Shape (P,), float64.
+        values: Their values, reward - depth_penalty * depth. Shape (P,), float64.
+        depths: Their depths. Shape (P,), float64.
+        evaluated: Every evaluated plan of each prompt, the identity included.
+    """
+
+    manifest: Manifest
+    examples: tuple[Example, ...]
+    base_rewards: npt.NDArray[np.float64]
+    plans: Plans
+    rewards: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float64]
+    depths: npt.NDArray[np.float64]
+    evaluated: tuple[Evaluated, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def identity_rate(self) -> float:
+        """Share of prompts whose label is the identity plan."""
+        return float((self.plans == 1).all(axis=1).mean())
+
+    @property
+    def evaluations(self) -> float:
+        """Evaluated plans for each label."""
+        return float(np.mean([len(item) for item in self.evaluated]))
+
+
+def label_row(
+    index: int,
+    example: Example,
+    evaluated: Evaluated,
+    *,
+    base_reward: float,
+    label: str,
+    value: float,
+) -> dict[str, Any]:
+    """Return one prompt's label as it is stored, in the journal and in a shard alike.
+
+    Args:
+        index: Of the prompt in the task.
+        example: The prompt.
+        evaluated: Every evaluated plan.
+        base_reward: Reward of the identity plan.
+        label: The chosen plan, one digit a layer.
+        value: Its value.
+    """
+    digits = [bytes(plan + ord("0")).decode() for plan in evaluated.plans]
+    return {
+        "index": index,
+        "prompt_id": example.prompt_id,
+        "prompt": example.prompt,
+        "choices": None if example.choices is None else list(example.choices),
+        "answer": example.answer,
+        "completion": example.completion,
+        "base_reward": base_reward,
+        "plans": digits,
+        "rewards": evaluated.rewards.tolist(),
+        "depths": evaluated.depths.tolist(),
+        "visits": evaluated.visits.tolist(),
+        "label": label,
+        "label_value": value,
+    }
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"part-{number:05d}.parquet"
+
+
+def shard_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as a Parquet file; equal rows give equal bytes for one version of pyarrow."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_shard(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a shard that has been checked."""
+    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
+    return rows
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """Check that a shard is the file that was written.
+
+    Raises:
+        LabelError: It is missing, cut off or altered; the message says how to repair it.
+    """
+    path = folder / shard.name
+    only = f"only its {shard.prompts} prompts are searched again"
+    if not path.exists():
+        raise LabelError(f"shard {path} is missing: run the same search again; {only}")
+    if sha256_file(path) != shard.sha256:
+        raise LabelError(
+            f"shard {path} is not the file that was written (cut off or altered): delete it and run "
+            f"the same search again; {only}"
+        )
+
+
+def read_unfinished(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows that no shard holds yet, and how many bytes of the journal they take.
+
+    Raises:
+        LabelError: A line was altered.
+    """
+    path = folder / JOURNAL
+    rows, length = read_journal(path)
+    for row in rows:
+        if set(row) != set(_SCHEMA.names):
+            raise LabelError(
+                f"{path} holds a line that is no label (keys {', '.join(sorted(row))}): remove that line "
+                "and run the same search again; only its prompt is searched again"
+            )
+    return rows, length
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a folder of labels was made with.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+        LabelError: It is damaged, or of a newer schema.
+    """
+    path = folder / MANIFEST
+    content = read_json(path, LabelError)
+    version = content.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        todo = (
+            "install a newer dynadepth-search" if newer else "run the search again in a new folder"
+        )
+        raise LabelError(
+            f"{path} has schema version {version!r}; this one reads {SCHEMA_VERSION}: {todo}"
+        )
+    known = [item.name for item in fields(Manifest)]
+    for key in content:
+        if key not in known:
+            raise LabelError(f"{path} has an unknown key {key!r}{did_you_mean(key, known)}")
+    missing = [key for key in known if key not in content]
+    if missing:
+        raise LabelError(
+            f"{path} has no {missing[0]!r}; it is damaged: run the search in a new folder"
+        )
+    try:
+        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+        prior = EditPrior.from_dict(content.pop("prior"))
+    except (TypeError, ConfigError) as error:
+        raise LabelError(f"{path} is damaged ({error}): run the search in a new folder") from error
+    return Manifest(**content, prior=prior, shards=shards)
+
+
+def read_labels(
+    folder: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    accept_mismatch: bool = False,
+    accept_partial: bool = False,
+) -> Labels:
+    """Read labels, and check that they are whole and belong to a model.
+
+    Args:
+        folder: Written by a search.
+        model: The base model that they are for; None does not check it.
+        accept_mismatch: Read them also if they were made with another model.
+        accept_partial: Read them also if the search has not finished.
+
+    Returns:
+        The labels, in the order of the task.
+
+    Raises:
+        FileNotFoundError: There is no manifest in the folder.
+        LabelError: A shard is missing or damaged, the search is unfinished, or the labels belong to
+            another model.
+    """
+    place = Path(folder)
+    if not (place / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{place} holds no labels: there is no {MANIFEST}; run a search into it first"
+        )
+    manifest = read_manifest(place)
+    if model is not None and not accept_mismatch:
+        differences = compare_fingerprints(fingerprint(model), manifest.base_model)
+        if differences:
+            raise LabelError(
+                f"the labels in {place} belong to another model: {'; '.join(differences)}; "
+                "search with this model, or accept the mismatch knowingly (accept_mismatch=True)"
+            )
+    rows: dict[str, dict[str, Any]] = {}
+    for shard in manifest.shards:
+        check_shard(place, shard)
+        rows.update((row["prompt_id"], row) for row in read_shard(place / shard.name))
+    asked = manifest.task["prompts"]
+    if len(rows) < asked:
+        for row in read_unfinished(place)[0]:
+            rows.setdefault(row["prompt_id"], row)
+        if not accept_partial:
+            raise LabelError(
+                f"the search in {place} is unfinished: {len(rows)} of {asked} prompts have a label; run "
+                "the same search again to go on, or read what there is (accept_partial=True)"
+            )
+    if not rows:
+        raise LabelError(
+            f"the search in {place} has not finished a single prompt; run it again to go on"
+        )
+    return _labels(manifest, sorted(rows.values(), key=lambda row: row["index"]))
+
+
+def _labels(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> Labels:
+    evaluated, rewards = [], []
+    for row in rows:
+        plans = _plans(row["plans"])
+        evaluated.append(
+            Evaluated(
+                plans,
+                np.array(row["rewards"], dtype=np.float64),
+                np.array(row["depths"], dtype=np.float64),
+                np.array(row["visits"], dtype=np.uint32),
+            )
+        )
+        rewards.append(row["rewards"][row["plans"].index(row["label"])])
+    chosen = _plans([row["label"] for row in rows])
+    return Labels(
+        manifest=manifest,
+        examples=tuple(_example(row) for row in rows),
+        base_rewards=np.array([row["base_reward"] for row in rows], dtype=np.float64),
+        plans=chosen,
+        rewards=np.array(rewards, dtype=np.float64),
+        values=np.array([row["label_value"] for row in rows], dtype=np.float64),
+        depths=plan_depth(chosen),
+        evaluated=tuple(evaluated),
+    )
+
+
+def _plans(texts: Sequence[str]) -> Plans:
+    joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
+    return joined.reshape(len(texts), -1).astype(np.uint8)
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    choices = row["choices"]
+    return Example(
+        prompt=row["prompt"],
+        choices=None if choices is None else tuple(choices),
+        answer=row["answer"],
+        completion=row["completion"],
+    )

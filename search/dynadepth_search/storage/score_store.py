@@ -1,0 +1,181 @@
+"""The files of a score table: a manifest, and for each block of prompts its metrics and its states.
+
+A Parquet file of metrics and a safetensors file of states for each block; every file says which table and block it is,
+and what the other one must be. Knows nothing of models or how metrics come about.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from dynadepth.errors import LabelError
+from dynadepth.files import sha256_bytes, sha256_text, write_bytes_atomic
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.storage.compatibility import read_versioned
+
+__all__ = [
+    "BLOCK",
+    "MANIFEST",
+    "METRICS",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "block_of",
+    "is_whole",
+    "part_name",
+    "read_manifest",
+    "read_part",
+    "write_part",
+]
+
+MANIFEST = "scores.json"
+SCHEMA_VERSION = 1
+# Prompts of a file; a kill loses no more than one block of work.
+BLOCK = 16
+METRICS = ("agreement", "total_variation", "divergence", "reward", "correct")
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answer", pa.int64()),
+        pa.field("completion", pa.string()),
+        pa.field("given", pa.list_(pa.int64()), nullable=False),
+        *(pa.field(name, pa.list_(pa.float32()), nullable=False) for name in METRICS),
+    ]
+)
+
+
+def write_part(
+    path: Path,
+    examples: Sequence[Example],
+    given: npt.NDArray[np.int64],
+    metrics: Mapping[str, npt.NDArray[np.float64]],
+    views: Mapping[int, torch.Tensor],
+    block: dict[str, str],
+) -> None:
+    """Write a block of prompts.
+
+    Args:
+        path: Of its files, without what they end with.
+        examples: The prompts.
+        given: Their answers under each plan. Shape (prompts, K).
+        metrics: All of `METRICS`. Shape (prompts, K) each.
+        views: States by layer.
+        block: What `block_of` returned.
+    """
+    data = save_tensors({str(layer): view for layer, view in views.items()})
+    columns = {
+        "prompt_id": [item.prompt_id for item in examples],
+        "prompt": [item.prompt for item in examples],
+        "choices": [item.choices for item in examples],
+        "answer": [item.answer for item in examples],
+        "completion": [item.completion for item in examples],
+        "given": given.tolist(),
+        **{name: values.astype(np.float32).tolist() for name, values in metrics.items()},
+    }
+    table = pa.table(columns, schema=SCHEMA)
+    seals = {"states_sha256": sha256_bytes(data), "figures_sha256": _seal(table), **block}
+    table = table.replace_schema_metadata(seals)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    # The metrics last: a block counts as finished once they are there.
+    write_bytes_atomic(path.with_suffix(".safetensors"), data)
+    write_bytes_atomic(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+
+
+def read_part(
+    path: Path, asked: dict[str, Any], number: int
+) -> tuple[dict[str, list[Any]], dict[str, torch.Tensor]]:
+    """Return the metrics of a block and its states.
+
+    Raises:
+        LabelError: A file is damaged, or of another table or block.
+    """
+    metrics, states = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
+    advice = "delete both files of this block and score again; only its prompts are scored again"
+    try:
+        table = pq.read_table(metrics)
+        data = states.read_bytes()
+        seals = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
+        if any(seals.get(key) != value for key, value in block_of(asked, number).items()):
+            raise LabelError(
+                f"{metrics} is not block {number} of what {MANIFEST} says this table is; {advice}"
+            )
+        if seals.get("states_sha256") != sha256_bytes(data):
+            raise LabelError(f"{states} is not the file that {metrics.name} names; {advice}")
+        if seals.get("figures_sha256") != _seal(table):
+            raise LabelError(f"{metrics} is damaged: its metrics are not those written; {advice}")
+        return {name: table[name].to_pylist() for name in SCHEMA.names}, load_tensors(data)
+    except (pa.ArrowException, SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise LabelError(f"{metrics} or {states.name} is damaged ({error}); {advice}") from error
+
+
+def _seal(table: pa.Table) -> str:
+    """Return a hash of all metrics: Parquet's own checksums leave bits of a file unwatched."""
+    content = {name: table[name].to_pylist() for name in SCHEMA.names}
+    return sha256_text(json.dumps(content, separators=(",", ":")))
+
+
+def block_of(asked: dict[str, Any], number: int) -> dict[str, str]:
+    """Return what a block's file says of the table that it is a part of."""
+    return {"table": sha256_text(json.dumps(asked, sort_keys=True)), "block": str(number)}
+
+
+def is_whole(folder: Path, number: int) -> bool:
+    """Say whether both files of a block are there."""
+    return all(
+        (folder / f"{part_name(number)}.{kind}").is_file() for kind in ("parquet", "safetensors")
+    )
+
+
+def part_name(number: int) -> str:
+    """Return what the files of a block are called, without what they end with."""
+    return f"part-{number:05d}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what a table was made with.
+
+    Raises:
+        FileNotFoundError: There is no table.
+        LabelError: It is damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    content = read_versioned(path, SCHEMA_VERSION, verb="score", again="score the prompts again")
+    if not _is_manifest(content):
+        raise LabelError(
+            f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "
+            "folder"
+        )
+    return content
+
+
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Say whether everything that is read of a manifest is there and of its kind."""
+    asked, base = content.get("asked"), content.get("base_model")
+    if not isinstance(asked, dict) or not isinstance(base, dict):
+        return False
+    task, plans, layers = asked.get("task"), asked.get("plans"), asked.get("layers")
+    numbers = [asked.get("num_windows"), *(layers if isinstance(layers, list) else [None])]
+    numbers.append(task.get("prompts") if isinstance(task, dict) else None)
+    texts = plans if isinstance(plans, list) and plans else [None]
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(text, str) and text and set(text) <= set("012") for text in texts)
+        and len({len(str(text)) for text in texts}) == 1
+        and isinstance(base.get("fingerprint"), dict)
+        and isinstance(base.get("name"), str)
+        and isinstance(content.get("task_name"), str)
+    )

@@ -1,0 +1,1 @@
+"""From score tables and labels to policies that keep a budget."""

@@ -1,0 +1,158 @@
+"""From a score table to a menu that keeps a budget: training, calibration, and what is written down of both.
+
+What the steps do is `dynadepth.training.menu.fit` and `dynadepth.policies.calibration`. No base model is run.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from dynadepth.checkpoints.trained_policy import TrainedMenu
+from dynadepth.errors import ConfigError
+from dynadepth.plans import plan_depth
+from dynadepth.policies.calibration import Calibration, calibrate
+from dynadepth.training.menu.fit import MenuFit, fit_menu
+from dynadepth_search.data.splits import prompt_hashes
+from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring.objectives import check_objective
+from dynadepth_search.scoring.score_table import ScoreTable, menu_data
+
+__all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
+
+# Of a mean depth; nearer penalties are not told apart, and what lies between two of them is mixed.
+_RESOLUTION = 0.004
+_CALIBRATION_PASSES = 400
+# A quarter of what a budget may be missed by.
+_MOST_SPREAD = 0.0025
+
+
+def fit_trained_menu(
+    table: ScoreTable,
+    *,
+    plans: Any = None,
+    objective: str = "preserve",
+    protect: tuple[int, ...] = (),
+    seed: int = 0,
+    progress: Progress = silent,
+) -> TrainedMenu:
+    """Train a menu on a score table and calibrate its budget.
+
+    The budget is calibrated on the scores that heads trained on other prompts give each prompt, so every prompt trains
+    and every prompt calibrates, none of them both for the same heads.
+
+    Args:
+        table: Prompts under the menu's plans, and perhaps others.
+        plans: The menu's plans, all in the table, the identity first; None takes the whole table.
+        objective: `preserve` or `reward`, see `dynadepth.training.menu.fit.fit_menu`.
+        protect: Layers that no plan of the menu may edit.
+        seed: Of the folds and the training.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        The menu with its calibration; not yet on disk.
+
+    Raises:
+        ConfigError: Too few prompts, a plan that is not in the table or edits a protected layer, or an objective that
+            the table has no figures for.
+    """
+    goal = check_objective(objective)
+    fit = fit_menu(
+        menu_data(table, _columns(table, plans)),
+        objective=goal,
+        seed=seed,
+        progress=lambda done, total: progress("training the menu", done, total),
+    )
+    progress("calibrating", 0, 1)
+    calibration = calibrate_menu(fit)
+    progress("calibrating", 1, 1)
+    task = table.manifest["asked"]["task"]
+    notes: dict[str, Any] = {
+        "objective": goal,
+        "seed": seed,
+        "train_prompts": len(table),
+        "validation_prompts": len(table),
+        "task": {
+            "name": table.manifest["task_name"],
+            **{key: task[key] for key in ("kind", "scoring", "sha256")},
+        },
+        "recipe": fit.recipe.to_dict(),
+        "cross_validated_gain": fit.gain,
+        "trials": [trial.to_dict() for trial in fit.trials],
+        "prompt_hashes": prompt_hashes(table.examples),
+    }
+    return TrainedMenu(
+        menu=fit.menu,
+        calibration=calibration,
+        protect=protect,
+        fingerprint=table.fingerprint,
+        base_model=table.manifest["base_model"]["name"],
+        training=notes,
+    )
+
+
+def calibrate_menu(fit: MenuFit) -> Calibration:
+    """Return the table from budget to penalty, by the scores of heads that did not learn from the prompt.
+
+    Penalties at which other training prompts would have given another depth are left out, and mixed.
+
+    Raises:
+        ConfigError: The menu has no depth between its shallowest plan and the base model's.
+    """
+    table = calibrate(
+        fit.mean_depth,
+        lowest=float(fit.menu.depths.min()),
+        highest=1.0,
+        resolution=_RESOLUTION,
+        max_evaluations=_CALIBRATION_PASSES,
+    )
+    return table.steady(fit.depth_spread, _MOST_SPREAD)
+
+
+def learning_curve(
+    table: ScoreTable,
+    *,
+    plans: Any = None,
+    objective: str = "preserve",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Return what a menu gains over the static mixture of equal depth by the number of prompts that train it.
+
+    Every gain is cross-validated: on prompts that trained nothing.
+
+    Args:
+        table: Prompts under the menu's plans; the first so many of them are taken.
+        plans: See `fit_trained_menu`.
+        objective: See `fit_trained_menu`.
+        seed: Of the folds and the training.
+        progress: Called with a stage, how much of it is done, and of how much.
+
+    Returns:
+        For each number of `prompts`: the `gain` of the best recipe, averaged over four depths, and its
+        `standard_error`.
+    """
+    counts = [count for count in (len(table) // part for part in (16, 8, 4, 2, 1)) if count >= 40]
+    columns = _columns(table, plans)
+    points = []
+    for step, count in enumerate(counts):
+        progress("learning curve", step, len(counts))
+        part = table.take(np.arange(count))
+        fit = fit_menu(menu_data(part, columns), objective=check_objective(objective), seed=seed)
+        error = max(fit.trials, key=lambda trial: trial.gain).standard_error
+        points.append({"prompts": count, "gain": fit.gain, "standard_error": error})
+    progress("learning curve", len(counts), len(counts))
+    return points
+
+
+def _columns(table: ScoreTable, plans: Any) -> Any:
+    if plans is None:
+        return None
+    known = {plan.tobytes(): row for row, plan in enumerate(table.plans)}
+    rows = np.asarray(plans, dtype=np.uint8)
+    missing = [plan for plan in rows if plan.tobytes() not in known]
+    if missing:
+        raise ConfigError(
+            f"a plan of depth {float(plan_depth(missing[0])):.3f} of the menu is not in the score table; score the "
+            "prompts with this menu"
+        )
+    return np.array([known[plan.tobytes()] for plan in rows])

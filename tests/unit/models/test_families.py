@@ -1,0 +1,105 @@
+"""What the allow-list and the capability checks refuse."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.models.families import SUPPORTED_FAMILIES, layer_signature, layer_stack
+from tests.tiny import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_listed_family_is_found(family):
+    model = tiny_model(family)
+    stack = layer_stack(model)
+    assert stack.model_type in SUPPORTED_FAMILIES
+    assert {type(layer).__name__ for layer in stack.layers} <= set(model._no_split_modules)
+    assert stack.layers in list(stack.stack.children())
+    assert (stack.num_layers, stack.hidden_size) == (4, 32)
+
+
+def test_every_listed_family_has_a_tiny_model():
+    assert {tiny_model(family).config.model_type for family in FAMILIES} == set(SUPPORTED_FAMILIES)
+
+
+def test_what_is_not_a_supported_causal_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear has model_type None"):
+        layer_stack(nn.Linear(2, 2))
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaModel has no model\.layers; expected the causal"
+    ):
+        layer_stack(LlamaModel(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        (T5ForConditionalGeneration, T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8), "encoder"),
+        (MambaForCausalLM, MambaConfig(num_hidden_layers=1, hidden_size=8), "recurrent state"),
+        (LlavaForConditionalGeneration, LlavaConfig(), "reads more than text"),
+        (
+            CodeGenForCausalLM,
+            CodeGenConfig(n_layer=1, n_embd=64, n_head=4),
+            "until it passes the parity",
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_refusal_says_what_is_in_the_way(kind, settings, reason):
+    with torch.device("meta"):
+        model = kind(settings)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"model_type '{settings.model_type}'.*{reason}"
+    ):
+        layer_stack(model)
+
+
+def test_layers_and_config_must_agree():
+    model = tiny_model("llama")
+    model.model.layers.append(model.model.layers[0])
+    with pytest.raises(
+        UnsupportedModelError, match="holds 5 decoder layers, but the config says 4"
+    ):
+        layer_stack(model)
+
+
+def test_cross_attention_is_refused():
+    model = tiny_model("gpt2")
+    model.config.add_cross_attention = True
+    with pytest.raises(UnsupportedModelError, match="this gpt2 has cross-attention"):
+        layer_stack(model)
+
+
+def test_shared_key_value_layers_are_refused():
+    model = tiny_model("llama")
+    model.config.num_kv_shared_layers = 2
+    with pytest.raises(
+        UnsupportedModelError, match="2 layers of this llama read another layer's keys"
+    ):
+        layer_stack(model)
+
+
+def test_a_layer_without_a_known_cache_argument_is_refused():
+    def forward(self, hidden_states, attention_mask=None, memory=None):
+        return hidden_states
+
+    with pytest.raises(
+        UnsupportedModelError, match="takes hidden_states, attention_mask, memory; expected"
+    ):
+        layer_signature(forward)

@@ -1,0 +1,323 @@
+"""Reading labels, and what is said of damaged or foreign ones. Crashes are in `tests/property/test_labels.py`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dynadepth.errors import LabelError
+from dynadepth_search.data.tasks import Task
+from dynadepth_search.search.per_prompt import search_prompts
+from dynadepth_search.storage.labels import MANIFEST, read_labels
+from dynadepth_search.storage.locking import locked
+from tests.tiny import tiny_model
+from tests.tiny_search import folder_bytes, tiny_spec, tiny_task
+from tests.tiny_text import word_tokenizer
+
+COUNT = 18  # two whole shards of 8, and a rest
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def searched(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched") / "labels"
+    search_prompts(model, word_tokenizer(), tiny_task(COUNT), folder, tiny_spec())
+    return folder
+
+
+@pytest.fixture
+def folder(searched, tmp_path):
+    copy = tmp_path / "labels"
+    copy.mkdir()
+    for name, data in folder_bytes(searched).items():
+        (copy / name).write_bytes(data)
+    return copy
+
+
+def search_again(folder, model, *, task=None, **changes):
+    return search_prompts(
+        model, word_tokenizer(), task or tiny_task(COUNT), folder, tiny_spec(**changes)
+    )
+
+
+def change_manifest(folder, **changes):
+    path = folder / MANIFEST
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_read(searched, model):
+    labels = read_labels(searched, model=model)
+    assert sorted(folder_bytes(searched)) == [
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "part-00002.parquet",
+    ]
+    assert len(labels) == COUNT
+    assert labels.examples == tiny_task(COUNT).examples
+    assert [shard.prompts for shard in labels.manifest.shards] == [8, 8, 2]
+    assert labels.manifest.objective == "preserve"
+    penalty = labels.manifest.depth_penalty
+    assert (labels.base_rewards == 0).all()
+    assert labels.evaluations == 8
+    for index, tried in enumerate(labels.evaluated):
+        assert (tried.plans[0] == 1).all()
+        np.testing.assert_array_equal(tried.depths, tried.visits / 4)
+        values = tried.rewards - penalty * tried.depths
+        best = np.flatnonzero((tried.plans == labels.plans[index]).all(axis=1))
+        assert len(best) == 1
+        assert values[best[0]] == values.max() == labels.values[index]
+        assert labels.rewards[index] == tried.rewards[best[0]]
+        assert labels.depths[index] == tried.depths[best[0]]
+    assert labels.identity_rate == (labels.depths == 1).mean()
+    np.testing.assert_array_equal(labels.plans.sum(axis=1) / 4, labels.depths)
+
+
+def test_no_labels_there(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no labels: there is no manifest\.json; run a search"
+    ):
+        read_labels(tmp_path)
+
+
+class TestShards:
+    @pytest.mark.parametrize("damage", ["cut", "altered", "emptied"])
+    def test_damage_is_named_and_can_be_repaired(self, folder, model, damage):
+        before = folder_bytes(folder)
+        path = folder / "part-00001.parquet"
+        data = path.read_bytes()
+        flipped = bytes([data[60] ^ 1])
+        path.write_bytes(
+            {
+                "cut": data[: len(data) // 2],
+                "altered": data[:60] + flipped + data[61:],
+                "emptied": b"",
+            }[damage]
+        )
+        damaged = folder_bytes(folder)
+        message = (
+            r"shard .*part-00001\.parquet is not the file that was written \(cut off or altered\): "
+            "delete it and run the same search again; only its 8 prompts are searched again"
+        )
+        with pytest.raises(LabelError, match=message):
+            read_labels(folder)
+        with pytest.raises(LabelError, match=message):
+            search_again(folder, model)
+        assert folder_bytes(folder) == damaged
+        path.unlink()
+        with pytest.raises(
+            LabelError,
+            match=r"part-00001\.parquet is missing: run the same search again; only its 8",
+        ):
+            read_labels(folder)
+        summary = search_again(folder, model)
+        assert summary.searched == 8
+        assert summary.probe_evaluations == 0
+        assert folder_bytes(folder) == before
+
+    def test_nothing_to_do(self, folder, model):
+        before = folder_bytes(folder)
+        summary = search_again(folder, model)
+        assert (summary.prompts, summary.searched, summary.evaluations) == (COUNT, 0, 0)
+        assert folder_bytes(folder) == before
+
+
+class TestUnfinished:
+    def interrupt(self, folder, model, *, after):
+        def stop(stage, done, _total):
+            if stage == "search" and done >= after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search_prompts(
+                model, word_tokenizer(), tiny_task(COUNT), folder, tiny_spec(), progress=stop
+            )
+
+    def test_partial_labels(self, model, searched, tmp_path):
+        self.interrupt(tmp_path, model, after=12)
+        assert (tmp_path / "journal.jsonl").read_bytes().count(b"\n") == 4
+        with pytest.raises(
+            LabelError,
+            match="is unfinished: 12 of 18 prompts have a label; run the same search again",
+        ):
+            read_labels(tmp_path)
+        partial = read_labels(tmp_path, accept_partial=True)
+        assert partial.examples == tiny_task(12).examples
+        search_again(tmp_path, model)
+        assert folder_bytes(tmp_path) == folder_bytes(searched)
+
+    def test_nothing_finished_yet(self, model, tmp_path):
+        self.interrupt(tmp_path, model, after=0)
+        with pytest.raises(LabelError, match="has not finished a single prompt"):
+            read_labels(tmp_path, accept_partial=True)
+
+    def test_a_torn_last_line_is_searched_again(self, model, searched, tmp_path):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:3]) + lines[3][:-20])
+        assert len(read_labels(tmp_path, accept_partial=True)) == 11
+        search_again(tmp_path, model)
+        assert folder_bytes(tmp_path) == folder_bytes(searched)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (
+                b'{"prompt_id": "a',
+                r"journal\.jsonl, line 2 cannot be read .* a kill tears the last line only",
+            ),
+            (b"7", r"journal\.jsonl, line 2 cannot be read \(a JSON int\)"),
+            (
+                b'{"a": 1}',
+                r"journal\.jsonl holds a line that is no label \(keys a\): remove that line",
+            ),
+        ],
+    )
+    def test_an_altered_line_in_the_middle(self, model, tmp_path, line, message):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([lines[0], line + b"\n", *lines[2:]]))
+        before = folder_bytes(tmp_path)
+        for act in (
+            lambda: read_labels(tmp_path, accept_partial=True),
+            lambda: search_again(tmp_path, model),
+        ):
+            with pytest.raises(LabelError, match=message):
+                act()
+        assert folder_bytes(tmp_path) == before
+
+    def test_a_line_of_another_task(self, model, tmp_path):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[1]["prompt_id"] = "0123456789abcdef"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(
+            LabelError, match="holds prompt 0123456789abcdef, which the task has not"
+        ):
+            search_again(tmp_path, model)
+
+
+class TestForeign:
+    def test_another_model(self, folder, searched):
+        other = tiny_model(seed=1, dtype=torch.float32)
+        for act in (lambda: read_labels(folder, model=other), lambda: search_again(folder, other)):
+            with pytest.raises(LabelError, match="belong to another model: .*weights"):
+                act()
+        longer = tiny_model(num_layers=5, dtype=torch.float32)
+        with pytest.raises(LabelError, match="another model: .*num_hidden_layers.*5.*4"):
+            read_labels(folder, model=longer)
+        assert len(read_labels(folder, model=other, accept_mismatch=True)) == COUNT
+        assert folder_bytes(folder) == folder_bytes(searched)
+
+    def test_another_dtype_is_the_same_model(self, folder):
+        model = tiny_model(dtype=torch.float32).double()
+        assert len(read_labels(folder, model=model)) == COUNT
+        with pytest.raises(
+            LabelError, match=r'made with dtype = "float32", but now it is "float64"'
+        ):
+            search_again(folder, model)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"seed": 1},
+                "made with search.seed = 0, but now it is 1; results of different searches do not mix",
+            ),
+            (
+                {"config": {"max_evaluations": 9}},
+                "made with search.config.max_evaluations = 8, but now it is 9",
+            ),
+            (
+                {"config": {"protect": (0,)}},
+                r"made with search.config.protect = \[\], but now it is \[0\]",
+            ),
+            (
+                {"objective": "reward"},
+                'made with search.objective = "preserve", but now it is "reward"',
+            ),
+            ({"depth_penalty": 0.5}, "made with search.depth_penalty = null, but now it is 0.5"),
+            ({"task": tiny_task(17)}, "made with task.prompts = 18, but now it is 17"),
+            ({"task": Task("t", tiny_task(18).examples[::-1])}, "made with task.sha256 = "),
+            (
+                {"task": Task("t", tiny_task(18).examples, "normalized")},
+                'made with task.scoring = "raw", but now it is "norm',
+            ),
+            (
+                {"task": tiny_task(18, kind="completion")},
+                'made with task.kind = "choices", but now it is "completion"',
+            ),
+        ],
+    )
+    def test_another_search(self, folder, searched, model, changes, message):
+        with pytest.raises(LabelError, match=message):
+            search_again(folder, model, **changes)
+        assert folder_bytes(folder) == folder_bytes(searched)
+
+    def test_a_task_may_be_renamed(self, folder, model):
+        assert search_again(folder, model, task=tiny_task(COUNT, name="paints")).searched == 0
+
+    def test_no_manifest(self, folder, model):
+        (folder / MANIFEST).unlink()
+        before = folder_bytes(folder)
+        with pytest.raises(
+            LabelError,
+            match=r"holds labels but no manifest\.json, so nothing says what they were made",
+        ):
+            search_again(folder, model)
+        assert folder_bytes(folder) == before
+
+    def test_another_process(self, folder, searched, model):
+        with (
+            locked(folder),
+            pytest.raises(LabelError, match="another search is writing to .*; wait for it"),
+        ):
+            search_again(folder, model)
+        assert search_again(folder, model).searched == 0
+
+
+class TestManifest:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"schema_version": 2},
+                "schema version 2; this one reads 1: install a newer dynadepth-search",
+            ),
+            (
+                {"schema_version": 0},
+                "schema version 0; this one reads 1: run the search again in a new folder",
+            ),
+            ({"sherds": []}, r"unknown key 'sherds' \(did you mean 'shards'\?\)"),
+            ({"shards": [{"name": "x"}]}, "is damaged"),
+            ({"prior": {"mean": [0.0]}}, "is damaged .*EditPrior"),
+        ],
+    )
+    def test_damage(self, folder, changes, message):
+        change_manifest(folder, **changes)
+        with pytest.raises(LabelError, match=message):
+            read_labels(folder)
+
+    def test_a_missing_key(self, folder):
+        path = folder / MANIFEST
+        content = json.loads(path.read_text())
+        del content["prior"]
+        path.write_text(json.dumps(content))
+        with pytest.raises(LabelError, match="has no 'prior'; it is damaged"):
+            read_labels(folder)
+
+    def test_not_json(self, folder):
+        path = folder / MANIFEST
+        path.write_text(path.read_text()[:100])
+        with pytest.raises(LabelError, match=r"manifest\.json is not JSON"):
+            read_labels(folder)
