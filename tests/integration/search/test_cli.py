@@ -400,9 +400,9 @@ def test_a_wrong_model_and_an_unsupported_family(
 
     argv[3] = tmp_path / "codegen"
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
-    CodeGenForCausalLM(CodeGenConfig(**shape)).save_pretrained(argv[2])
+    CodeGenForCausalLM(CodeGenConfig(**shape)).save_pretrained(argv[3])
     for path in (place / "my-model").glob("tokenizer*"):
-        shutil.copy(path, argv[2])
+        shutil.copy(path, argv[3])
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
     assert "has model_type 'codegen'; supported are bloom, cohere, falcon" in err
@@ -421,7 +421,7 @@ def test_what_belongs_to_another_model(
         (score(made, out=str(tmp_path / "new")), "belongs to another base model than this"),
         (evaluation(made, out=str(tmp_path / "new")), "belongs to another base model than this"),
     ):
-        argv[2] = other
+        argv[3] = other
         code, out, err = run(capsys, *argv)
         assert (code, out) == (1, "")
         assert words in err

@@ -324,7 +324,9 @@ def test_some_plans_of_a_table_make_a_menu(table: ScoreTable) -> None:
     fit = fit_trained_menu(few, plans=PLANS[[0, 3, 1]])
     assert np.array_equal(fit.menu.plans, PLANS[[0, 3, 1]])
     assert fit.calibration.range == pytest.approx((4 / 6, 1.0))
-    with pytest.raises(ConfigError, match=r"a plan of depth 0\.833 of the menu is not in the score"):
+    with pytest.raises(
+        ConfigError, match=r"a plan of depth 0\.833 of the menu is not in the score"
+    ):
         fit_trained_menu(few, plans=[PLANS[0], [1, 1, 1, 0, 1, 1]])
 
 
