@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import DynadepthError
 
 __all__ = [
+    "check_schema_version",
     "read_json",
+    "read_versioned_json",
     "sha256_bytes",
     "sha256_file",
     "sha256_text",
@@ -84,6 +87,74 @@ def read_json(path: str | os.PathLike[str], error: type[DynadepthError]) -> dict
     if not isinstance(content, dict):
         raise error(f"{file} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def read_versioned_json(
+    path: str | os.PathLike[str],
+    version: int,
+    *,
+    error: type[DynadepthError],
+    make_again: str,
+    missing: str = "",
+) -> dict[str, Any]:
+    """Read a JSON object whose `schema_version` says how it is to be read.
+
+    Args:
+        path: The file.
+        version: The schema version that is read here.
+        error: Raised if the content is not a JSON object of this version.
+        make_again: What to do about a file of an older version, such as "train the routers again".
+        missing: How to make the file, for the message if it does not exist.
+
+    Returns:
+        The object, `schema_version` included.
+
+    Raises:
+        DynadepthError: Of type `error`: the file is not a JSON object, or of another version.
+        FileNotFoundError: There is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}{f'; {missing}' if missing else ''}")
+    content = read_json(file, error)
+    check_schema_version(content, version, name=str(file), error=error, make_again=make_again)
+    return content
+
+
+def check_schema_version(
+    content: Mapping[str, Any],
+    version: int,
+    *,
+    name: str,
+    error: type[DynadepthError],
+    make_again: str,
+) -> None:
+    """Check that content is of the schema version that is read here.
+
+    Args:
+        content: Has `schema_version`, and perhaps the `dynadepth_version` that wrote it.
+        version: The schema version that is read here.
+        name: What messages call the content.
+        error: Raised if the version is another one.
+        make_again: What to do about content of an older version.
+
+    Raises:
+        DynadepthError: Of type `error`: the version is missing, no whole number from 1 on, newer or older.
+    """
+    found = content.get("schema_version")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise error(
+            f"{name} has schema_version {found!r}; expected a whole number from 1 on: it is damaged, {make_again}"
+        )
+    if found == version:
+        return
+    writer = content.get("dynadepth_version")
+    written = f"{name} has schema version {found}" + (
+        f" (written by dynadepth {writer})" if writer else ""
+    )
+    if found > version:
+        raise error(f"{written}; this dynadepth reads up to {version}: update dynadepth")
+    raise error(f"{written}; this dynadepth reads {version}: {make_again}")
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -1,9 +1,10 @@
-"""The model card of a routers folder. Knows nothing of files."""
+"""The model card of a routers folder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
 
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.plans import plan_depth, plan_text
@@ -28,12 +29,7 @@ def policy_card(policy: TrainedPolicy) -> str:
     middle = calibration.depths[len(calibration.depths) // 2]
     budget = round(min(max(middle, lowest), highest), 2)
     name = policy.base_model or "a model without a name"
-    lines = ["---", "library_name: dynadepth", "tags: [dynamic-depth, layer-skipping]"]
-    if "/" in policy.base_model:
-        lines += [f"base_model: {policy.base_model}", "base_model_relation: adapter"]
-    lines += [
-        "---",
-        "",
+    lines = [
         f"# Depth routers for {name}",
         "",
         _purpose(policy),
@@ -67,7 +63,21 @@ def policy_card(policy: TrainedPolicy) -> str:
         lines += ["", "## Known drifts", "", *(f"- {text}" for text in drifts)]
     if isinstance(policy, TrainedMenu):
         lines += ["", "## Plans", "", *_plans(policy)]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return str(ModelCard(f"---\n{_front_matter(policy).to_yaml()}\n---\n\n{text}"))
+
+
+def _front_matter(policy: TrainedPolicy) -> ModelCardData:
+    """Return what the hub reads of a card; YAML is written by its own library, so that any name can be quoted."""
+    # A name that is no hub id would be a broken link on the hub.
+    on_hub = "/" in policy.base_model
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if on_hub else {}
+    return ModelCardData(
+        library_name="dynadepth",
+        tags=["dynamic-depth", "layer-skipping"],
+        base_model=policy.base_model if on_hub else None,
+        **relation,
+    )
 
 
 def _purpose(policy: TrainedPolicy) -> str:

@@ -30,7 +30,7 @@ from dynadepth.checkpoints.paths import (
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.config import did_you_mean
 from dynadepth.errors import CheckpointError, ConfigError, PlanError
-from dynadepth.files import read_json
+from dynadepth.files import read_versioned_json
 from dynadepth.onnx.menu_policy import export_menu_onnx
 from dynadepth.onnx.router_policy import export_onnx
 from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
@@ -200,8 +200,9 @@ def _to_json(routers: TrainedPolicy) -> dict[str, Any]:
 
 def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
     file = folder / CONFIG_NAME
-    content = read_json(file, CheckpointError)
-    _check_version(file, content)
+    content = read_versioned_json(
+        file, SCHEMA_VERSION, error=CheckpointError, make_again="train the routers again"
+    )
     _check_content(file, content)
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     base = content["base_model"]
@@ -229,23 +230,6 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
         )
     except (ConfigError, PlanError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def _check_version(file: Path, content: Mapping[str, Any]) -> None:
-    version = content.get("schema_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise CheckpointError(
-            f"{file} has schema_version {version!r}; expected a whole number from 1 on"
-        )
-    written = f"{file} has schema version {version} (written by dynadepth {content.get('dynadepth_version')})"
-    if version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{written}, this dynadepth {__version__} reads up to {SCHEMA_VERSION}; update dynadepth"
-        )
-    if version < SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{written}, this dynadepth {__version__} reads {SCHEMA_VERSION}; train the routers again"
-        )
 
 
 def _check_content(file: Path, content: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynadepth.checkpoints.paths import ONNX_NAME
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint
+from dynadepth.models.fingerprint import check_base_model
 from dynadepth.onnx.menu_graph import build_menu_onnx
 from dynadepth.onnx.menu_policy import OnnxMenuPolicy, menu_digest
 from dynadepth.onnx.router_graph import build_onnx, routers_digest
@@ -116,31 +116,18 @@ class TrainedPolicy(ABC):
         Raises:
             CheckpointError: It differs and that was not accepted, or the routers do not fit it at all.
         """
-        given = fingerprint(model)
-        shape = given["architecture"]
-        fits = (shape["num_hidden_layers"], shape["hidden_size"]) == (
-            self.num_layers,
-            self.hidden_size,
-        )
-        differences = compare_fingerprints(given, self.fingerprint)
-        if fits and (self.accepted or not differences):
-            return
-        if not fits:
-            differences.insert(
-                0, f"the routers read {self.num_layers} layers of width {self.hidden_size}"
-            )
-        where = f"the routers in {self.folder}" if self.folder else "these routers"
-        advice = "use routers trained on this model"
-        if fits:
-            path = repr(str(self.folder)) if self.folder else "path"
-            advice += (
-                "; or, if you know that it behaves alike, pass "
-                f"routers=load_routers({path}, model=model, accept_mismatch=True)"
-            )
-        raise CheckpointError(
-            f"{where} belong to another base model than this {type(model).__name__}: they were "
-            f"trained on {self.base_model or 'a model without a name'}, and here "
-            f"{'; '.join(differences)}. To go on, {advice}"
+        where = f"the routers in {self.folder}" if self.folder else "the routers"
+        path = repr(str(self.folder)) if self.folder else "path"
+        check_base_model(
+            model,
+            self.fingerprint,
+            holder=where,
+            error=CheckpointError,
+            made_with=self.base_model or "a model without a name",
+            shape=(self.num_layers, self.hidden_size),
+            accepted=self.accepted,
+            advice="use routers trained on this model",
+            how_to_accept=f"pass routers=load_routers({path}, model=model, accept_mismatch=True)",
         )
 
     def _onnx_file(self) -> Path | None:

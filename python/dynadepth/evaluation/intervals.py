@@ -42,11 +42,6 @@ class Interval:
     high: float
     n: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return self.low > 0.0 or self.high < 0.0
-
     def to_dict(self) -> dict[str, float | int]:
         """Return the fields for JSON."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}

@@ -180,23 +180,24 @@ def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple
     )
 
 
-def bracket_depth(depths: Any, depth: float, among: Any) -> Mixture:
+def bracket_depth(depths: Any, depth: float, among: Any, *, clip: bool = False) -> Mixture:
     """Return the mixture of the two plans that are nearest to a mean depth from below and from above.
 
     Args:
         depths: Of each plan. Shape (plans,).
         depth: Mean depth wanted.
         among: Indices of the plans to take, their depths rising. Shape (taken,).
+        clip: Take the nearest plan for a depth beyond their ends, in place of raising.
 
     Returns:
         The two neighbours and their odds.
 
     Raises:
-        BudgetError: The depth lies outside the depths of these plans.
+        BudgetError: The depth lies outside the depths of these plans, and `clip` is not set; or there are no plans.
     """
     taken = np.asarray(among, dtype=np.int64)
     knots = np.asarray(depths, dtype=np.float64)[taken]
-    if not (taken.size and knots[0] - _SLACK <= depth <= knots[-1] + _SLACK):
+    if not taken.size or not (clip or knots[0] - _SLACK <= depth <= knots[-1] + _SLACK):
         reach = f"from {knots[0]:.4f} to {knots[-1]:.4f}" if taken.size else "of no depth at all"
         raise BudgetError(f"no mixture has mean depth {depth}; the static plans are {reach}")
     wanted = float(np.clip(depth, knots[0], knots[-1]))

@@ -18,12 +18,19 @@ from torch import nn
 
 from dynadepth.errors import WrapError
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.models.families import Family, LayerSignature, LayerStack, layer_signature
+from dynadepth.models.families import (
+    Family,
+    LayerSignature,
+    LayerStack,
+    layer_signature,
+    layer_stack,
+)
 
 __all__ = [
     "PER_ROW",
     "SKIPPED",
     "Scope",
+    "check_unwrapped",
     "enter_scope",
     "install_executor",
     "is_installed",
@@ -220,6 +227,23 @@ def _empty_layer(base: Any) -> nn.Module:
 def is_installed(stack: LayerStack) -> bool:
     """Say whether an executor is on any of these layers."""
     return any(_INSTALLED in layer.__dict__ for layer in stack.layers)
+
+
+def check_unwrapped(model: nn.Module, *, before: str) -> None:
+    """Refuse a model whose layers a plan or a sweep governs.
+
+    Args:
+        model: A supported causal language model.
+        before: What needs the model as it is, for the message.
+
+    Raises:
+        UnsupportedModelError: The model's family is not supported.
+        WrapError: The model is wrapped, or inside a sweep.
+    """
+    if is_installed(layer_stack(model)):
+        raise WrapError(
+            f"this {type(model).__name__} is wrapped; call unwrap_model(model) before {before}"
+        )
 
 
 def install_executor(stack: LayerStack, owner: object) -> None:

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.errors import DynadepthError, UnsupportedModelError
 from dynadepth.files import sha256_text
 
-__all__ = ["FINGERPRINT_SCHEME", "compare_fingerprints", "fingerprint", "fingerprint_digest"]
+__all__ = [
+    "FINGERPRINT_SCHEME",
+    "check_base_model",
+    "compare_fingerprints",
+    "fingerprint",
+    "fingerprint_digest",
+]
 
 FINGERPRINT_SCHEME = 1
 
@@ -99,6 +105,55 @@ def compare_fingerprints(given: Mapping[str, Any], expected: Mapping[str, Any]) 
             f"quantization is {given.get('quantization')}, expected {expected.get('quantization')}"
         )
     return differences + _weight_differences(given.get("weights", {}), expected.get("weights", {}))
+
+
+def check_base_model(
+    model: nn.Module,
+    expected: Mapping[str, Any],
+    *,
+    holder: str,
+    error: type[DynadepthError],
+    advice: str,
+    made_with: str = "",
+    shape: tuple[int, int] | None = None,
+    accepted: bool = False,
+    how_to_accept: str = "",
+) -> None:
+    """Check that a model is the one that something was made with.
+
+    Args:
+        model: The base model at hand, wrapped or not.
+        expected: Fingerprint of the model that the thing was made with.
+        holder: What was made with it, in the plural, for the message: "the labels in DIR".
+        error: Raised if the models differ.
+        advice: What to do then.
+        made_with: Name of the model that it was made with, if known.
+        shape: Decoder layers and width that the thing needs; None: those of `expected`.
+        accepted: Whether the user has accepted that the weights differ; another shape is never accepted.
+        how_to_accept: How the user accepts that, for the message.
+
+    Raises:
+        DynadepthError: Of type `error`: the models differ.
+    """
+    given = fingerprint(model)
+    differences = compare_fingerprints(given, expected)
+    needed = _shape(expected) if shape is None else shape
+    fits = _shape(given) == needed
+    if fits and (accepted or not differences):
+        return
+    if not fits:
+        differences.insert(0, f"they need {needed[0]} layers of width {needed[1]}")
+    origin = f" they were made with {made_with}, and here" if made_with else ""
+    knowingly = f"; or, if you know that it behaves alike, {how_to_accept}" if fits else ""
+    raise error(
+        f"{holder} belong to another base model than this {type(model).__name__}:{origin} {'; '.join(differences)}. "
+        f"To go on, {advice}{knowingly if how_to_accept else ''}"
+    )
+
+
+def _shape(fingerprint: Mapping[str, Any]) -> tuple[Any, Any]:
+    architecture = fingerprint.get("architecture", {})
+    return architecture.get("num_hidden_layers"), architecture.get("hidden_size")
 
 
 def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:

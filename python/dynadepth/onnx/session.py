@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import CheckpointError, ConfigError
+from dynadepth.files import check_schema_version
 from dynadepth.onnx.graph_builder import (
     ONNX_SCHEMA_VERSION,
     PROPERTY_PREFIX,
@@ -83,16 +84,13 @@ def read_facts(
         }
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{name} has damaged metadata: {error}; export it again") from error
-    version = facts.get("schema_version")
-    if not isinstance(version, int):
+    if "schema_version" not in facts:
         raise CheckpointError(
             f"{name} is an ONNX file, but not one of routers; expected what `dynadepth export` writes"
         )
-    if version > ONNX_SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{name} has schema version {version}, this dynadepth reads up to {ONNX_SCHEMA_VERSION}; "
-            "update dynadepth"
-        )
+    check_schema_version(
+        facts, ONNX_SCHEMA_VERSION, name=name, error=CheckpointError, make_again="export it again"
+    )
     given = facts.get("kind", _FIRST_KIND)
     if given != kind:
         raise CheckpointError(

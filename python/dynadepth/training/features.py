@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dynadepth.errors import WrapError
+from dynadepth.execution.executor import check_unwrapped
 from dynadepth.models.families import layer_stack
 from dynadepth.plans import Plans, check_plans
 from dynadepth.policies.base import Policy
@@ -93,8 +93,7 @@ def block_influence(
     Source:
         ShortGPT (arXiv 2403.03853), equation 1; deviation: every prompt counts once, whatever its length.
     """
-    if "dynadepth" in model.__dict__:
-        raise WrapError("the model is wrapped; call unwrap_model(model) before block_influence")
+    check_unwrapped(model, before="block_influence")
     stack = layer_stack(model)
     influence = np.zeros(stack.num_layers)
     weights = attention_mask.to(torch.float32)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
-from dynadepth.evaluation.mixtures import concave_hull
+from dynadepth.evaluation.folds import draw_folds
+from dynadepth.evaluation.mixtures import bracket_depth, concave_hull
 from dynadepth.plans import EXECUTE, Plans, check_plans, plan_depth
 from dynadepth.policies.base import actions_of
 from dynadepth.policies.router_heads import RouterHeads
@@ -181,10 +182,10 @@ def select_shrinkage(
         raise ConfigError(
             f"groups has {len(names)} entries for {count} prompts; expected one for each"
         )
-    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    if folds < 2 or len(number) < 2 * folds:
+    different = len(set(names))
+    if folds < 2 or different < 2 * folds:
         raise ConfigError(
-            f"{len(number)} prompts cannot be cross-validated in {folds} folds; expected 2 folds or more with at "
+            f"{different} prompts cannot be cross-validated in {folds} folds; expected 2 folds or more with at "
             f"least two different prompts each"
         )
     num_layers = features.shape[1]
@@ -192,16 +193,12 @@ def select_shrinkage(
     if not removed_layers(rows):
         return ShrinkageChoice(shrinkage=0.0, trials=(), prompts=count, evaluations=0)
     rng = np.random.default_rng(seed)
-    group = np.array([number[name] for name in names])
-    parts = [
-        np.flatnonzero(np.isin(group, drawn))
-        for drawn in np.array_split(rng.permutation(len(number)), folds)
-    ]
+    fold_of = draw_folds(names, folds, rng)
     pairs = _Pairs(num_layers)
     cells: list[_Cell] = []
     static = rows if front_rewards is None else _on_hull(rows, front_rewards)
-    for fold, held_out in enumerate(parts):
-        rest = np.sort(np.concatenate([part for i, part in enumerate(parts) if i != fold]))
+    for fold in range(folds):
+        held_out, rest = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         heads = train(rest, int(rng.integers(2**31)))
         logits = logits_of(heads, features)
         logits = logits - logits[rest].mean(dim=0)
@@ -291,6 +288,7 @@ def _compare_fold(
 ) -> list[_Cell]:
     """Plan one fold's held-out prompts for every shrinkage and depth, and note what must be evaluated."""
     depths = plan_depth(front)
+    rising = np.argsort(depths, kind="stable")
     cells = []
     for shrinkage in SHRINKAGES:
         for depth_idx, share in enumerate(_COMPARED_AT):
@@ -298,7 +296,7 @@ def _compare_fold(
             penalty = _penalty_at(logits, bias, shrinkage, target)
             plans = plans_of(held_logits, bias, shrinkage=shrinkage, penalty=penalty)
             reached = plan_depth(plans)
-            deeper, shallower, weight = _mixture(depths, float(reached.mean()))
+            mixture = bracket_depth(depths, float(reached.mean()), rising, clip=True)
             cells.append(
                 _Cell(
                     shrinkage=shrinkage,
@@ -306,9 +304,9 @@ def _compare_fold(
                     prompts=prompts,
                     depths=reached,
                     routed=pairs.add(prompts, plans),
-                    deeper=pairs.add(prompts, np.tile(front[deeper], (len(prompts), 1))),
-                    shallower=pairs.add(prompts, np.tile(front[shallower], (len(prompts), 1))),
-                    weight=weight,
+                    deeper=pairs.add(prompts, np.tile(front[mixture.high], (len(prompts), 1))),
+                    shallower=pairs.add(prompts, np.tile(front[mixture.low], (len(prompts), 1))),
+                    weight=mixture.weight,
                 )
             )
     return cells
@@ -345,15 +343,3 @@ def _penalty_at(logits: Tensor, bias: Tensor, shrinkage: float, target: float) -
         middle = (low + high) / 2
         low, high = (middle, high) if depth(middle) > target else (low, middle)
     return min((low, high), key=lambda penalty: abs(depth(penalty) - target))
-
-
-def _mixture(depths: Floats, target: float) -> tuple[int, int, float]:
-    """Return two neighbours of a falling row of depths and the first one's weight that mix to a depth.
-
-    A target beyond an end gives that end.
-    """
-    inside = min(max(target, float(depths[-1])), float(depths[0]))
-    deeper = int(np.flatnonzero(depths >= inside)[-1])
-    shallower = min(deeper + 1, len(depths) - 1)
-    gap = float(depths[deeper] - depths[shallower])
-    return deeper, shallower, 1.0 if gap == 0.0 else (inside - float(depths[shallower])) / gap

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dynadepth.errors import UnsupportedModelError, WrapError
-from dynadepth.execution.executor import is_installed
+from dynadepth.errors import UnsupportedModelError
+from dynadepth.execution.executor import check_unwrapped
 from dynadepth.models.families import layer_stack
 from dynadepth.plans import check_plans, plan_text
 
@@ -50,9 +50,8 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
         >>> bake(model, [1, 0, 2]).config.num_hidden_layers
         3
     """
+    check_unwrapped(model, before="bake")
     stack = layer_stack(model)
-    if is_installed(stack):
-        raise WrapError("the model is wrapped; call unwrap_model(model) before bake")
     visits = [
         layer_idx
         for layer_idx, action in enumerate(

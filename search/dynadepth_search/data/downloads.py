@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from dynadepth.errors import AssetError
 from dynadepth.files import sha256_file, sha256_text
 
@@ -153,12 +155,7 @@ QWEN_CODER = GgufModel(
 
 def default_cache() -> Path:
     """Return this user's cache folder for dynadepth on this platform; it need not exist yet."""
-    home = Path.home()
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "dynadepth"
-    if sys.platform == "win32":
-        return home / "AppData" / "Local" / "dynadepth" / "cache"
-    return home / ".cache" / "dynadepth"
+    return user_cache_path("dynadepth", appauthor=False)
 
 
 def pip_download(wheel: Wheel, folder: Path) -> None:

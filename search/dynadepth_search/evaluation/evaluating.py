@@ -20,7 +20,7 @@ from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
-from dynadepth.files import read_json, write_json_atomic
+from dynadepth.files import read_versioned_json, write_json_atomic
 from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth_search.data.splits import prompt_hashes
@@ -261,13 +261,13 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: There is none.
     """
     path = Path(folder) / EVALUATION_NAME
-    content = read_json(path, ConfigError)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(
-            f"{path} has schema_version {content.get('schema_version')!r}; this dynadepth {__version__} "
-            f"reads {SCHEMA_VERSION}: evaluate again"
-        )
-    return content
+    return read_versioned_json(
+        path,
+        SCHEMA_VERSION,
+        error=ConfigError,
+        make_again="evaluate again",
+        missing="make it with `dynadepth eval`",
+    )
 
 
 def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:

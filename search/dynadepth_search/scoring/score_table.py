@@ -18,10 +18,11 @@ import transformers
 
 from dynadepth._core import __version__
 from dynadepth.checkpoints.paths import base_model_name
-from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError, WrapError
+from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError
+from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import write_json_atomic
 from dynadepth.models.families import layer_stack
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
 from dynadepth.training.menu.menu_data import MenuData
 from dynadepth_search.data.tasks import Example, Task
@@ -144,8 +145,7 @@ def score_prompts(
         TaskError: A prompt cannot be encoded.
         WrapError: The model is wrapped.
     """
-    if "dynadepth" in model.__dict__:
-        raise WrapError("the model is wrapped; call unwrap_model(model) before scoring")
+    check_unwrapped(model, before="scoring")
     stack = layer_stack(model)
     rows = _checked_plans(plans, stack.num_layers)
     wrong = [layer for layer in layers if not 0 <= layer < stack.num_layers]
@@ -218,14 +218,14 @@ def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTa
     place = Path(folder)
     manifest = read_manifest(place)
     if model is not None:
-        differences = compare_fingerprints(
-            fingerprint(model), manifest["base_model"]["fingerprint"]
+        check_base_model(
+            model,
+            manifest["base_model"]["fingerprint"],
+            holder=f"the scores in {place}",
+            error=LabelError,
+            advice="score the prompts with this model",
+            made_with=manifest["base_model"]["name"],
         )
-        if differences:
-            raise LabelError(
-                f"the score table {place} belongs to {manifest['base_model']['name'] or 'another model'}, not to this "
-                f"{type(model).__name__}: {'; '.join(differences)}; score the prompts with this model"
-            )
     asked = manifest["asked"]
     total = int(asked["task"]["prompts"])
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dynadepth import _core
 from dynadepth.errors import LabelError, SearchError
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint
+from dynadepth.models.fingerprint import check_base_model, fingerprint
 from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
 from dynadepth_search.data.tasks import Example, Task
@@ -113,18 +113,17 @@ class _Search:
 
     def run(self, folder: Path) -> PromptSearchSummary:
         task = self._task
-        model_print = fingerprint(self._scorer.model)
         with locked(folder):
             store = LabelStore(
                 folder, [item.prompt_id for item in task.examples], self._spec.shard_size
             )
             started = time.perf_counter()
             if store.manifest is None:
-                manifest = self._manifest(self._probe(), model_print)
+                manifest = self._manifest(self._probe())
                 store.create(manifest)
             else:
                 manifest = store.manifest
-                self._check(manifest, model_print, folder)
+                self._check(manifest, folder)
             probed = time.perf_counter()
             store.open()
             self._search_blocks(store, manifest)
@@ -203,10 +202,10 @@ class _Search:
         self._visits["executed_visits"] += executed
         return rewards
 
-    def _manifest(self, prior: EditPrior, model_print: dict[str, Any]) -> Manifest:
+    def _manifest(self, prior: EditPrior) -> Manifest:
         asked = self._spec.depth_penalty
         return Manifest(
-            base_model=model_print,
+            base_model=fingerprint(self._scorer.model),
             num_layers=self._scorer.num_layers,
             dtype=dtype_name(self._scorer.model),
             task={"name": self._task.name, **task_fields(self._task)},
@@ -216,13 +215,14 @@ class _Search:
             versions=_versions(),
         )
 
-    def _check(self, manifest: Manifest, model_print: dict[str, Any], folder: Path) -> None:
-        differences = compare_fingerprints(model_print, manifest.base_model)
-        if differences:
-            raise LabelError(
-                f"the labels in {folder} belong to another model: {'; '.join(differences)}; "
-                "search with that model, or into another folder"
-            )
+    def _check(self, manifest: Manifest, folder: Path) -> None:
+        check_base_model(
+            self._scorer.model,
+            manifest.base_model,
+            holder=f"the labels in {folder}",
+            error=LabelError,
+            advice="search with that model, or into another folder",
+        )
         asked = {
             "task": task_fields(self._task),
             "search": self._spec.to_dict(),

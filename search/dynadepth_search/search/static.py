@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from dynadepth.config import config_to_dict
 from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
-from dynadepth.files import write_json_atomic
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.evaluation.folds import draw_parts
+from dynadepth.files import read_versioned_json, write_json_atomic
+from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
 from dynadepth.training.menu.fit import choose_plans
 from dynadepth_search.data.tasks import Example, Task
@@ -34,7 +35,6 @@ from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
-    read_versioned,
     task_fields,
 )
 from dynadepth_search.storage.locking import locked
@@ -116,9 +116,10 @@ def search_static(
         model's own answers in place of perplexity.
     """
     check_answers(task, spec.objective)
-    if len(task.examples) < _FEWEST_PROMPTS:
+    different = len({example.prompt.strip() for example in task.examples})
+    if different < _FEWEST_PROMPTS:
         raise TaskError(
-            f"{len(task.examples)} prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
+            f"{different} different prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
         )
     place = Path(folder)
     # What can be refused is refused before a folder is made.
@@ -144,12 +145,13 @@ def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticP
     if not content.get("complete"):
         raise LabelError(f"the search of {path} is unfinished: run it again to go on")
     if model is not None:
-        differences = compare_fingerprints(fingerprint(model), content["base_model"])
-        if differences:
-            raise LabelError(
-                f"{path} belongs to another base model than this {type(model).__name__}: {'; '.join(differences)}; "
-                "search with this model"
-            )
+        check_base_model(
+            model,
+            content["base_model"],
+            holder=f"the plans in {path}",
+            error=LabelError,
+            advice="search with this model",
+        )
     try:
         width = len(content["pool"][0]["plan"])
         pool = np.stack([parse_plan(item["plan"], width) for item in content["pool"]])
@@ -186,12 +188,15 @@ class _StaticSearch:
         self._folder, self._spec, self._progress = folder, spec, progress
         self._scorer = Scorer(model, tokenizer, task.scoring)
         self._num_layers = self._scorer.num_layers
-        order = np.random.default_rng(spec.seed).permutation(len(task.examples))
-        # Two thirds at most choose the beam: the menu needs prompts that did not.
-        count = min(spec.num_prompts, len(order) // 3)
-        self._examples = [task.examples[index] for index in order[:count].tolist()]
-        others = np.sort(order[count : count + spec.num_confirmed]).tolist()
-        self._others = [task.examples[index] for index in others]
+        # A third at most chooses the beam: the menu needs prompts that did not.
+        count = min(spec.num_prompts, len(task.examples) // 3)
+        first, others = draw_parts(
+            [example.prompt.strip() for example in task.examples],
+            [count, spec.num_confirmed],
+            np.random.default_rng(spec.seed),
+        )
+        self._examples = [task.examples[index] for index in first.tolist()]
+        self._others = [task.examples[index] for index in np.sort(others).tolist()]
         wrong = [layer for layer in spec.protect if not 0 <= layer < self._num_layers]
         if wrong:
             raise ConfigError(
@@ -391,7 +396,13 @@ class _StaticSearch:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_versioned(path, SCHEMA_VERSION, verb="search static", again="search again")
+    content = read_versioned_json(
+        path,
+        SCHEMA_VERSION,
+        error=LabelError,
+        make_again="search again",
+        missing="make it with `dynadepth search static`",
+    )
     kinds = {"asked": dict, "base_model": dict, "complete": bool, "evaluations": int}
     kinds |= {"candidates": list, "levels": list}
     for name, kind in kinds.items():

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import LabelError
-from dynadepth.files import read_json
 from dynadepth_search.data.tasks import Task
 
-__all__ = ["check_asked", "dtype_name", "read_versioned", "task_fields"]
+__all__ = ["check_asked", "dtype_name", "task_fields"]
 
 
 def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -31,30 +30,6 @@ def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> No
             f"{path} was made with {name} = {known}, but now it is {given}; results of different searches do not "
             "mix: ask for the same, or use another folder"
         )
-
-
-def read_versioned(path: Path, version: int, *, verb: str, again: str) -> dict[str, Any]:
-    """Read a JSON file of ours that says which version wrote it.
-
-    Args:
-        path: The file.
-        version: Of what is read here.
-        verb: The command that makes it.
-        again: What to do with a file of another version.
-
-    Raises:
-        FileNotFoundError: There is none.
-        LabelError: It is no JSON object, or of another version.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; make it with `dynadepth {verb}`")
-    content = read_json(path, LabelError)
-    if content.get("schema_version") != version:
-        raise LabelError(
-            f"{path} has schema version {content.get('schema_version')!r}; this dynadepth-search reads {version}: "
-            f"{again}, or install the version that wrote it"
-        )
-    return content
 
 
 def task_fields(task: Task) -> dict[str, Any]:

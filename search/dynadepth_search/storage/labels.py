@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from dynadepth.config import did_you_mean
 from dynadepth.errors import ConfigError, LabelError
-from dynadepth.files import read_json, sha256_file
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint
+from dynadepth.files import read_versioned_json, sha256_file
+from dynadepth.models.fingerprint import check_base_model
 from dynadepth.plans import Plans, plan_depth
 from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example
@@ -262,16 +262,10 @@ def read_manifest(folder: Path) -> Manifest:
         LabelError: It is damaged, or of a newer schema.
     """
     path = folder / MANIFEST
-    content = read_json(path, LabelError)
-    version = content.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        todo = (
-            "install a newer dynadepth-search" if newer else "run the search again in a new folder"
-        )
-        raise LabelError(
-            f"{path} has schema version {version!r}; this one reads {SCHEMA_VERSION}: {todo}"
-        )
+    content = read_versioned_json(
+        path, SCHEMA_VERSION, error=LabelError, make_again="run the search again in a new folder"
+    )
+    del content["schema_version"]
     known = [item.name for item in fields(Manifest)]
     for key in content:
         if key not in known:
@@ -318,13 +312,16 @@ def read_labels(
             f"{place} holds no labels: there is no {MANIFEST}; run a search into it first"
         )
     manifest = read_manifest(place)
-    if model is not None and not accept_mismatch:
-        differences = compare_fingerprints(fingerprint(model), manifest.base_model)
-        if differences:
-            raise LabelError(
-                f"the labels in {place} belong to another model: {'; '.join(differences)}; "
-                "search with this model, or accept the mismatch knowingly (accept_mismatch=True)"
-            )
+    if model is not None:
+        check_base_model(
+            model,
+            manifest.base_model,
+            holder=f"the labels in {place}",
+            error=LabelError,
+            advice="search with this model",
+            accepted=accept_mismatch,
+            how_to_accept="pass accept_mismatch=True",
+        )
     rows: dict[str, dict[str, Any]] = {}
     for shard in manifest.shards:
         check_shard(place, shard)

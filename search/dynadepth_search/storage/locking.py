@@ -4,30 +4,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynadepth.errors import LabelError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from dynadepth.errors import LabelError
 
 __all__ = ["locked"]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other searches out of a folder, where the system can; a killed process leaves no lock.
+    """Keep other processes from writing to a folder; a process that is killed leaves no lock.
+
+    Args:
+        folder: The folder; made if it is missing. The lock is its file `.lock`.
 
     Raises:
-        LabelError: Another process is writing there.
+        LabelError: Another process is writing there, or the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LabelError(
-                    f"another search is writing to {folder}; wait for it, or use another folder"
-                ) from error
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LabelError(
+            f"another process is writing to {folder}; wait for it, or use another folder"
+        ) from error
+    except (NotImplementedError, OSError) as error:
+        raise LabelError(
+            f"{folder} cannot be locked ({error}), so that two runs could write to it at once; some network drives "
+            "have no locks: use a folder on a local disk"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -19,9 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dynadepth.errors import LabelError
-from dynadepth.files import sha256_bytes, sha256_text, write_bytes_atomic
+from dynadepth.files import read_versioned_json, sha256_bytes, sha256_text, write_bytes_atomic
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.storage.compatibility import read_versioned
 
 __all__ = [
     "BLOCK",
@@ -153,7 +152,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         LabelError: It is damaged, or of another version.
     """
     path = folder / MANIFEST
-    content = read_versioned(path, SCHEMA_VERSION, verb="score", again="score the prompts again")
+    content = read_versioned_json(
+        path,
+        SCHEMA_VERSION,
+        error=LabelError,
+        make_again="score the prompts again",
+        missing="make it with `dynadepth score`",
+    )
     if not _is_manifest(content):
         raise LabelError(
             f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import LabelError
+from dynadepth.evaluation.folds import hold_out
 from dynadepth.plans import Plans, plan_depth
 from dynadepth.policies.calibration import Calibration, calibrate
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
@@ -57,15 +58,13 @@ class TrainingPrompts:
 
     def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return training and validation rows, each in their order; equal texts stay together."""
-        number = {text: index for index, text in enumerate(dict.fromkeys(self.texts))}
-        if len(number) < _FEWEST_PROMPTS:
+        different = len(set(self.texts))
+        if different < _FEWEST_PROMPTS:
             raise LabelError(
-                f"{len(number)} prompts cannot train and calibrate routers; give {_FEWEST_PROMPTS} or more different "
+                f"{different} prompts cannot train and calibrate routers; give {_FEWEST_PROMPTS} or more different "
                 "ones"
             )
-        order = np.random.default_rng(seed).permutation(len(number))
-        drawn = order[: round(_VALIDATION * len(number))]
-        held_out = np.isin([number[text] for text in self.texts], drawn)
+        held_out = hold_out(self.texts, _VALIDATION, np.random.default_rng(seed))
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def features(

@@ -159,7 +159,7 @@ def test_missing_weights_are_named(place, folder):
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_another_number_of_layers_is_never_accepted(place, accept):
-    with pytest.raises(CheckpointError, match="the routers read 6 layers of width 32") as caught:
+    with pytest.raises(CheckpointError, match="they need 6 layers of width 32") as caught:
         load_routers(place(), model=tiny_model(num_layers=4), accept_mismatch=accept)
     assert "num_hidden_layers is 4, expected 6" in str(caught.value)
     assert "accept_mismatch" not in str(caught.value)
@@ -168,7 +168,7 @@ def test_another_number_of_layers_is_never_accepted(place, accept):
 @pytest.mark.parametrize("accept", [False, True])
 def test_another_width_is_never_accepted(place, folder, kind, model, accept):
     save_routers(folder, trained(kind, model, hidden_size=40))
-    with pytest.raises(CheckpointError, match="the routers read 6 layers of width 40") as caught:
+    with pytest.raises(CheckpointError, match="they need 6 layers of width 40") as caught:
         load_routers(place(), model=model, accept_mismatch=accept)
     assert "accept_mismatch" not in str(caught.value)
 

@@ -392,13 +392,13 @@ def test_a_wrong_model_and_an_unsupported_family(
     how: tuple[Any, ...], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = search(place, out=str(tmp_path / "labels"), how=how)
-    argv[3] = tmp_path / "nothing"
+    argv[argv.index("--model") + 1] = tmp_path / "nothing"
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
     assert f"error: cannot load the model '{tmp_path / 'nothing'}'" in err
     from transformers import CodeGenConfig, CodeGenForCausalLM
 
-    argv[3] = tmp_path / "codegen"
+    argv[argv.index("--model") + 1] = tmp_path / "codegen"
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
     CodeGenForCausalLM(CodeGenConfig(**shape)).save_pretrained(argv[3])
     for path in (place / "my-model").glob("tokenizer*"):
@@ -416,12 +416,12 @@ def test_what_belongs_to_another_model(
     before = (made / "my-model" / "routers" / "router_config.json").read_bytes()
     drllm = without(train(made, "--policy", "drllm"), "--scores")
     for argv, words in (
-        (train(made), "belongs to my-model, not to this"),
-        ([*drllm, "--labels", labelled / "labels"], "belong to another model: "),
-        (score(made, out=str(tmp_path / "new")), "belongs to another base model than this"),
-        (evaluation(made, out=str(tmp_path / "new")), "belongs to another base model than this"),
+        (train(made), "they were made with my-model, and here"),
+        ([*drllm, "--labels", labelled / "labels"], "belong to another base model than this"),
+        (score(made, out=str(tmp_path / "new")), "belong to another base model than this"),
+        (evaluation(made, out=str(tmp_path / "new")), "belong to another base model than this"),
     ):
-        argv[3] = other
+        argv[argv.index("--model") + 1] = other
         code, out, err = run(capsys, *argv)
         assert (code, out) == (1, "")
         assert words in err

@@ -353,7 +353,9 @@ def test_a_damaged_evaluation_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not JSON"):
         read_evaluation(tmp_path)
     (tmp_path / "evaluation.json").write_text(json.dumps({"schema_version": 1}))
-    with pytest.raises(ConfigError, match="has schema_version 1; this dynadepth .* reads 2: eval"):
+    with pytest.raises(
+        ConfigError, match="has schema version 1; this dynadepth reads 2: evaluate again"
+    ):
         read_evaluation(tmp_path)
 
 

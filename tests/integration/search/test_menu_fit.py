@@ -331,7 +331,9 @@ def test_some_plans_of_a_table_make_a_menu(table: ScoreTable) -> None:
 
 
 def test_what_cannot_be_trained_is_refused(table: ScoreTable) -> None:
-    with pytest.raises(ConfigError, match="19 prompts cannot train and cross-validate a menu"):
+    with pytest.raises(
+        ConfigError, match="19 different prompts cannot train and cross-validate a menu"
+    ):
         fit_trained_menu(table.take(np.arange(19)))
     with pytest.raises(ConfigError, match="objective 'reward' needs prompts with right answers"):
         fit_trained_menu(table, objective="reward")

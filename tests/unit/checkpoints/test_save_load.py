@@ -167,7 +167,7 @@ def test_an_older_schema_says_to_train_again(folder):
     edit(folder, lambda c: c.update(schema_version=1, dynadepth_version="0.0.9"))
     with pytest.raises(
         CheckpointError,
-        match=r"schema version 1 \(written by dynadepth 0\.0\.9\).* reads 2; train the routers again",
+        match=r"schema version 1 \(written by dynadepth 0\.0\.9\).* reads 2: train the routers again",
     ):
         load_routers(folder)
 
@@ -222,7 +222,7 @@ def test_another_base_model_is_refused_and_can_be_accepted_knowingly(folder):
         load_routers(folder, model=tuned)
     text = str(caught.value)
     assert "weights of model.layers.2 differ" in text
-    assert "trained on org/base" in text
+    assert "made with org/base" in text
     assert f"load_routers({str(folder)!r}, model=model, accept_mismatch=True)" in text
     accepted = load_routers(folder, model=tuned, accept_mismatch=True)
     accepted.check_model(tuned)
@@ -234,7 +234,7 @@ def test_another_base_model_is_refused_and_can_be_accepted_knowingly(folder):
 def test_a_model_that_the_routers_do_not_fit_is_never_accepted(folder, accept):
     with pytest.raises(CheckpointError) as caught:
         load_routers(folder, model=tiny_model(num_layers=6), accept_mismatch=accept)
-    assert "the routers read 4 layers of width 32" in str(caught.value)
+    assert "they need 4 layers of width 32" in str(caught.value)
     assert "num_hidden_layers is 6, expected 4" in str(caught.value)
     assert "accept_mismatch" not in str(caught.value)
 

@@ -350,7 +350,7 @@ def test_a_file_that_is_none_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("schema_version", "7", "schema version 7, this dynadepth reads up to 1; update"),
+        ("schema_version", "7", "schema version 7; this dynadepth reads up to 1: update"),
         ("schema_version", None, "an ONNX file, but not one of routers; expected what"),
         ("schema_version", "{", "damaged metadata: .*; export it again"),
         ("kind", '"forest"', "of kind 'forest'; expected 'menu': write it again"),

@@ -194,7 +194,7 @@ def test_a_file_that_is_none_is_refused(content, tmp_path):
     model = onnx.load_from_string(content)
     by_key = {item.key: item for item in model.metadata_props}
     by_key["dynadepth.schema_version"].value = "7"
-    with pytest.raises(CheckpointError, match="schema version 7, this dynadepth reads up to 1"):
+    with pytest.raises(CheckpointError, match="schema version 7; this dynadepth reads up to 1"):
         OnnxRouterPolicy(model.SerializeToString(), 0.8)
     by_key["dynadepth.schema_version"].value = "{"
     with pytest.raises(CheckpointError, match="damaged metadata"):

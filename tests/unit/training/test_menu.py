@@ -643,7 +643,7 @@ class TestData:
         [
             (
                 lambda d: {"agreement": d.agreement[:19]},
-                "19 prompts cannot train and cross-validate",
+                "19 different prompts cannot train and cross-validate",
             ),
             (lambda d: {"agreement": d.agreement[:, :3]}, r"agreement has shape \(40, 3\)"),
             (

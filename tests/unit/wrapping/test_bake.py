@@ -87,6 +87,6 @@ def test_refusals_leave_nothing_behind(tmp_path):
     with pytest.raises(FileExistsError, match="exists already; give a new folder"):
         save_baked(model, PLAN, tmp_path / "full")
     wrap_model(model, plan=PLAN)
-    with pytest.raises(WrapError, match="the model is wrapped; call unwrap_model"):
+    with pytest.raises(WrapError, match="is wrapped; call unwrap_model.model. before bake"):
         save_baked(model, PLAN, tmp_path / "baked")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
+from dynadepth.evaluation.folds import draw_folds
 from dynadepth.plans import Plans, plan_depth, prefix_numbers
 
 __all__ = ["FOLDS", "MenuData", "MenuRecipe", "MenuTrial"]
@@ -37,7 +38,7 @@ class MenuData:
         groups: Names of the prompts; rows of one name share a fold. None: all differ.
 
     Raises:
-        ConfigError: Shapes that do not belong together, numbers that are not finite, or fewer than 20 prompts.
+        ConfigError: Shapes that do not belong together, values that are not finite, or fewer than 20 different prompts.
     """
 
     plans: Plans
@@ -49,9 +50,10 @@ class MenuData:
 
     def __post_init__(self) -> None:
         shape = (len(self.agreement), len(self.plans))
-        if shape[0] < 4 * FOLDS:
+        different = shape[0] if self.groups is None else len(set(self.groups))
+        if different < 4 * FOLDS:
             raise ConfigError(
-                f"{shape[0]} prompts cannot train and cross-validate a menu; score {4 * FOLDS} or more"
+                f"{different} different prompts cannot train and cross-validate a menu; score {4 * FOLDS} or more"
             )
         for name in ("agreement", "total_variation", "reward"):
             values = getattr(self, name)
@@ -85,11 +87,8 @@ class MenuData:
 
     def folds(self, seed: int, count: int = FOLDS) -> Indices:
         """Return the fold of each prompt, of `count` or as many as there are names. Shape (N,)."""
-        names = list(self.groups) if self.groups is not None else list(range(len(self.agreement)))
-        number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-        drawn = np.random.default_rng(seed).permutation(len(number)) % count
-        folds: Indices = drawn[[number[name] for name in names]]
-        return folds
+        names = range(len(self.agreement)) if self.groups is None else self.groups
+        return draw_folds(names, count, np.random.default_rng(seed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.evaluation.mixtures import concave_hull
+from dynadepth.evaluation.mixtures import bracket_depth, concave_hull
 from dynadepth.plans import Plans, plan_depth, prefix_numbers
 
 __all__ = [
@@ -106,13 +106,8 @@ def at_depths(curve: tuple[Floats, Indices], values: Floats, wanted: Floats) -> 
 def static_values(values: Floats, depths: Floats, wanted: Floats) -> Floats:
     """Return what each prompt gets from the best static mixture of each depth. Shape (wanted, N)."""
     hull = concave_hull(depths, values.mean(axis=0))
-    knots = depths[hull]
-    found = np.empty((len(wanted), len(values)))
-    for index, depth in enumerate(wanted):
-        right = int(np.clip(np.searchsorted(knots, depth), 1, len(knots) - 1))
-        share = float(np.clip((depth - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1))
-        found[index] = (1 - share) * values[:, hull[right - 1]] + share * values[:, hull[right]]
-    return found
+    mixtures = [bracket_depth(depths, float(depth), hull, clip=True) for depth in wanted]
+    return np.stack([mixture.expected(values.T) for mixture in mixtures])
 
 
 def front_means(values: Floats, depths: Floats) -> Floats:

@@ -384,7 +384,8 @@ class TestOtherQuestions:
         with pytest.raises(LabelError, match="was made with base_model = "):
             score(other, folder)
         with pytest.raises(
-            LabelError, match=r"belongs to .*, not to this LlamaForCausalLM: .*; score the prompts"
+            LabelError,
+            match=r"belong to another base model than this LlamaForCausalLM: .* score the prompts",
         ):
             read_scores(folder, model=other)
         with pytest.raises(LabelError, match='was made with dtype = "float32"'):
@@ -394,7 +395,7 @@ class TestOtherQuestions:
     def test_a_folder_in_use(self, model, folder):
         before = folder_bytes(folder)
         (folder / FILES[0]).unlink()
-        with locked(folder), pytest.raises(LabelError, match="another search is writing to"):
+        with locked(folder), pytest.raises(LabelError, match="another process is writing to"):
             score(model, folder)
         assert not (folder / FILES[0]).exists()
         score(model, folder)

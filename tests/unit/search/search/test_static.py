@@ -455,7 +455,7 @@ class TestOtherQuestions:
         with pytest.raises(LabelError, match="was made with base_model = "):
             search(other, folder)
         with pytest.raises(
-            LabelError, match="belongs to another base model than this Llama"
+            LabelError, match="the plans in .* belong to another base model than this Llama"
         ) as info:
             read_static(folder, model=other)
         # The file is as good as it was: deleting it would be bad advice.
@@ -466,7 +466,7 @@ class TestOtherQuestions:
 
     def test_a_folder_in_use(self, model, folder):
         before = everything(folder)
-        with locked(folder), pytest.raises(LabelError, match="another search is writing to"):
+        with locked(folder), pytest.raises(LabelError, match="another process is writing to"):
             search(model, folder)
         assert everything(folder) == before
 
@@ -475,7 +475,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("task", "changes", "message"),
         [
-            (varied_task(39), {}, "39 prompts cannot choose plans for all; give 40 or more"),
+            (
+                varied_task(39),
+                {},
+                "39 different prompts cannot choose plans for all; give 40 or more",
+            ),
             (varied_task(kind="prompt"), {"objective": "reward"}, "no labelled reward"),
             (Task("t", varied_task().examples, "letters"), {}, "scoring 'letters' is unknown"),
         ],

@@ -211,10 +211,14 @@ class TestForeign:
     def test_another_model(self, folder, searched):
         other = tiny_model(seed=1, dtype=torch.float32)
         for act in (lambda: read_labels(folder, model=other), lambda: search_again(folder, other)):
-            with pytest.raises(LabelError, match="belong to another model: .*weights"):
+            with pytest.raises(
+                LabelError, match="belong to another base model than this .*weights"
+            ):
                 act()
         longer = tiny_model(num_layers=5, dtype=torch.float32)
-        with pytest.raises(LabelError, match="another model: .*num_hidden_layers.*5.*4"):
+        with pytest.raises(
+            LabelError, match="another base model than this .*num_hidden_layers.*5.*4"
+        ):
             read_labels(folder, model=longer)
         assert len(read_labels(folder, model=other, accept_mismatch=True)) == COUNT
         assert folder_bytes(folder) == folder_bytes(searched)
@@ -280,7 +284,7 @@ class TestForeign:
     def test_another_process(self, folder, searched, model):
         with (
             locked(folder),
-            pytest.raises(LabelError, match="another search is writing to .*; wait for it"),
+            pytest.raises(LabelError, match="another process is writing to .*; wait for it"),
         ):
             search_again(folder, model)
         assert search_again(folder, model).searched == 0
@@ -292,11 +296,11 @@ class TestManifest:
         [
             (
                 {"schema_version": 2},
-                "schema version 2; this one reads 1: install a newer dynadepth-search",
+                "schema version 2; this dynadepth reads up to 1: update dynadepth",
             ),
             (
                 {"schema_version": 0},
-                "schema version 0; this one reads 1: run the search again in a new folder",
+                "schema_version 0; expected a whole number from 1 on: .* run the search again in a new",
             ),
             ({"sherds": []}, r"unknown key 'sherds' \(did you mean 'shards'\?\)"),
             ({"shards": [{"name": "x"}]}, "is damaged"),
