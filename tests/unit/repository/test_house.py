@@ -1,7 +1,9 @@
 """The house: one version, a fixed top level, and a public interface that loads lazily."""
 
+import ast
 import importlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -91,14 +93,31 @@ def test_the_public_names_are_sorted_and_each_loads_from_its_module():
 def test_a_public_name_is_the_same_object_however_it_is_reached():
     program = (
         "import importlib, pkgutil, dynadepth\n"
-        "for module in pkgutil.iter_modules(dynadepth.__path__):\n"
-        "    if module.name != 'onnx':\n"
-        "        importlib.import_module(f'dynadepth.{module.name}')\n"
+        "for module in pkgutil.walk_packages(dynadepth.__path__, 'dynadepth.'):\n"
+        "    importlib.import_module(module.name)\n"
         "for name in dynadepth.__all__:\n"
         "    value = getattr(dynadepth, name)\n"
         "    assert not isinstance(value, type(dynadepth)), name\n"
     )
     modules_after(program)
+
+
+@pytest.mark.parametrize("package", ["dynadepth", "dynadepth_search"])
+def test_a_room_only_names_itself_and_holds_about_eight_files(package):
+    root = Path(importlib.import_module(package).__file__).parent
+    for room in {path.parent for path in root.rglob("*.py")} - {root}:
+        (named,) = ast.parse((room / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(named, ast.Expr), f"{room.name}/__init__.py does more than say what it is"
+        files = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+        assert 1 < len(files) <= 10, room
+
+
+def test_the_numbers_of_the_house_show_no_arrow_that_runs_up():
+    script = [sys.executable, ".ci/rooms.py", "--json"]
+    result = subprocess.run(script, cwd=ROOT, capture_output=True, check=True, text=True)
+    for numbers in json.loads(result.stdout).values():
+        assert numbers["arrows that run up"] == 0
+        assert len(numbers["arrows"]) == numbers["arrows between rooms"] > numbers["floors"] > 1
 
 
 def test_an_unknown_name_is_an_attribute_error():
