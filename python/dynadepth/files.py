@@ -7,7 +7,7 @@ to disk and renamed.
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dynadepth.errors import DynadepthError
 
 __all__ = [
     "check_schema_version",
+    "make_folder_beside",
     "read_json",
     "read_versioned_json",
     "sha256_bytes",
@@ -36,19 +37,38 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    temporary = Path(name)
+    temporary = _beside(target)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Not by `tempfile`, whose files are private whatever the umask says.
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a shared folder of routers must stay readable to its other users.
-        temporary.chmod(0o644)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_folder_beside(path: str | os.PathLike[str]) -> Path:
+    """Make an empty folder beside a place, to be filled and renamed to it; its mode is the umask's.
+
+    Args:
+        path: Where the folder will go; its own folder is made if it is missing.
+
+    Returns:
+        The new folder, hidden and with a name of its own.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    temporary.mkdir()
+    return temporary
+
+
+def _beside(target: Path) -> Path:
+    """Return a name in the same folder that nothing has: only within one file system is a rename atomic."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

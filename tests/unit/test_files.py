@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from dynadepth import files
 from dynadepth.errors import CheckpointError, ConfigError
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_file_is_written_with_its_folder_and_read_back(tmp_path):
     target = tmp_path / "new" / "folder" / "x.bin"
@@ -23,9 +26,29 @@ def test_a_file_is_written_with_its_folder_and_read_back(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["x.bin"]
 
 
-def test_a_written_file_is_readable_to_others(tmp_path):
-    files.write_text_atomic(tmp_path / "x", "")
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_and_folders_have_the_mode_that_the_umask_says(tmp_path, umask):
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from dynadepth.files import make_folder_beside, write_text_atomic\n"
+        f"os.umask({umask})\n"
+        "place = Path(sys.argv[1])\n"
+        "write_text_atomic(place / 'folder' / 'file', 'secret')\n"
+        "make_folder_beside(place / 'routers').rename(place / 'routers')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    for name, full in (("folder/file", 0o666), ("folder", 0o777), ("routers", 0o777)):
+        assert (tmp_path / name).stat().st_mode & 0o777 == full & ~umask, name
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_nothing_else_sets_modes_or_makes_files_that_are_private_for_ever():
+    """`mkstemp` and `mkdtemp` ignore the umask, and a `chmod` after them does too."""
+    for package in ("python/dynadepth", "search/dynadepth_search"):
+        for path in (ROOT / package).rglob("*.py"):
+            found = re.findall(r"mkstemp|mkdtemp|chmod", path.read_text(encoding="utf-8"))
+            assert not found, path
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -15,7 +15,6 @@ from dynadepth.checkpoints.paths import (
     CARD_NAME,
     CONFIG_NAME,
     FOLDER_NAME,
-    HUB_ID,
     ONNX_NAME,
     ROUTERS_FILES,
     first_lines,
@@ -23,6 +22,7 @@ from dynadepth.checkpoints.paths import (
 from dynadepth.checkpoints.save_load import export_policy, load_routers, save_routers
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthError, HubError
+from dynadepth.models.names import HUB_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -4,22 +4,20 @@ Knows the names of a routers folder's files and nothing of their content.
 """
 
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from dynadepth.errors import CheckpointError, ConfigError
-from dynadepth.files import write_bytes_atomic
+from dynadepth.files import make_folder_beside, write_bytes_atomic
+from dynadepth.models.names import is_hub_id
 
 __all__ = [
     "CARD_NAME",
     "CONFIG_NAME",
     "FOLDER_NAME",
-    "HUB_ID",
     "ONNX_NAME",
     "ROUTERS_FILES",
     "WEIGHTS_NAME",
@@ -37,7 +35,6 @@ ONNX_NAME = "routers.onnx"
 CARD_NAME = "README.md"
 FOLDER_NAME = "routers"
 ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_routers(model: nn.Module) -> Path:
@@ -69,7 +66,7 @@ def find_routers(model: nn.Module) -> Path:
         raise FileNotFoundError(
             f"there is no {folder / CONFIG_NAME} beside the base model; {advice}"
         )
-    if not HUB_ID.fullmatch(base):
+    if not is_hub_id(base):
         raise FileNotFoundError(
             f"the base model came from {base}, which is not there any more; {advice}"
         )
@@ -94,7 +91,7 @@ def base_model_name(model: nn.Module) -> str:
         ''
     """
     origin = _origin(model)
-    return origin if HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name
+    return origin if is_hub_id(origin) and not Path(origin).exists() else Path(origin).name
 
 
 def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -117,7 +114,7 @@ def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
             )
     else:
         hub_id = os.fspath(path_or_hub_id)
-        if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(hub_id):
+        if not is_hub_id(path_or_hub_id):
             backup = _backup(path)
             former = (
                 f"; an interrupted save left the former ones in {backup}" if backup.is_dir() else ""
@@ -181,11 +178,8 @@ def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -
     restore_folder(target)
     if target.exists():
         _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    temporary = make_folder_beside(target)
     try:
-        # mkdtemp makes private folders; shared routers must stay readable to their other users.
-        temporary.chmod(0o755)
         for name, content in files.items():
             write_bytes_atomic(temporary / name, content)
         _swap(temporary, target)
@@ -198,7 +192,9 @@ def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -
 def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder for the routers")
-    others = sorted(entry.name for entry in target.iterdir() if entry.name not in ROUTERS_FILES)
+    names = {entry.name for entry in target.iterdir()}
+    # A model card by itself is somebody's README.
+    others = sorted(names - set(ROUTERS_FILES) if CONFIG_NAME in names else names)
     if others:
         raise CheckpointError(
             f"{target} holds {others[0]!r}{' and more' if others[1:] else ''}, which routers do not; saving replaces "

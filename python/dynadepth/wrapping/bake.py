@@ -7,7 +7,6 @@ one fixed plan to engines that know nothing of us.
 import copy
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.executor import check_unwrapped
+from dynadepth.files import make_folder_beside
 from dynadepth.models.families import layer_stack
 from dynadepth.plans import check_plans, plan_text
 
@@ -118,8 +118,7 @@ def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; give a new folder for the baked model")
     baked = bake(model, plan)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = make_folder_beside(target)
     try:
         baked.save_pretrained(temporary)
         again = AutoModelForCausalLM.from_pretrained(temporary, dtype=baked.dtype)
@@ -132,7 +131,6 @@ def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]
                 f"the model baked with plan {plan_text(plan)} and its reloaded checkpoint differ by {difference:.3g} "
                 f"in their logits; {model.config.model_type} has a per-layer setting that bake does not know"
             )
-        temporary.chmod(0o755)
         if target.exists():
             target.rmdir()
         temporary.replace(target)

@@ -258,6 +258,18 @@ def test_a_folder_with_other_files_is_left_alone(folder, routers):
     assert entries(folder) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "routers.onnx", "routers.safetensors"])
+def test_a_folder_with_a_file_that_routers_could_have_but_no_routers_is_left_alone(
+    tmp_path, routers, name
+):
+    target = tmp_path / "project"
+    target.mkdir()
+    (target / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds '{name}'"):
+        save_routers(target, routers)
+    assert entries(target) == {name: b"mine"}
+
+
 def test_metrics_that_are_not_json_change_nothing(folder, routers):
     before = entries(folder)
     for metrics in ({"a": math.nan}, {"a": torch.zeros(1)}):
