@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadepth.checkpoints.paths import ONNX_NAME
+from dynadepth.config import plain_number
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
 from dynadepth.models.fingerprint import check_base_model
 from dynadepth.onnx.menu_graph import build_menu_onnx
@@ -65,12 +66,13 @@ class TrainedPolicy(ABC):
     accepted: bool = False
 
     def __post_init__(self) -> None:
-        for layer in self.protect:
+        protect = [plain_number(layer) for layer in self.protect]
+        for layer in protect:
             if type(layer) is not int or not 0 <= layer < self.num_layers:
                 raise ConfigError(
                     f"protect names layer {layer!r}; expected numbers from 0 to {self.num_layers - 1}"
                 )
-        object.__setattr__(self, "protect", tuple(sorted(set(self.protect))))
+        object.__setattr__(self, "protect", tuple(sorted(set(protect))))
 
     @property
     @abstractmethod

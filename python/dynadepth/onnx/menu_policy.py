@@ -99,6 +99,10 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         plans[:, :first] = self.plans[0, :first]
         return plans
 
+    def known_plans(self) -> Plans:
+        """Return the plans of the menu."""
+        return self.plans
+
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Choose a plan for each prompt and return it up to the next decision.
 

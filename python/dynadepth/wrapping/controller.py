@@ -7,6 +7,7 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,15 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import PlanError, WrapError
 from dynadepth.execution.context_stack import Context, contexts_of
 from dynadepth.execution.executor import (
+    check_installed,
     enter_scope,
     install_executor,
-    is_installed,
     leave_scope,
     remove_executor,
 )
+from dynadepth.execution.padding import SpecialTokens
 from dynadepth.execution.plan_forward import PlanScope
-from dynadepth.models.families import LayerStack, layer_stack
+from dynadepth.models.families import layer_stack
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -36,7 +38,11 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
+# Where the stack of layers and the model keep their controller.
 _CONTROLLER = "_dynadepth_controller"
+_ATTRIBUTE = "dynadepth"
+# Outputs that transformers records from modules inside the layers, which run for some of the rows only.
+_RECORDED = ("output_attentions", "output_router_logits")
 
 
 class Controller(ContextMethods):
@@ -78,6 +84,9 @@ class Controller(ContextMethods):
         super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Stats())
         self.policy = policy
         self._handles: list[Any] = []
+        # Weak: a layer that was thrown away is not kept.
+        self._wrapped: WeakSet[nn.Module] = WeakSet()
+        self._list_name = ""
 
     def __repr__(self) -> str:
         policy = type(self.policy).__name__
@@ -153,8 +162,18 @@ class Controller(ContextMethods):
             keeper.row_plans = known
         return known, is_new
 
+    def check_menu(self) -> None:
+        """Refuse limits that leave some prompt of a menu of several steps without a plan.
+
+        Raises:
+            ConfigError: They do.
+        """
+        menu = self.policy.known_plans()
+        if menu is not None:
+            self._limits.check_menu(menu, self.policy.decision_layers)
+
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Take note of a forward that has run to its end."""
+        """Count a forward that has run to its end."""
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
@@ -212,14 +231,22 @@ class Controller(ContextMethods):
         checked: Plans = array.astype(np.uint8)
         return checked
 
+    def knows_lengths(self) -> bool:
+        """Say whether the caller has told how many tokens of each row are the prompt."""
+        return self._prompt_lengths(contexts_of(self)) is not None
+
+    @staticmethod
+    def _prompt_lengths(contexts: list[Context]) -> torch.Tensor | None:
+        return next(
+            (context.prompt_lengths for context in contexts if context.prompt_lengths is not None),
+            None,
+        )
+
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
         """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
         mask, (rows, tokens) = real, real.shape
         contexts = contexts_of(self)
-        lengths = next(
-            (context.prompt_lengths for context in contexts if context.prompt_lengths is not None),
-            None,
-        )
+        lengths = self._prompt_lengths(contexts)
         generation = next((context for context in contexts if context.in_generate), None)
         width = None
         if generation is not None:
@@ -236,10 +263,19 @@ class Controller(ContextMethods):
             mask[:, width:] = False
         return mask
 
+    def check_layers(self, stack: nn.Module) -> None:
+        """Refuse a stack whose layers are no longer those that were wrapped.
+
+        Raises:
+            WrapError: They were changed since.
+        """
+        check_installed(getattr(stack, self._list_name), self, self.num_layers)
+
     def attach(self, model: nn.Module) -> None:
         """Put executor and hooks on a model; changes nothing if it raises."""
         stack = layer_stack(model)
         install_executor(stack, self)
+        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
         stack.stack.__dict__[_CONTROLLER] = self
         self._handles = [
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
@@ -248,12 +284,17 @@ class Controller(ContextMethods):
 
     def detach(self, model: nn.Module) -> None:
         """Take everything that `attach` put on off again."""
-        stack = layer_stack(model)
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        stack.stack.__dict__.pop(_CONTROLLER, None)
-        remove_executor(stack)
+        # Not the layers that stand in the stack now: other libraries may have moved or replaced some since.
+        modules = {*model.modules(), *self._wrapped}
+        for module in modules:
+            if module.__dict__.get(_CONTROLLER) is self:
+                del module.__dict__[_CONTROLLER]
+        remove_executor(modules, self)
+        # An interrupt (Ctrl-C) in a forward leaves its scope open.
+        leave_scope(self)
 
 
 def _summary(what: str, rows: int, depth: float) -> str:
@@ -263,13 +304,16 @@ def _summary(what: str, rows: int, depth: float) -> str:
 # Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
 # original's controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        mask = None
+    controller, config = module.__dict__[_CONTROLLER], module.config
+    controller.check_layers(module)
+    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
+    recorded = tuple(name for name in _RECORDED if kwargs.get(name, getattr(config, name, False)))
+    padding = None if given is not None else SpecialTokens.of(config)
+    enter_scope(PlanScope(controller, mask, tokens, special_tokens=padding, recorded=recorded))
 
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -285,14 +329,9 @@ def controller_of(model: nn.Module) -> Controller:
     Raises:
         WrapError: The model is not wrapped.
     """
-    controller = layer_stack(model).stack.__dict__.get(_CONTROLLER)
+    controller = model.__dict__.get(_ATTRIBUTE)
     if not isinstance(controller, Controller):
         raise WrapError(
             f"this {type(model).__name__} is not wrapped; call wrap_model(model, ...) first"
         )
     return controller
-
-
-def is_wrapped(stack: LayerStack) -> bool:
-    """Say whether a controller or an executor is on these layers."""
-    return _CONTROLLER in stack.stack.__dict__ or is_installed(stack)
