@@ -41,7 +41,7 @@ def plain_number(value: Any) -> Any:
         >>> plain_number(Fraction(1, 4)), plain_number("1")
         (0.25, '1')
     """
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 

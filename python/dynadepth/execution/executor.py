@@ -36,6 +36,7 @@ __all__ = [
     "install_executor",
     "is_installed",
     "leave_scope",
+    "obeys",
     "remove_executor",
 ]
 
@@ -327,18 +328,17 @@ def install_executor(stack: LayerStack, owner: object) -> None:
         _set_class(layer, _routed_class(classes[layer_idx]))
 
 
-def remove_executor(modules: Iterable[nn.Module], owner: object) -> None:
-    """Give every decoder layer of an owner its own class back; all other modules stay as they are.
+def remove_executor(modules: Iterable[nn.Module]) -> None:
+    """Give every decoder layer among some modules its own class back; modules without an executor stay as they are."""
+    for module in modules:
+        if module.__dict__.pop(_INSTALLED, None) is not None:
+            _set_class(module, type(module)._dynadepth_base)  # type: ignore[attr-defined]
 
-    Args:
-        modules: The layers that the executor was put on, and all modules among which there may be copies of these.
-        owner: Whose scopes the layers obey.
-    """
-    for layer in modules:
-        installed = layer.__dict__.get(_INSTALLED)
-        if installed is not None and installed.owner is owner:
-            _set_class(layer, type(layer)._dynadepth_base)  # type: ignore[attr-defined]
-            del layer.__dict__[_INSTALLED]
+
+def obeys(layer: nn.Module, owner: object) -> bool:
+    """Say whether a layer carries an executor that obeys the scopes of this owner."""
+    installed = layer.__dict__.get(_INSTALLED)
+    return installed is not None and installed.owner is owner
 
 
 # Where accelerate keeps the forward that it found when it put its hook on, and where it puts that back.

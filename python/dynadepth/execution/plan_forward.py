@@ -69,7 +69,7 @@ class PlanScope:
         attention_mask: As above.
         tokens: What the model's forward got as tokens: ids (rows, tokens) or embeddings (rows, tokens, hidden).
         special_tokens: Where the model's forward got no mask at all: what its padding may be. None: it got one.
-        recorded: Outputs asked for that are recorded from modules inside the layers, by name.
+        same_rows: Whether the outputs asked for need every layer that runs to run for all rows: `router_logits`.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class PlanScope:
         tokens: torch.Tensor | None = None,
         *,
         special_tokens: SpecialTokens | None = None,
-        recorded: tuple[str, ...] = (),
+        same_rows: bool = False,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._planner = owner
         self._tokens = tokens
-        self._special_tokens, self._recorded = special_tokens, recorded
+        self._special_tokens, self._same_rows = special_tokens, same_rows
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         # The same at every decision, so it is made once.
@@ -128,10 +128,10 @@ class PlanScope:
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
-                if self._recorded:
+                if self._same_rows:
                     raise UnsupportedModelError(
-                        f"{self._recorded[0]}=True asks for values from inside the layers, but layer {layer_idx} runs "
-                        f"for {len(rows)} of {num_rows} rows; leave it out, or use one plan for all rows"
+                        f"output_router_logits=True needs one plan for all rows, but layer {layer_idx} runs for "
+                        f"{len(rows)} of {num_rows}; leave it out (config.output_router_logits), or use one plan"
                     )
                 index = plans.index(layer_idx, visit, states.device)
                 run = call.visit(

@@ -24,6 +24,7 @@ from dynadepth.execution.executor import (
     enter_scope,
     install_executor,
     leave_scope,
+    obeys,
     remove_executor,
 )
 from dynadepth.execution.padding import SpecialTokens
@@ -41,8 +42,6 @@ __all__ = ["Controller"]
 # Where the stack of layers and the model keep their controller.
 _CONTROLLER = "_dynadepth_controller"
 _ATTRIBUTE = "dynadepth"
-# Outputs that transformers records from modules inside the layers, which run for some of the rows only.
-_RECORDED = ("output_attentions", "output_router_logits")
 
 
 class Controller(ContextMethods):
@@ -87,6 +86,14 @@ class Controller(ContextMethods):
         # Weak: a layer that was thrown away is not kept.
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._list_name = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no layers but those that stand in it.
+        return {name: value for name, value in self.__dict__.items() if name != "_wrapped"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wrapped = WeakSet()
 
     def __repr__(self) -> str:
         policy = type(self.policy).__name__
@@ -287,12 +294,13 @@ class Controller(ContextMethods):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        # Not the layers that stand in the stack now: other libraries may have moved or replaced some since.
-        modules = {*model.modules(), *self._wrapped}
+        # Other libraries may have moved, copied or replaced layers since.
+        modules = list(model.modules())
         for module in modules:
             if module.__dict__.get(_CONTROLLER) is self:
                 del module.__dict__[_CONTROLLER]
-        remove_executor(modules, self)
+        remove_executor(modules)
+        remove_executor([layer for layer in self._wrapped if obeys(layer, self)])
         # An interrupt (Ctrl-C) in a forward leaves its scope open.
         leave_scope(self)
 
@@ -311,9 +319,12 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    recorded = tuple(name for name in _RECORDED if kwargs.get(name, getattr(config, name, False)))
+    # What transformers makes of these fits no batch in which a layer runs for some of the rows.
+    experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
     padding = None if given is not None else SpecialTokens.of(config)
-    enter_scope(PlanScope(controller, mask, tokens, special_tokens=padding, recorded=recorded))
+    enter_scope(
+        PlanScope(controller, mask, tokens, special_tokens=padding, same_rows=bool(experts))
+    )
 
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

@@ -239,7 +239,7 @@ def _check_max_depth(given: Any) -> float | None:
     max_depth = plain_number(given)
     if max_depth is None:
         return None
-    if not isinstance(max_depth, (int, float)) or not 1 <= max_depth < math.inf:
+    if type(max_depth) not in (int, float) or not 1 <= max_depth < math.inf:
         raise ConfigError(
             f"max_depth is {given!r}; expected a number of at least 1 (1 takes all repeats away)"
         )

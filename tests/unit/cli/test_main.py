@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import subprocess
 import sys
 import types
 
@@ -395,3 +396,12 @@ def test_export_of_damaged_routers_leaves_nothing(capsys, tiny_routed, tmp_path)
     assert (code, out) == (1, "")
     assert f"{weights} is damaged" in err
     assert sorted(path.name for path in routers.iterdir()) == before
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "dynadepth"]
+    given = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    version = importlib.metadata.version("dynadepth")
+    assert (given.returncode, given.stdout) == (0, f"dynadepth {version}\n")
+    wrong = subprocess.run([*command, "no-such-verb"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
