@@ -11,8 +11,9 @@ use std::collections::BTreeSet;
 
 use crate::config::{is_usable, SearchConfig, Selection};
 use crate::error::{Error, Result};
-use crate::forest::{Forest, ForestSpec};
+use crate::forest::Forest;
 use crate::prior::EditPrior;
+use crate::spec::ForestSpec;
 use crate::tree::Tree;
 
 const MAGIC: &[u8; 8] = b"DDFOREST";
