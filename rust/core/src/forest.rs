@@ -72,7 +72,7 @@ pub struct Forest {
     prior: Option<EditPrior>,
     trees: Vec<Tree>,
     /// Tree whose turn it is when a batch cannot serve all.
-    pub(crate) turn: usize,
+    turn: usize,
 }
 
 impl Forest {
@@ -269,21 +269,8 @@ impl Forest {
         self.trees.len()
     }
 
-    /// Whether the probe, if there is one, is over.
-    pub(crate) fn is_searching(&self) -> bool {
-        self.guide.is_some()
-    }
-
-    pub(crate) fn trees(&self) -> &[Tree] {
-        &self.trees
-    }
-
-    pub(crate) fn tree_mut(&mut self, tree: usize) -> Option<&mut Tree> {
-        self.trees.get_mut(tree)
-    }
-
     /// Lets the trees that have just been told go on, if their round is complete.
-    pub(crate) fn go_on(&mut self, touched: &BTreeSet<usize>) {
+    fn go_on(&mut self, touched: &BTreeSet<usize>) {
         let Some(guide) = &self.guide else {
             if self
                 .probed

@@ -18,7 +18,6 @@ mod probe;
 mod results;
 pub mod rng;
 mod select;
-mod snapshot;
 mod spec;
 pub mod sweep;
 mod tree;
