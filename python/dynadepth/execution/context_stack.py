@@ -14,6 +14,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.execution.callbacks import VisitCallback, VisitCallbacks
 from dynadepth.plans import Plans
+from dynadepth.policies.base import Policy
 
 __all__ = ["Context", "callbacks_of", "contexts_of", "open_context"]
 
@@ -25,10 +26,12 @@ class Context:
     Attributes:
         owner: The controller whose forwards it is about.
         plans: Plans in place of the policy's. Shape (rows, num_layers), uint8.
+        policy: Another policy in place of the model's.
         prompt_lengths: Real tokens of each row that are the prompt. Shape (rows,), int64, on the host.
         prompt_width: Columns of the batch that `generate` was given; None once the prompt is planned.
         row_plans: Plans of a generation without a cache to keep them on.
         in_generate: Whether the block is one `generate`.
+        only_plans: Whether the forward inside is for the plans alone; they go to `row_plans`.
         cache: The cache of a generation; it holds the states until the generation's figures are taken.
         before: Called before each visit.
         after: Called after each visit.
@@ -37,10 +40,12 @@ class Context:
 
     owner: object
     plans: Plans | None = None
+    policy: Policy | None = None
     prompt_lengths: torch.Tensor | None = None
     prompt_width: int | None = None
     row_plans: RowPlans | None = None
     in_generate: bool = False
+    only_plans: bool = False
     cache: DepthCache | None = None
     before: VisitCallback | None = None
     after: VisitCallback | None = None
