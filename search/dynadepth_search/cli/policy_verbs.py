@@ -165,6 +165,7 @@ def evaluate_policy(
     from dynadepth_search.report.report import write_report
     from dynadepth_search.scoring.score_table import read_scores
     from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.compatibility import chat_form
 
     others = _named(against or [])
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
@@ -182,7 +183,7 @@ def evaluate_policy(
             base,
             tokenizer,
             heldout=heldout,
-            train=Task(asked["name"], table.examples, asked["scoring"]),
+            train=Task(asked["name"], table.examples, asked["scoring"], chat_form(asked)),
             routers=given,
             front=Front(static.pool, static.pool_values),
             objective=static.objective,

@@ -14,7 +14,16 @@ from typing import Any, Literal, cast, get_args
 from dynadepth.config import did_you_mean
 from dynadepth.errors import TaskError
 
-__all__ = ["Example", "Kind", "Scoring", "Task", "check_scoring", "read_task", "read_text_task"]
+__all__ = [
+    "ChatForm",
+    "Example",
+    "Kind",
+    "Scoring",
+    "Task",
+    "check_scoring",
+    "read_task",
+    "read_text_task",
+]
 
 Scoring = Literal["raw", "normalized", "letter"]
 Kind = Literal["choices", "completion", "prompt"]
@@ -53,6 +62,19 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatForm:
+    """The chat that every prompt of a task is the user's turn of.
+
+    Args:
+        template: Hash of the chat template, hexadecimal: another one makes other tokens of the same prompts.
+        system: What the system's turn says; None leaves it to the template.
+    """
+
+    template: str
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Examples of one kind, and how their choices are scored.
 
@@ -62,11 +84,13 @@ class Task:
         scoring: `raw`: log-probability of a choice's tokens given the prompt. `normalized`: that, for each byte of the
             choice. `letter`: the prompt lists the choices under letters, and the letters are scored. Without choices
             it has no effect.
+        chat: The chat that the prompts are turns of; None: each stands alone. The examples are the same in either case.
     """
 
     name: str
     examples: tuple[Example, ...]
     scoring: Scoring = "raw"
+    chat: ChatForm | None = None
 
     @property
     def kind(self) -> Kind:
@@ -75,9 +99,12 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Hash of every example and of the scoring; the name is no part of it."""
+        """Hash of every example, of the scoring and of the chat form; the name is no part of it."""
         rows = [[item.prompt, item.choices, item.answer, item.completion] for item in self.examples]
-        return _digest([self.scoring, rows])
+        content: list[Any] = [self.scoring, rows]
+        if self.chat is not None:
+            content.append([self.chat.template, self.chat.system])
+        return _digest(content)
 
 
 def check_scoring(scoring: str) -> Scoring:

@@ -157,14 +157,16 @@ def evaluate(
     for budget in settings.budgets:
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
-    scorer = Scorer(model, tokenizer, heldout.scoring)
+    scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat)
     planned_policies, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
     drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
     progress("measuring block influence", 0, 1)
+    # Its prompts are read as they were in training, which the held-out ones need not be.
+    reader = Scorer(model, tokenizer, train.scoring, chat=train.chat)
     comparison = Comparison(
         policies=planned_policies,
         front=front,
-        influence=mean_influence(model, _batches(scorer, train, settings.batch_size)),
+        influence=mean_influence(model, _batches(reader, train, settings.batch_size)),
         num_prompts=len(heldout.examples),
         random_draws=settings.random_draws,
         seed=settings.seed,
@@ -304,7 +306,7 @@ def _drift(
     config: EvaluationConfig,
 ) -> list[dict[str, Any]]:
     """Return the mean depth of prompts that the calibration has not seen the like of, for each budget."""
-    scorer = Scorer(model, tokenizer, unseen.scoring)
+    scorer = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
     rows = []
     for budget in config.budgets:
         with wrapped(model, budget=budget, routers=routers):

@@ -164,7 +164,7 @@ def score_prompts(
         "layers": sorted({int(layer) for layer in layers}),
         "num_windows": num_windows,
     }
-    scorer = Scorer(model, tokenizer, task.scoring)
+    scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
     for example in task.examples:
         scorer.encode(example)
     with locked(place):

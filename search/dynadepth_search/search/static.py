@@ -6,7 +6,7 @@ to the best one below. Knows nothing of policies that choose from a menu.
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ class _StaticSearch:
     ) -> None:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._folder, self._spec, self._progress = folder, spec, progress
-        self._scorer = Scorer(model, tokenizer, task.scoring)
+        self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._num_layers = self._scorer.num_layers
         # A third at most chooses the beam: the menu needs prompts that did not.
         count = min(spec.num_prompts, len(task.examples) // 3)
@@ -312,7 +312,7 @@ class _StaticSearch:
         pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
         plans = np.stack([self._plan(skips) for skips in pool])
         first = int(np.flatnonzero((plans != 1).any(axis=0))[0])
-        task = Task(f"{self._task.name}, pool", tuple(self._others), self._task.scoring)
+        task = replace(self._task, name=f"{self._task.name}, pool", examples=tuple(self._others))
         table = score_prompts(
             self._model,
             self._tokenizer,

@@ -127,7 +127,7 @@ def fit_routers(
         model,
         tokenizer,
         table.examples,
-        table.manifest["asked"]["task"]["scoring"],
+        table.manifest["asked"]["task"],
         batch_size=batch_size,
         progress=progress,
     )
@@ -229,7 +229,7 @@ def fit_imitation(
         model,
         tokenizer,
         labels.examples,
-        manifest.task["scoring"],
+        manifest.task,
         batch_size=batch_size,
         progress=progress,
     )

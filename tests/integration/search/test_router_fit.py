@@ -14,6 +14,7 @@ from dynadepth.plans import identity_plan, plan_depth
 from dynadepth.training.shrinkage import ShrinkageChoice
 from dynadepth.training.train_config import TrainConfig
 from dynadepth.tree_search.forest import EditPrior, Evaluated
+from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.objectives import plan_values
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
@@ -123,7 +124,42 @@ def table(model, tokenizer, tmp_path_factory):
 
 
 def split(model, tokenizer, examples, seed=0):
-    return TrainingPrompts(model, tokenizer, examples, "raw").split(seed)
+    return TrainingPrompts(model, tokenizer, examples, {"scoring": "raw"}).split(seed)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_routers_and_menus_learn_from_the_tokens_that_a_chat_has(
+    model, monkeypatch, tmp_path, system
+):
+    # The template writes no beginning, and the tokenizer adds one to every text.
+    tokenizer = word_tokenizer(bos=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}({{ message['role'] }}) {{ message['content'] }}{% endfor %}"
+    )
+    task = Task("hand", tuple(make_examples(20, seed=0)))
+    known = set()
+    for example in task.examples:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": example.prompt})
+        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        known.add(tuple(own["input_ids"]))
+    read = set()
+
+    def watch(_module, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs["attention_mask"]
+        read.update(tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True))
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        chat = as_chat(task, tokenizer, system=system)
+        table = score_prompts(model, tokenizer, chat, router_plans(FRONT), tmp_path, layers=())
+        force_shrinkage(monkeypatch, 0.5)
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+    finally:
+        hook.remove()
+    assert read == known
+    assert table.examples == task.examples
 
 
 def force_shrinkage(monkeypatch, shrinkage):
