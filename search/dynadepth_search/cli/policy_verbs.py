@@ -20,9 +20,9 @@ from dynadepth_search.cli.options import (
     Scoring,
     Seed,
     display,
+    in_chat,
     layer_numbers,
     load,
-    load_task,
     print_evaluation,
     print_result,
     scalar_values,
@@ -159,7 +159,7 @@ def evaluate_policy(
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoints.save_load import load_routers
-    from dynadepth_search.data.tasks import Task
+    from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
     from dynadepth_search.report.report import write_report
@@ -169,11 +169,13 @@ def evaluate_policy(
 
     others = _named(against or [])
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
+    heldout = read_task(task, scoring=scoring, limit=limit)
+    other = None if unseen is None else read_task(unseen)
     base, tokenizer = load(model, device)
     static = read_static(plans, model=base)
     table = read_scores(scores, model=base)
-    heldout = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
-    other = None if unseen is None else load_task(unseen, tokenizer, chat=chat)
+    heldout = in_chat(heldout, tokenizer, chat=chat)
+    other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
     given = load_routers(routers, model=base)
     presets = {name: load_routers(path, model=base) for name, path in others.items()}

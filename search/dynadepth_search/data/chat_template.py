@@ -11,7 +11,7 @@ from dynadepth.errors import TaskError
 from dynadepth.files import sha256_text
 from dynadepth.models.encoding import chat_text
 from dynadepth_search.data.encoding import prompt_text
-from dynadepth_search.data.tasks import ChatForm, Task
+from dynadepth_search.data.tasks import ChatForm, Task, located
 
 __all__ = ["as_chat", "check_template", "template_hash"]
 
@@ -31,7 +31,8 @@ def as_chat(task: Task, tokenizer: Any, *, system: str | None = None) -> Task:
         TaskError: The tokenizer has no chat template, or it cannot be applied to a prompt.
     """
     for example in task.examples:
-        chat_text(tokenizer, prompt_text(example, task.scoring), system=system)
+        with located(example):
+            chat_text(tokenizer, prompt_text(example, task.scoring), system=system)
     return replace(task, chat=ChatForm(template=template_hash(tokenizer), system=system))
 
 

@@ -158,6 +158,13 @@ def evaluate(
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
     scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat)
+    # What cannot be encoded is known before an hour of work.
+    for example in heldout.examples:
+        scorer.encode(example)
+    if unseen is not None:
+        other = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
+        for example in unseen.examples:
+            other.encode(example)
     planned_policies, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
     drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
     progress("measuring block influence", 0, 1)

@@ -17,7 +17,7 @@ from dynadepth.models.families import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
 from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
-from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring
+from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
 from dynadepth_search.scoring.batching import Answered, Work, pack, pad_left, run_sweep
 from dynadepth_search.scoring.objectives import Objective
 from dynadepth_search.scoring.outcomes import OutcomeBuilder, Outcomes
@@ -92,14 +92,19 @@ class Scorer:
         """
         known = self._encoded.get(example)
         if known is None:
-            known = encode_example(self.tokenizer, example, self.scoring, self.chat)
-            if self._max_positions is not None and known.longest > self._max_positions:
-                raise TaskError(
-                    f"prompt {example.prompt[:40]!r} with its answer is {known.longest} tokens long; "
-                    f"the model has positions for {self._max_positions}: leave it out or shorten it"
-                )
+            with located(example):
+                known = self._encode(example)
             self._encoded[example] = known
         return known
+
+    def _encode(self, example: Example) -> EncodedExample:
+        encoded = encode_example(self.tokenizer, example, self.scoring, self.chat)
+        if self._max_positions is not None and encoded.longest > self._max_positions:
+            raise TaskError(
+                f"prompt {example.prompt[:40]!r} with its answer is {encoded.longest} tokens long; "
+                f"the model has positions for {self._max_positions}: leave it out or shorten it"
+            )
+        return encoded
 
     def encode_prompts(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompts alone, as a policy sees them: the tokens that begin every scored row.

@@ -536,3 +536,47 @@ def test_a_wrong_command_line_is_exit_code_2(
     assert (code, out) == (2, "")
     assert err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["static", "prompts", "score", "eval", "unseen"])
+def test_a_line_that_cannot_be_read_is_named_before_a_model_is_loaded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    task = tmp_path / "broken.jsonl"
+    task.write_text('{"prompt": "fine"}\n{"prompt": "half \\ud83d"}\n')
+    how = {"static": STATIC, "prompts": LABELS}
+    argv = {
+        "score": score(place, task=str(task)),
+        "eval": evaluation(place, task=str(task)),
+        "unseen": evaluation(place, "--unseen", task),
+    }.get(verb) or search(place, task=str(task), out=str(tmp_path / "out"), how=how[verb])
+    argv[argv.index("--model") + 1] = tmp_path / "no-such-model"
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert f"{task}, line 2: `prompt` holds '\\ud83d' at character 5" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("verb", ["static", "prompts", "score", "train", "eval"])
+def test_a_device_that_is_none_is_an_error_of_ours(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    argv = {
+        "static": search(place, out=str(tmp_path / "out")),
+        "prompts": search(place, out=str(tmp_path / "out"), how=LABELS),
+        "score": score(place, out=str(tmp_path / "out")),
+        "train": train(place),
+        "eval": evaluation(place),
+    }[verb]
+    code, _, err = run(capsys, *argv, "--device", "nonsense")
+    assert (code, "device 'nonsense' is none that torch knows" in " ".join(err.split())) == (
+        1,
+        True,
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_torch_cannot_hold_is_bad_usage(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *train(place), "--seed", 2**64)
+    assert (code, "--seed" in err) == (2, True)
