@@ -217,6 +217,7 @@ def score(
             out,
             layers=wanted,
             num_windows=windows,
+            plan_prompts=found.prompt_hashes or (),
             progress=progress,
         )
     print_result(

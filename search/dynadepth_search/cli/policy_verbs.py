@@ -192,6 +192,11 @@ def evaluate_policy(
             folder=out,
             presets=presets,
             unseen=other,
+            seen={
+                f"the plans in {plans}": static.prompt_hashes,
+                f"the scores in {scores}": table.prompt_hashes,
+                f"the plans scored in {scores}": table.plan_prompt_hashes,
+            },
             config=config,
             progress=progress,
         )

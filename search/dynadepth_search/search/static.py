@@ -20,6 +20,7 @@ from dynadepth.files import read_versioned_json, write_json_atomic
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
 from dynadepth.training.menu.fit import choose_plans
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import (
@@ -35,6 +36,7 @@ from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
+    stored_hashes,
     task_fields,
 )
 from dynadepth_search.storage.locking import locked
@@ -65,6 +67,8 @@ class StaticPlans:
         prompts: Prompts in these means.
         evaluations: Plans evaluated on prompts in all.
         asked: What the search was asked for.
+        prompt_hashes: Of the prompts that chose the plans, see `dynadepth_search.data.splits.prompt_hashes`; None if
+            the folder is older than these.
     """
 
     menu: Plans
@@ -77,6 +81,7 @@ class StaticPlans:
     prompts: int
     evaluations: int
     asked: dict[str, Any]
+    prompt_hashes: tuple[str, ...] | None = None
 
 
 def search_static(
@@ -167,6 +172,7 @@ def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticP
             prompts=content["confirmed"],
             evaluations=content["evaluations"],
             asked=content["asked"],
+            prompt_hashes=stored_hashes(content, "prompt_hashes"),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
@@ -226,6 +232,7 @@ class _StaticSearch:
                 "base_model": fingerprint(self._model),
                 "complete": False,
                 "evaluations": 0,
+                "prompt_hashes": prompt_hashes([*self._examples, *self._others]),
                 # Layers that plans are made of, the cheapest first.
                 "candidates": [],
                 # Plans carried on, by the number of layers skipped, with their mean on the first prompts.
@@ -320,6 +327,7 @@ class _StaticSearch:
             plans,
             self._folder / _POOL,
             layers=[first],
+            plan_prompts=self._content.get("prompt_hashes", ()),
             progress=self._progress,
         )
         content["evaluations"] += len(self._others) * len(pool)

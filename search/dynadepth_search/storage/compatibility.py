@@ -11,7 +11,7 @@ from typing import Any
 from dynadepth.errors import LabelError
 from dynadepth_search.data.tasks import ChatForm, Task
 
-__all__ = ["chat_form", "check_asked", "dtype_name", "task_fields"]
+__all__ = ["chat_form", "check_asked", "dtype_name", "stored_hashes", "task_fields"]
 
 
 def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -64,6 +64,22 @@ def chat_form(fields: Mapping[str, Any]) -> ChatForm | None:
             f"the task's chat form is {stored!r}; expected the texts `template` and `system`: make the folder again"
         )
     return ChatForm(template=stored["template"], system=stored["system"])
+
+
+def stored_hashes(content: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    """Return the hashes of prompts that a file of ours holds under a key; None if it is older than these.
+
+    Raises:
+        LabelError: They are no list of texts.
+    """
+    known = content.get(key)
+    if known is None:
+        return None
+    if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+        raise LabelError(
+            f"{key} is {str(known)[:60]!r}; expected a list of texts: make the folder again"
+        )
+    return tuple(known)
 
 
 def dtype_name(model: Any) -> str:

@@ -79,6 +79,7 @@ def fit_trained_menu(
         "cross_validated_gain": fit.gain,
         "trials": [trial.to_dict() for trial in fit.trials],
         "prompt_hashes": prompt_hashes(table.examples),
+        "plan_prompt_hashes": list(table.plan_prompt_hashes),
     }
     return TrainedMenu(
         menu=fit.menu,

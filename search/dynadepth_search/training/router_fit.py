@@ -176,6 +176,7 @@ def fit_routers(
         },
         "plans_scored": len(columns),
         "prompt_hashes": prompt_hashes(table.examples),
+        "plan_prompt_hashes": list(table.plan_prompt_hashes),
         "shrinkage": choice.to_dict(),
     }
     return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes)
@@ -252,6 +253,8 @@ def fit_imitation(
     notes = _notes(config, recipe, seed, train, validation, goal) | {
         "depth_penalty": manifest.depth_penalty,
         "prompt_hashes": prompt_hashes(labels.examples),
+        # Labels are searched for these prompts themselves.
+        "plan_prompt_hashes": [],
         "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
         "labels": {
             "identity_rate": labels.identity_rate,

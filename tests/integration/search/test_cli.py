@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dynadepth import load_routers
 from dynadepth.cli import main as cli
@@ -257,13 +258,13 @@ def test_an_evaluation_prints_the_table_and_writes_the_report(
     policies = [policy["name"] for policy in content["policies"]]
     assert "static mixture 0.90" in policies
     assert (content["headline"], content["drift"]) == ("agreement", [])
+    unseen = write_task(made / "unseen.jsonl", 500, 20)
     code, out, err = run(
-        capsys,
-        *evaluation(made, "--budget", 0.9, "--unseen", made / "few.jsonl", out="again"),
+        capsys, *evaluation(made, "--budget", 0.9, "--unseen", unseen, out="again")
     )
     assert code == 0, err
     assert out.splitlines()[0].startswith("policy")
-    assert "On 20 prompts of another kind (few)" in out
+    assert "On 20 prompts of another kind (unseen)" in out
     assert f"report: {made / 'again' / 'report.html'}" in out
     assert "scoring held-out prompts" in err
     assert "scoring held-out prompts" not in out
@@ -491,6 +492,75 @@ def test_heldout_prompts_that_were_trained_on(
     assert (code, out) == (1, "")
     assert "44 of 44 held-out prompts are training prompts too" in err
     assert not (made / "new").exists()
+
+
+def test_prompts_that_chose_the_plans_are_not_held_out(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plans from one task, scores and routers from another: the first is no held-out task for the second."""
+    other = write_task(tmp_path / "other.jsonl", 300, 60)
+    for argv in (
+        score(made, task=str(other), out=str(tmp_path / "scores")),
+        train(made, "--scores", tmp_path / "scores", out=str(tmp_path / "routers")),
+    ):
+        code, _, err = run(capsys, *argv)
+        assert code == 0, err
+    plans = read_static(made / "plans")
+    assert plans.prompt_hashes is not None
+    shared = len(plans.prompt_hashes)
+    argv = evaluation(
+        made, "--scores", tmp_path / "scores", task="train.jsonl", out=str(tmp_path / "new")
+    )
+    argv[argv.index("--routers") + 1] = tmp_path / "routers"
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    shown = " ".join(err.split())
+    assert f"{shared} in the plans in {made / 'plans'}" in shown
+    assert f"{shared} in the plans scored in {tmp_path / 'scores'}" in shown
+    assert f"{shared} in the training of menu" in shown
+    assert not (tmp_path / "new").exists()
+
+
+def test_prompts_that_were_a_chat_are_not_held_out_as_text(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(made / "my-model", tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "({{ messages[0]['role'] }}) {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(model)
+
+    def command(argv: list[Any]) -> list[Any]:
+        argv[argv.index("--model") + 1] = model
+        return argv
+
+    out = {"out": str(tmp_path / "chat-plans")}
+    scores, routers = tmp_path / "chat-scores", tmp_path / "chat-routers"
+    chosen = ("--plans", out["out"])
+    for argv in (
+        search(made, "--chat", **out),
+        score(made, "--chat", *chosen, out=str(scores)),
+        train(made, "--scores", scores, out=str(routers)),
+    ):
+        code, _, err = run(capsys, *command(argv))
+        assert code == 0, err
+    # One prompt of the training task among others that took no part.
+    lines = (made / "heldout.jsonl").read_text() + (made / "train.jsonl").read_text().split("\n")[0]
+    (tmp_path / "mixed.jsonl").write_text(lines + "\n")
+    for more in ((), ("--chat",)):
+        argv = evaluation(
+            made,
+            *more,
+            *chosen,
+            "--scores",
+            scores,
+            task=str(tmp_path / "mixed.jsonl"),
+            out=str(tmp_path / "new"),
+        )
+        argv[argv.index("--routers") + 1] = routers
+        code, _, err = run(capsys, *command(argv))
+        assert code == 1
+        assert "1 of 11 held-out prompts are training prompts too" in err
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_run_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring import score_table
 from dynadepth_search.scoring.score_table import read_scores
@@ -241,6 +243,37 @@ class TestFound:
         result = search(model, tmp_path, task=tiny_task(45), num_candidates=6, beam=6)
         assert (result.pool[:, 0] == 0).any()
         assert len(result.menu) >= 2
+
+
+class TestWhoTookPart:
+    def test_the_prompts_that_chose_the_plans_are_remembered(self, model, tmp_path):
+        task = varied_task(60, kind="prompt")
+        changes = {"num_prompts": 12, "num_confirmed": 20}
+        search(model, tmp_path / "plans", task=task, **changes)
+        found = read_static(tmp_path / "plans")
+        table = read_scores(tmp_path / "plans" / "pool")
+        # Twelve grew the plans and twenty others measured them; the rest can still be held out.
+        assert len(found.prompt_hashes) == 32
+        assert set(found.prompt_hashes) < set(prompt_hashes(task.examples))
+        assert set(prompt_hashes(table.examples)) < set(found.prompt_hashes)
+        assert set(table.plan_prompt_hashes) == set(found.prompt_hashes)
+
+    def test_the_form_of_a_prompt_does_not_matter(self, model, tmp_path):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "({{ messages[0]['role'] }}) {{ messages[0]['content'] }}"
+        task, known = varied_task(kind="prompt"), []
+        for form in (task, as_chat(task, tokenizer), as_chat(task, tokenizer, system="Be brief.")):
+            folder = tmp_path / str(len(known))
+            spec = StaticSpec(size=3, beam=1, num_prompts=5, num_screened=3, num_candidates=2)
+            known.append(search_static(model, tokenizer, form, folder, spec).prompt_hashes)
+        assert known[0] == known[1] == known[2]
+        assert set(known[0]) <= set(prompt_hashes(task.examples))
+
+    def test_an_older_folder_does_not_say(self, folder):
+        content = json.loads((folder / MENU).read_text())
+        del content["prompt_hashes"]
+        (folder / MENU).write_text(json.dumps(content))
+        assert read_static(folder).prompt_hashes is None
 
 
 class TestLimits:
@@ -567,6 +600,8 @@ class TestSkipCosts:
             lambda content: content["pool"][1].update(plan="11111"),
             lambda content: content["pool"][1].pop("value"),
             lambda content: content["asked"]["search"].update(objective="accuracy"),
+            lambda content: content.update(prompt_hashes=3),
+            lambda content: content.update(prompt_hashes=["a", 3]),
         ],
     )
     def test_a_file_that_lacks_something(self, folder, change):
