@@ -60,6 +60,12 @@ def train(
     ] = "menu",
     objective: Objective = "preserve",
     protect: Protect = "",
+    accept_partial: Annotated[
+        bool,
+        typer.Option(
+            "--accept-partial", help="Learn from what an unfinished scoring or search has so far"
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -82,17 +88,19 @@ def train(
     from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
 
     base, tokenizer = load(model, device)
+    if scores is not None and policy != "drllm":
+        table = read_scores(scores, model=base, accept_partial=accept_partial)
     with display() as progress:
         trained: TrainedPolicy
         if policy == "drllm" and labels is not None:
-            found = read_labels(labels, model=base)
+            found = read_labels(labels, model=base, accept_partial=accept_partial)
             trained = fit_imitation(base, tokenizer, found, seed=seed, progress=progress)
         elif policy == "routers" and scores is not None and plans is not None:
             front = read_static(plans, model=base).front
             trained = fit_routers(
                 base,
                 tokenizer,
-                read_scores(scores, model=base),
+                table,
                 front,
                 objective=objective,
                 protect=protected,
@@ -101,7 +109,7 @@ def train(
             )
         elif scores is not None:
             trained = fit_trained_menu(
-                read_scores(scores, model=base),
+                table,
                 objective=objective,
                 protect=protected,
                 seed=seed,
@@ -116,6 +124,7 @@ def train(
         "highest_budget": highest,
         "train_prompts": trained.training["train_prompts"],
         "validation_prompts": trained.training["validation_prompts"],
+        "prompts_of_task": trained.training["prompts_of_task"],
     }
     recipe = trained.training.get("recipe", {})
     if policy == "menu":
@@ -173,7 +182,8 @@ def evaluate_policy(
     other = None if unseen is None else read_task(unseen)
     base, tokenizer = load(model, device)
     static = read_static(plans, model=base)
-    table = read_scores(scores, model=base)
+    # Prompts that are not scored yet trained nothing, and the table knows them all.
+    table = read_scores(scores, model=base, accept_partial=True)
     heldout = in_chat(heldout, tokenizer, chat=chat)
     other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}

@@ -226,20 +226,22 @@ def score_prompts(
     return read_scores(place)
 
 
-def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTable:
-    """Read a score table.
+def read_scores(
+    folder: str | os.PathLike[str], *, model: Any = None, accept_partial: bool = False
+) -> ScoreTable:
+    """Read a score table, and check that it is whole.
 
     Args:
         folder: What `score_prompts` filled.
         model: The base model; its fingerprint is compared if it is given.
+        accept_partial: Read it also if the scoring has not finished: the blocks that are there from the first one on.
 
     Returns:
-        The table, with as many of its blocks as are there from the first one on: an unfinished table can be learned
-        from.
+        The table.
 
     Raises:
         FileNotFoundError: There is no table.
-        LabelError: It is damaged, empty, or of another base model.
+        LabelError: It is damaged, unfinished, empty, or of another base model.
     """
     place = Path(folder)
     manifest = read_manifest(place)
@@ -266,6 +268,12 @@ def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTa
             listed.append(states[str(layer)])
     if not columns["prompt"]:
         raise LabelError(f"{place} holds no scored prompts yet: run the scoring first")
+    scored = len(columns["prompt"])
+    if scored < total and not accept_partial:
+        raise LabelError(
+            f"the scoring in {place} is unfinished: {scored} of {total} prompts are scored; score the same again to go "
+            "on, or take what there is (--accept-partial, or accept_partial=True in Python)"
+        )
     width = len(asked["plans"][0])
     arrays = {name: np.array(columns[name], dtype=np.float64) for name in METRICS}
     return ScoreTable(

@@ -47,6 +47,8 @@ MENU = "menu.json"
 _POOL = "pool"
 SCHEMA_VERSION = 1
 _FEWEST_PROMPTS = 40
+# To cross-validate the choice of a menu.
+_FEWEST_CONFIRMED = 20
 
 _Floats = npt.NDArray[np.float64]
 
@@ -195,12 +197,18 @@ class _StaticSearch:
         self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._num_layers = self._scorer.num_layers
         # A third at most chooses the beam: the menu needs prompts that did not.
-        count = min(spec.num_prompts, len(task.examples) // 3)
+        names = [example.prompt.strip() for example in task.examples]
+        count = min(spec.num_prompts, len(set(names)) // 3)
         first, others = draw_parts(
-            [example.prompt.strip() for example in task.examples],
-            [count, spec.num_confirmed],
-            np.random.default_rng(spec.seed),
+            names, [count, spec.num_confirmed], np.random.default_rng(spec.seed)
         )
+        drawn = [len({names[index] for index in part.tolist()}) for part in (first, others)]
+        if drawn[0] < 1 or drawn[1] < _FEWEST_CONFIRMED:
+            raise TaskError(
+                f"{count} and {spec.num_confirmed} of {len(names)} examples were drawn, those of one prompt together, "
+                f"which gave {drawn[0]} and {drawn[1]} different prompts; expected 1 and {_FEWEST_CONFIRMED} or more: "
+                "give fewer examples of one prompt, or draw more (num_prompts, num_confirmed)"
+            )
         self._examples = [task.examples[index] for index in first.tolist()]
         self._others = [task.examples[index] for index in np.sort(others).tolist()]
         wrong = [layer for layer in spec.protect if not 0 <= layer < self._num_layers]

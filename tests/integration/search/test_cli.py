@@ -650,3 +650,45 @@ def test_a_seed_that_torch_cannot_hold_is_bad_usage(
 ) -> None:
     code, _, err = run(capsys, *train(place), "--seed", 2**64)
     assert (code, "--seed" in err) == (2, True)
+
+
+@pytest.mark.parametrize("policy", ["menu", "routers", "drllm"])
+def test_what_is_unfinished_trains_only_if_it_is_accepted(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    code, out, err = run(
+        capsys,
+        *(
+            search(made, out=str(tmp_path / "work"), how=LABELS)
+            if policy == "drllm"
+            else score(made, "--policy", policy, out=str(tmp_path / "work"))
+        ),
+    )
+    assert code == 0, err
+    if policy == "drllm":
+        # As if more prompts had been asked for.
+        manifest = json.loads((tmp_path / "work" / "manifest.json").read_text())
+        manifest["task"]["prompts"] = 60
+        (tmp_path / "work" / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        for part in (tmp_path / "work").glob("part-00002*"):
+            part.unlink()
+    given = {
+        "menu": ("--scores", tmp_path / "work"),
+        "routers": ("--scores", tmp_path / "work", "--plans", made / "plans"),
+        "drllm": ("--labels", tmp_path / "work"),
+    }[policy]
+    argv = ["train", "--policy", policy, "--model", made / "my-model", *given]
+    argv += ["--out", tmp_path / "new", "--json"]
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (1, "")
+    shown = " ".join(err.split())
+    there, asked = (44, 60) if policy == "drllm" else (32, 44)
+    assert f"is unfinished: {there} of {asked} prompts" in shown
+    assert "--accept-partial" in shown
+    assert not (tmp_path / "new").exists()
+    code, out, err = run(capsys, *argv, "--accept-partial")
+    assert code == 0, err
+    result = json.loads(out)
+    trained = result["train_prompts"] + (0 if policy == "menu" else result["validation_prompts"])
+    assert (trained, result["prompts_of_task"]) == (there, asked)

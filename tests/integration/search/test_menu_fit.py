@@ -421,3 +421,13 @@ def test_every_stage_reports_until_it_is_done(table: ScoreTable) -> None:
     assert [point["prompts"] for point in points] == [50, 100]
     gain = fit_trained_menu(few).training["cross_validated_gain"]
     assert points[-1]["gain"] == pytest.approx(gain)
+
+
+def test_one_text_is_refused_and_has_no_learning_curve(table: ScoreTable) -> None:
+    one = replace(
+        table.take(np.arange(80)),
+        examples=tuple(Example("one text", (f"a {row}", "b"), 0) for row in range(80)),
+    )
+    with pytest.raises(ConfigError, match="1 different prompts cannot train and cross-validate"):
+        fit_trained_menu(one)
+    assert learning_curve(one) == []

@@ -599,3 +599,42 @@ class TestImitation:
         expected = first.heads.state_dict()
         assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
         assert (first.calibration, first.training) == (second.calibration, second.training)
+
+
+def test_one_text_cannot_train_routers(model, tokenizer, table, labels):
+    one = [Example("one text", ("a", f"b {row}"), 0) for row in range(24)]
+    few = np.arange(24)
+    with pytest.raises(LabelError, match="1 prompts cannot train and calibrate routers; give 16"):
+        fit_routers(model, tokenizer, replace(table.take(few), examples=tuple(one)), FRONT)
+    with pytest.raises(LabelError, match="1 prompts cannot train and calibrate routers; give 16"):
+        fit_imitation(model, tokenizer, replace(labels, examples=tuple(one)))
+
+
+@pytest.mark.parametrize("imitation", [True, False])
+def test_every_training_is_told_which_prompts_are_one(
+    model, tokenizer, table, labels, monkeypatch, imitation
+):
+    told = []
+    name = "train_heads" if imitation else "train_skip_cost_heads"
+    train = getattr(router_fit, name)
+
+    def watch(features, *args, groups, **kwargs):
+        told.append((len(features), list(groups)))
+        return train(features, *args, groups=groups, **kwargs)
+
+    monkeypatch.setattr(router_fit, name, watch)
+    texts = [f"prompt {row // 2} ?" for row in range(PROMPTS)]
+    examples = tuple(Example(text, ("a", f"b {row}"), 0) for row, text in enumerate(texts))
+    if imitation:
+        routers = fit_imitation(
+            model, tokenizer, replace(labels, examples=examples), training=QUICK
+        )
+    else:
+        routers = fit_routers(
+            model, tokenizer, replace(table, examples=examples), FRONT, training=QUICK
+        )
+    assert told
+    for count, groups in told:
+        assert len(groups) == count
+        assert len(set(groups)) == count / 2
+    assert routers.training["prompts_of_task"] == PROMPTS

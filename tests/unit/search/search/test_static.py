@@ -245,6 +245,41 @@ class TestFound:
         assert len(result.menu) >= 2
 
 
+class TestPromptsThatRepeat:
+    """Examples of one prompt with other choices are one prompt, wherever prompts are divided."""
+
+    def repeated(self, counts):
+        examples = varied_task(sum(counts)).examples
+        prompts = [f"Prompt {index}" for index, count in enumerate(counts) for _ in range(count)]
+        return Task(
+            "repeated",
+            tuple(
+                Example(prompt, (*item.choices, f"not {index}"), item.answer)
+                for index, (prompt, item) in enumerate(zip(prompts, examples, strict=True))
+            ),
+        )
+
+    def test_one_text_is_no_task(self, model, tmp_path):
+        with pytest.raises(TaskError, match="1 different prompts cannot choose plans for all"):
+            search(model, tmp_path / "out", task=self.repeated([24]))
+        assert not (tmp_path / "out").exists()
+
+    def test_a_prompt_of_many_examples_leaves_the_others_enough(self, model, tmp_path):
+        task = self.repeated([300, *[1] * 44])
+        found = search(model, tmp_path / "out", task=task)
+        measured = {item.prompt for item in read_scores(tmp_path / "out" / "pool").examples}
+        assert len(measured) >= 20
+        assert len(found.prompt_hashes) > len(measured)
+
+    def test_too_few_different_ones_are_found_before_the_work(self, model, tmp_path):
+        with pytest.raises(
+            TaskError,
+            match="30 of 600 examples were drawn, those of one prompt together, which gave",
+        ):
+            search(model, tmp_path / "out", task=self.repeated([15] * 40), num_confirmed=30)
+        assert not (tmp_path / "out").exists()
+
+
 class TestWhoTookPart:
     def test_the_prompts_that_chose_the_plans_are_remembered(self, model, tmp_path):
         task = varied_task(60, kind="prompt")
