@@ -200,8 +200,8 @@ def evaluate(
         heldout,
         comparison.sets,
         Path(folder) / "outcomes.jsonl",
-        # The fingerprint is the same in every dtype, the outcomes are not.
-        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)}",
+        # The fingerprint is the same in every dtype, and a prompt in every form of its task; the outcomes are not.
+        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)} {heldout.scoring} {heldout.chat}",
         progress=lambda done, total: progress("scoring held-out prompts", done, total),
     )
     compared = list(comparison.compared(table, headline))

@@ -15,6 +15,7 @@ from dynadepth.plans import identity_plan, parse_plan, plan_depth, plan_text
 from dynadepth.policies.calibration import Calibration
 from dynadepth.training.train_config import TrainConfig
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
+from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.evaluation.comparison import Front
@@ -214,6 +215,24 @@ def test_outcomes_of_another_dtype_are_not_taken(
             _evaluate(model, routers, front, tmp_path)
     assert specs[0] == specs[1]
     assert specs[0] != specs[2]
+    model = tiny_model(num_layers=LAYERS, dtype=torch.float32)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    forms = [as_chat(HELDOUT, tokenizer), as_chat(HELDOUT, tokenizer, system="Be brief.")]
+    for heldout in (*forms, replace(HELDOUT, scoring="letter")):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(
+                model,
+                tokenizer,
+                heldout=heldout,
+                train=TRAIN,
+                routers=routers,
+                front=front,
+                objective="preserve",
+                folder=tmp_path,
+                config=CONFIG,
+            )
+    assert len(set(specs)) == len(specs) - 1
 
 
 @pytest.mark.parametrize("name", ["routed", "Random", "ShortGPT"])
