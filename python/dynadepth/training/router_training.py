@@ -5,7 +5,7 @@ nothing of models, labels on disk or budgets; a base model is never run here.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
+from dynadepth.evaluation.folds import hold_out
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
 from dynadepth.policies.router_heads import Bottleneck, RouterConfig, RouterHeads, all_logits
 from dynadepth.training.losses import Goal, Imitation, Regression
@@ -33,6 +34,7 @@ def train_heads(
     training: TrainConfig,
     *,
     seed: int,
+    groups: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
@@ -48,6 +50,7 @@ def train_heads(
         config: Shape of the routers.
         training: The recipe.
         seed: Of the initial weights, the held-out prompts and the order.
+        groups: What identifies each prompt, such as its text; equal ones are held out together. None: all differ.
         device: Where to train; features that are elsewhere go there batch by batch. None: where the features are.
         progress: Called as `progress(epoch, epochs)` after each epoch.
 
@@ -55,14 +58,18 @@ def train_heads(
         The routers, without gradients, on that device.
 
     Raises:
-        ConfigError: Features of another shape or dtype, not finite, or fewer than two prompts.
+        ConfigError: Features of another shape or dtype, not finite, fewer than two different prompts, or groups that
+            are not one for each.
         PlanError: Actions of another shape or out of range.
     """
     _check_features(features, config)
+    names = _names(features, groups)
     plans = check_plans(actions, config.num_layers, num_rows=len(features))
     place = features.device if device is None else torch.device(device)
     goal = Imitation(torch.from_numpy(plans.astype(np.int64)).to(place), training)
-    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+    return _train(
+        features, goal, config, training, names=names, seed=seed, place=place, progress=progress
+    )
 
 
 def train_skip_cost_heads(
@@ -72,6 +79,7 @@ def train_skip_cost_heads(
     training: TrainConfig,
     *,
     seed: int,
+    groups: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
@@ -86,6 +94,7 @@ def train_skip_cost_heads(
         config: Shape of the routers.
         training: The recipe.
         seed: As in `train_heads`.
+        groups: As in `train_heads`.
         device: As in `train_heads`.
         progress: As in `train_heads`.
 
@@ -96,6 +105,7 @@ def train_skip_cost_heads(
         ConfigError: As `train_heads`, or costs of another shape or not finite.
     """
     _check_features(features, config)
+    names = _names(features, groups)
     given = np.asarray(skip_costs, dtype=np.float64)
     shape = (len(features), config.num_layers)
     if given.shape != shape or not np.isfinite(given).all():
@@ -105,7 +115,9 @@ def train_skip_cost_heads(
         )
     place = features.device if device is None else torch.device(device)
     goal = Regression(torch.from_numpy(given).to(place, torch.float32))
-    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+    return _train(
+        features, goal, config, training, names=names, seed=seed, place=place, progress=progress
+    )
 
 
 @torch.enable_grad()
@@ -115,14 +127,15 @@ def _train(
     config: RouterConfig,
     training: TrainConfig,
     *,
+    names: Sequence[Hashable],
     seed: int,
     place: torch.device,
     progress: Callable[[int, int], None] | None,
 ) -> RouterHeads:
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(features))
-    count = round(training.held_out * len(features))
-    held_out, used = np.sort(order[:count]), np.sort(order[count:])
+    held = hold_out(names, training.held_out, rng)
+    held_out, used = np.flatnonzero(held), np.flatnonzero(~held)
+    count = len(held_out)
 
     learnable, constant = goal.begin(used)
     spread = _spread(features, used, config, enabled=training.standardise)
@@ -243,16 +256,27 @@ def _check_features(features: Tensor, config: RouterConfig) -> None:
             f"features are {features.dtype} of shape {tuple(features.shape)}; expected torch.float32 of shape "
             f"(prompts, {shape[0]}, {shape[1]} views or more, {shape[2]}) for these routers"
         )
-    if len(features) < 2:
-        raise ConfigError(
-            f"{len(features)} prompts were given to train routers; expected 2 or more"
-        )
     finite = torch.stack([torch.isfinite(row).all() for row in features])
     if not bool(finite.all()):
         raise ConfigError(
             f"the features of prompt {int((~finite).nonzero()[0])} are not finite; the base model overflows on it: "
             "compute features in a wider dtype, or leave the prompt out"
         )
+
+
+def _names(features: Tensor, groups: Sequence[str] | None) -> Sequence[Hashable]:
+    """Return what identifies each prompt."""
+    if groups is not None and len(groups) != len(features):
+        raise ConfigError(
+            f"groups has {len(groups)} entries for {len(features)} prompts; expected one for each"
+        )
+    names: Sequence[Hashable] = range(len(features)) if groups is None else groups
+    different = len(set(names))
+    if different < 2:
+        raise ConfigError(
+            f"{different} prompts were given to train routers; expected 2 or more that differ"
+        )
+    return names
 
 
 def _rate(step: int, steps: int, training: TrainConfig) -> float:

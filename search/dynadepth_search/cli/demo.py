@@ -183,14 +183,15 @@ class _Demo:
         }
 
     def _score(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        menu = read_static(self._out / "plans").menu
+        found = read_static(self._out / "plans")
         table = score_prompts(
             model,
             tokenizer,
             train,
-            menu,
+            found.menu,
             self._out / "scores",
-            layers=decision_layers(menu),
+            layers=decision_layers(found.menu),
+            plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
         return {"prompts scored": len(table), "mean agreement": float(table.agreement.mean())}
@@ -216,22 +217,23 @@ class _Demo:
         }
 
     def _train_routers(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        front = read_static(self._out / "plans").front
+        found = read_static(self._out / "plans")
         part = self._part(train, _ROUTER_SHARE)
         table = score_prompts(
             model,
             tokenizer,
             part,
-            router_plans(front),
+            router_plans(found.front),
             self._out / "router-scores",
             layers=(),
+            plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
         routers = fit_routers(
             model,
             tokenizer,
             table,
-            front,
+            found.front,
             objective=self._config.objective,
             seed=self._config.seed,
             progress=self._progress,
@@ -290,6 +292,7 @@ class _Demo:
             folder=self._out / "evaluation",
             presets=presets,
             unseen=self._unseen(),
+            seen={f"the plans in {self._out / 'plans'}": static.prompt_hashes},
             config=self._config.evaluation,
             progress=self._progress,
         )

@@ -26,9 +26,9 @@ __all__ = [
     "Scoring",
     "Seed",
     "display",
+    "in_chat",
     "layer_numbers",
     "load",
-    "load_task",
     "print_evaluation",
     "print_result",
     "quiet",
@@ -37,7 +37,7 @@ __all__ = [
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the base model")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random")]
 Scoring = Annotated[
     str,
     typer.Option(
@@ -81,25 +81,10 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     return load_model(model, device=device), load_tokenizer(model)
 
 
-def load_task(
-    path: Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    scoring: str = "raw",
-    limit: int | None = None,
-    chat: bool = False,
-) -> "Task":
-    """Read a task, as turns of a chat if asked for.
-
-    A file that does not end in `.jsonl` or `.json` is taken for a text with one prompt a line.
-    """
+def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":
+    """Return a task, as turns of a chat if asked for."""
     from dynadepth_search.data.chat_template import as_chat
-    from dynadepth_search.data.tasks import read_task, read_text_task
 
-    if path.suffix in (".jsonl", ".json"):
-        task = read_task(path, scoring=scoring, limit=limit)
-    else:
-        task = read_text_task(path, limit=limit)
     return as_chat(task, tokenizer) if chat else task
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,12 @@ def test_an_objective_that_is_none(tiny_deep_base: Path, questions: Path, tmp_pa
 def test_a_scoring_without_a_task_of_ones_own(tiny_deep_base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="scoring goes with a task of your own"):
         run_demo(DemoConfig(out=tmp_path, cache=tmp_path, scoring="letter"), progress=silent)
+
+
+def test_a_task_that_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no file; a demo reads its task again"):
+        DemoConfig(out=tmp_path, cache=tmp_path, task=tmp_path / "pipe")
 
 
 @pytest.mark.usefixtures("search_verbs")
