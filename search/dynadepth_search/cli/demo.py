@@ -43,7 +43,7 @@ from dynadepth_search.training.router_fit import (
     write_routers,
 )
 
-__all__ = ["card_table", "run_demo"]
+__all__ = ["card_table", "run_demo", "show_answer"]
 
 _ANSWER_TOKENS = 40
 # Of the prompts that train the menu, those that the dearer comparisons learn from.
@@ -122,7 +122,7 @@ class _Demo:
                 if key not in ("trials", "learning curve")
             },
             "seconds of each step": steps.seconds,
-            "an answer": _show_answer(answered),
+            "an answer": show_answer(answered),
         }
         page = write_report(self._out, evaluation, run)
         return {
@@ -375,9 +375,14 @@ def _drift_texts(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _show_answer(answered: Mapping[str, Any]) -> str:
+def show_answer(answered: Mapping[str, Any]) -> str:
+    """Write the generated answer below its question, with the plan that it took.
+
+    Args:
+        answered: `answer` of what `run_demo` returned.
+    """
     return (
-        f"{answered['prompt']} {answered['text']}\n\n"
+        f"{answered['prompt']} {answered['text'] or '(no text)'}\n\n"
         f"(budget {answered['budget']:.2f}, this prompt's depth {answered['depth']:.3f}, "
         f"plan {answered['plan']})"
     )

@@ -104,28 +104,32 @@ def display() -> Any:
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a result: a line for each value, or JSON."""
+    from dynadepth_search.report.tables import show_value
+
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, allow_nan=False))
         return
     for name, value in result.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        typer.echo(f"{name.replace('_', ' ')}: {shown}")
+        typer.echo(f"{name.replace('_', ' ')}: {show_value(value)}")
 
 
 def print_evaluation(content: Mapping[str, Any], page: Path, *, as_json: bool) -> None:
-    """Print an evaluation: the tables, what they say, and where the page is."""
-    from dynadepth_search.report.tables import as_text, evaluation_tables
+    """Print an evaluation: verdict, notes, a short table, and where the page is; or the whole of it as JSON.
+
+    Args:
+        content: Content of `evaluation.json`.
+        page: The report.
+        as_json: Print JSON.
+    """
+    from dynadepth_search.report.terminal import print_summary, result_console
 
     if as_json:
         typer.echo(
             json.dumps({"evaluation": content, "report": str(page)}, indent=2, sort_keys=True)
         )
         return
-    for table in evaluation_tables(content):
-        typer.echo(as_text(*table) + "\n")
-    for finding in content["findings"]:
-        typer.echo(f"- {finding}")
-    typer.echo(f"\nreport: {page}")
+    print_summary(content, result_console())
+    typer.echo(f"report: {page}")
 
 
 def scalar_values(values: Mapping[str, Any]) -> dict[str, Any]:

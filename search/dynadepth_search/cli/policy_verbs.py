@@ -144,7 +144,7 @@ def evaluate_policy(
         Path, typer.Option("--scores", help="Folder that `score` wrote: the training prompts")
     ],
     task: Annotated[Path, typer.Option("--task", help="The held-out prompts")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of figures and report")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of results and report")],
     budget: Annotated[
         list[float] | None,
         typer.Option(
@@ -221,21 +221,22 @@ def report(
         Path | None, typer.Option("--out", help="Folder of the report [default: that of --run]")
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the tables in Markdown and write nothing")
+        bool,
+        typer.Option(
+            "--markdown",
+            help="Print the verdict, all tables and all findings in Markdown and write nothing",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the report of an evaluation again, or print its tables."""
+    """Draw the report of an evaluation again and print its summary, or print its tables."""
     from dynadepth_search.evaluation.evaluating import EVALUATION_NAME, read_evaluation
-    from dynadepth_search.report.report import read_run, write_report
-    from dynadepth_search.report.tables import as_markdown, evaluation_tables
+    from dynadepth_search.report.report import read_run, report_markdown, write_report
 
     inner = run / "evaluation"
     content = read_evaluation(inner if (inner / EVALUATION_NAME).is_file() else run)
     if markdown:
-        tables = [as_markdown(*table) for table in evaluation_tables(content)]
-        findings = "\n".join(f"- {finding}" for finding in content["findings"])
-        typer.echo("\n\n".join([*tables, findings]))
+        typer.echo(report_markdown(content))
         return
     page = write_report(out or run, content, read_run(run))
     print_evaluation(content, page, as_json=as_json)

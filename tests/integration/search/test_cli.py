@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,13 @@ def test_an_evaluation_prints_the_table_and_writes_the_report(
         capsys, *evaluation(made, "--budget", 0.9, "--unseen", unseen, out="again")
     )
     assert code == 0, err
-    assert out.splitlines()[0].startswith("policy")
-    assert "On 20 prompts of another kind (unseen)" in out
-    assert f"report: {made / 'again' / 'report.html'}" in out
+    assert out.startswith("At depth ")
+    assert "- On 20 prompts of another kind (unseen)" in out
+    lines = out.splitlines()
+    assert lines[-1] == f"report: {made / 'again' / 'report.html'}"
+    assert max(map(len, lines[:-1])) <= 100
+    (rule,) = (number for number, line in enumerate(lines) if line.startswith("───"))
+    assert [line.split("  ")[0] for line in lines[rule + 1 : rule + 4]] == ["base", "menu 0.90", ""]
     assert "scoring held-out prompts" in err
     assert "scoring held-out prompts" not in out
 
@@ -277,12 +282,20 @@ def test_a_report_is_drawn_again_alike_and_as_markdown(
     assert code == 0, err
     page = (made / "report" / "report.html").read_text()
     assert (tmp_path / "new" / "report.html").read_text() == page
+    assert out.startswith("At depth ")
+    assert out.endswith(f"\nreport: {tmp_path / 'new' / 'report.html'}\n")
+    verdict = " ".join(out.split("\n\n")[0].split())
+    assert f'<p class="verdict">{escape(verdict)}</p>' in page
     assert "train_prompts" in page
     code, out, err = run(capsys, "report", "--run", made / "report", "--markdown")
     assert code == 0, err
-    assert out.startswith("| policy | depth | agreement, % | against static [95 %] |")
+    first, tables = out.split("\n\n", 1)
+    assert first == verdict
+    assert tables.startswith("| policy | depth | agreement, % | against static [95 %] |")
     assert "| menu 0.90 |" in out
     assert "| against base [95 %] | agreement, % |" in out
+    content = json.loads((made / "report" / "evaluation.json").read_text())
+    assert out.endswith("\n\n" + "".join(f"- {finding}\n" for finding in content["findings"]))
 
 
 def test_other_routers_can_be_compared(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
