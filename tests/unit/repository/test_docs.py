@@ -133,6 +133,7 @@ def test_commands_of_benches_and_their_options_exist():
 def test_the_table_of_families_is_the_allow_list():
     rows = re.findall(r"(?m)^\| `(\w+)`", PAGES["docs/families.md"])
     assert sorted(rows) == sorted(SUPPORTED_FAMILIES)
+    assert f"{len(SUPPORTED_FAMILIES)} families of text models" in README
 
 
 def rooms_of(package):

@@ -2,7 +2,9 @@
 
 import re
 
-from tests.pages import README, ROOT, blocks, shell_lines
+import pytest
+
+from tests.pages import PAGES, README, ROOT, blocks, shell_lines
 
 SETUP, TESTS = re.findall(r"(?m)^python3 -m venv .*$", README)
 
@@ -44,12 +46,19 @@ def test_ci_runs_the_second_command_as_it_stands():
     assert '-c "$readme_tests"' in script
 
 
-def test_its_pipeline_is_the_one_of_the_docs():
-    """The docs' pipeline runs in a test; every line of the README's is a line of it."""
-    docs = shell_lines((ROOT / "docs/pipeline.md").read_text(encoding="utf-8"))
-    lines = [line for line in shell_lines(README) if line.startswith("dynadepth ")]
-    assert len(lines) >= 6
-    assert [line for line in lines if line not in docs] == []
+@pytest.mark.parametrize("page", ["README.md", "search/README.md"])
+def test_its_pipeline_is_the_one_of_the_docs(page):
+    """The docs' pipeline runs in a test; every line of the short ones is a line of it, in the same order."""
+    docs = shell_lines(PAGES["docs/pipeline.md"])
+    lines = [line for line in shell_lines(PAGES[page]) if line.startswith("dynadepth ")]
+    verbs = [line.split()[1] for line in lines]
+    assert verbs[:4] == ["search", "score", "train", "eval"]
+    assert [line for line in docs if line in lines] == lines
+
+
+def test_its_pipeline_ends_with_an_answer():
+    lines = [line.split()[1] for line in shell_lines(README) if line.startswith("dynadepth ")]
+    assert lines == ["search", "score", "train", "eval", "report", "export", "generate"]
 
 
 def test_it_leads_to_every_page_of_the_docs():
