@@ -1,6 +1,6 @@
 """One call of a decoder layer by its model, and how visits of it are run for some rows of the batch.
 
-Gathers states, masks and positions and calls the layer's own forward. Knows nothing of plans or of who decides.
+Gathers states, masks and positions and calls the layer's own forward.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from dynadepth.models.families import LayerSignature
 __all__ = ["LayerCall"]
 
 # Arguments of a decoder layer whose first dimension is the batch (or 1; for alibi a multiple), in all supported
-# families. Any other tensor is refused when rows are gathered: a guess by shape would gather packed lengths or
-# positions of T == B tokens.
+# families. Any other tensor is refused when rows are gathered: guessing by shape would also gather packed lengths, or
+# the positions of T tokens where T equals the batch size.
 _ROW_ARGUMENTS = frozenset({"alibi", "attention_mask", "position_embeddings", "position_ids"})
 
 
@@ -30,8 +30,8 @@ class LayerCall:
         hidden_states: The states that enter it. Shape (rows, tokens, hidden).
         arguments: Everything else it was called with, by parameter name.
         signature: How its class is called.
-        extras: What the last visit of the whole batch returned after the states; None each where there was none, since
-            of some rows they would not be the batch's. As many as the family has.
+        extras: What the last visit of the whole batch returned after the states, as many values as the family has. Each
+            is None if no visit ran the whole batch, since values of some rows are not those of the batch.
     """
 
     layer_idx: int
@@ -70,7 +70,7 @@ class LayerCall:
             index: For each row run, the row of the model's batch whose mask and positions it has. Shape (rows run,),
                 int64, on the states' device. None: the whole batch in order.
             num_rows: Rows of the model's batch; needed with `index`.
-            wanted: Numbers of the outputs that will be read, counted row by row, token by token; the others may hold
+            wanted: Indices of the outputs that will be read, in the flattened (rows, tokens) order. The others may hold
                 anything, so the feed-forward module need not run for them. Shape (outputs,), int64, on the states'
                 device. None: all.
 
@@ -108,7 +108,7 @@ class LayerCall:
 
 
 class _FeedForwardSubset:
-    """Lets a feed-forward module run for some tokens only, inside the block; for the others it gives zeros."""
+    """Lets a feed-forward module run for some tokens only, inside the block; the others are zeros."""
 
     def __init__(self, wanted: torch.Tensor, feed_forward: nn.Module) -> None:
         self._wanted, self._feed_forward = wanted, feed_forward
@@ -143,7 +143,7 @@ def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) 
                 f"differ between rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row"
             )
         if name == "alibi" and value.shape[0] % num_rows == 0:
-            # bloom has rows and heads in one dimension.
+            # bloom folds rows and heads into one dimension.
             return value.unflatten(0, (num_rows, -1)).index_select(0, index).flatten(0, 1)
         if value.shape[0] == 1:
             return value

@@ -1,7 +1,6 @@
 """PlanScope: one forward pass of a wrapped model, in which each layer runs the visits of its rows' plans.
 
-Asks a planner (the controller) for the plans and hands the rows of each visit to the executor. Knows nothing of
-policies or of how plans are made.
+Asks a planner (the controller) for the plans and hands the rows of each visit to the executor.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ __all__ = ["PlanScope", "Planner"]
 
 
 class Planner(Protocol):
-    """What a forward pass asks for plans."""
+    """Makes the plans of a forward pass."""
 
     num_layers: int
 
@@ -33,11 +32,11 @@ class Planner(Protocol):
         ...
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Take note of a forward that has run to its end."""
+        """Record a forward that has completed."""
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
-        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        """Return which of the real tokens belong to the prompt. Shape (rows, tokens), bool, like `real`."""
         ...
 
     def decide(
@@ -47,7 +46,14 @@ class Planner(Protocol):
         hidden_states: torch.Tensor,
         prompts: PromptBatch,
     ) -> None:
-        """Decide the actions of the layers from `layer_idx` to the next decision; writes `plans`."""
+        """Decide the actions of the layers from `layer_idx` to the next decision.
+
+        Args:
+            plans: The plans of the batch; the decided actions are written into it.
+            layer_idx: The layer that the states enter.
+            hidden_states: Shape (rows, tokens, hidden), model dtype and device.
+            prompts: The prompts of the batch.
+        """
         ...
 
 
@@ -56,8 +62,8 @@ class PlanScope:
 
     Attributes:
         owner: The planner.
-        outer: The scope that was open before, of another model.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+        outer: The scope of another model that was open before, or None.
+        attention_mask: The 2-D mask passed to the model's forward, or None. Shape (rows, tokens), integer or bool.
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class PlanScope:
         self._tokens = tokens
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
-        # The same at every decision, so it is made once.
+        # The same at every decision, so it is built once.
         self._prompts: PromptBatch | None = None
         # Until the plans are known, every layer asks.
         self.dispatch: Sequence[Any] = (PER_ROW,) * owner.num_layers
@@ -85,7 +91,8 @@ class PlanScope:
         """Run the visits of one layer for the rows whose plan makes them.
 
         Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported or unusable cache.
+            UnsupportedModelError: The states do not have shape (rows, tokens, hidden), or the cache is unsupported or
+                unusable.
             PlanError: The batch does not fit the plans.
         """
         states, layer_idx = call.hidden_states, call.layer_idx
@@ -123,7 +130,7 @@ class PlanScope:
         return states
 
     def finish(self) -> None:
-        """Say that the forward has run to its end."""
+        """Record that the forward has completed."""
         if self._plans is None:
             return
         if self._cache is not None:
@@ -131,7 +138,7 @@ class PlanScope:
         self._planner.finish(self._plans, is_prefill=self._is_prefill)
 
     def _look_ahead(self, plans: RowPlans) -> None:
-        """Let layers go straight through that run once or not for all rows, if that is decided and nobody watches."""
+        """Dispatch layers directly where EXECUTE or SKIP is decided for all rows, if there are no callbacks."""
         if self._callbacks is not None:
             return
         actions = plans.shared_actions()
@@ -142,7 +149,7 @@ class PlanScope:
         ]
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
+        """Return the tokens passed to the model's forward, if there is a number or a vector for every state."""
         tokens = self._tokens
         if tokens is None or tokens.shape[:2] != states.shape[:2]:
             return None

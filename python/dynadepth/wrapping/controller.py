@@ -2,7 +2,7 @@
 
 The stack's forward pre-hook opens a `PlanScope`; the first layers of the first forward on an empty cache plan the
 prompts (the policy sees prompt tokens only); the plans are kept on the cache, or by `generate` if there is none.
-`model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
+`model.dynadepth` is the controller.
 """
 
 from collections.abc import Iterable
@@ -40,9 +40,9 @@ _CONTROLLER = "_dynadepth_controller"
 
 
 class Controller(ContextMethods):
-    """What `model.dynadepth` is: the policy of a wrapped model, what it planned and what that came to.
+    """The object `model.dynadepth`: a wrapped model's policy, what it has planned, and the resulting depth and memory.
 
-    Of several threads that run the model, the batch planned last counts for everything called `last`.
+    If several threads run the model, everything called `last` refers to the batch that was planned last in any of them.
 
     Attributes:
         policy: Turns prompts into plans.
@@ -103,7 +103,7 @@ class Controller(ContextMethods):
 
     @property
     def last_depths(self) -> npt.NDArray[np.float64] | None:
-        """The depth of each row of that batch, 1.0 being the plain model's. Shape (rows,); None before the first."""
+        """The depth of each of its rows, 1.0 being the plain model's. Shape (rows,), float64; None before the first."""
         plans = self.last_plans
         return None if plans is None else plan_depth(plans)
 
@@ -117,8 +117,8 @@ class Controller(ContextMethods):
     def last_kv(self) -> KvBytes | None:
         """Bytes of key and value states of that batch, and what the plain model would hold.
 
-        Those of this moment while its cache lives; after `generate`, those at its end. None if there is no cache, or if
-        a plain forward's cache is gone.
+        They are current for as long as the cache exists; after `generate`, they are those at its end. None if there is
+        no cache, or if the cache of a plain forward no longer exists.
         """
         return self._stats.last_kv
 
@@ -128,11 +128,16 @@ class Controller(ContextMethods):
         return self._stats.totals
 
     def reset_totals(self) -> None:
-        """Let `totals` begin at zero again; the last batch stays known."""
+        """Set `totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
-        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new.
+
+        Raises:
+            PlanError: The cache was planned for another number of rows, or the rows are not a multiple of the plans
+                that the caller gave.
+        """
         contexts = contexts_of(self)
         generation = next((context for context in contexts if context.in_generate), None)
         # Without a cache, only `generate` knows that a longer input is the same prompt again.
@@ -147,14 +152,14 @@ class Controller(ContextMethods):
         if known.num_rows != num_rows:
             raise PlanError(
                 f"the cache holds {known.num_rows} planned rows, but the batch has {num_rows}; "
-                "a cache goes on with the sequences it began with"
+                "a cache can only be continued with the sequences that it was begun with"
             )
         if keeper is not None:
             keeper.row_plans = known
         return known, is_new
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Take note of a forward that has run to its end."""
+        """Record a forward that has completed."""
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
@@ -185,10 +190,13 @@ class Controller(ContextMethods):
         """Ask the policy for the actions of the layers from `layer_idx` to its next decision.
 
         Args:
-            plans: The plans of the batch; written.
+            plans: The plans of the batch; the decided actions are written into it.
             layer_idx: The layer that the states enter.
-            hidden_states: Shape (rows, tokens, hidden).
-            prompts: The prompts; its plans are those written here.
+            hidden_states: Shape (rows, tokens, hidden), model dtype and device.
+            prompts: The prompts of the batch, which see the same plans.
+
+        Raises:
+            PlanError: The policy gave actions of a wrong shape, or other than 0, 1 and 2.
         """
         reads = self.policy.decision_layers
         end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
@@ -201,7 +209,7 @@ class Controller(ContextMethods):
             self._stats.planned(plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
-        """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
+        """Return a policy's actions as a new array; refuse wrong ones before the cast to uint8 could change them."""
         array = np.asarray(actions)
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         if array.dtype.kind not in "iu" or array.shape != shape or low < 0 or high > int(REPEAT):
@@ -213,7 +221,11 @@ class Controller(ContextMethods):
         return checked
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
-        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        """Return which of the real tokens belong to the prompt. Shape (rows, tokens), bool, like `real`.
+
+        Raises:
+            PlanError: The number of prompt lengths is not the number of rows.
+        """
         mask, (rows, tokens) = real, real.shape
         contexts = contexts_of(self)
         lengths = next(
@@ -223,7 +235,7 @@ class Controller(ContextMethods):
         generation = next((context for context in contexts if context.in_generate), None)
         width = None
         if generation is not None:
-            # The width is that of the prompt planned first; the negative prompt of guidance is all its own.
+            # The width is that of the prompt planned first; guidance's negative prompt is prompt tokens throughout.
             width, generation.prompt_width = generation.prompt_width, None
         if lengths is not None:
             if lengths.numel() != rows:
@@ -237,7 +249,7 @@ class Controller(ContextMethods):
         return mask
 
     def attach(self, model: nn.Module) -> None:
-        """Put executor and hooks on a model; changes nothing if it raises."""
+        """Put the executor and the hooks on a model; if it raises, nothing is changed."""
         stack = layer_stack(model)
         install_executor(stack, self)
         stack.stack.__dict__[_CONTROLLER] = self
@@ -247,7 +259,7 @@ class Controller(ContextMethods):
         ]
 
     def detach(self, model: nn.Module) -> None:
-        """Take everything that `attach` put on off again."""
+        """Remove everything that `attach` put on the model."""
         stack = layer_stack(model)
         for handle in self._handles:
             handle.remove()
@@ -260,8 +272,8 @@ def _summary(what: str, rows: int, depth: float) -> str:
     return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
 
 
-# Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
-# original's controller.
+# Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
+# controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
