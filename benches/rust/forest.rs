@@ -78,29 +78,9 @@ fn whole_searches(criterion: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
-fn snapshots(criterion: &mut Criterion) -> Result<()> {
-    let config = SearchConfig::default();
-    let mut searched = forest(1000, &config)?;
-    search(&mut searched)?;
-    let bytes = searched.snapshot();
-    let mut group = criterion.benchmark_group("snapshot of 1000 searched trees");
-    group
-        .sample_size(10)
-        .throughput(Throughput::Bytes(bytes.len() as u64));
-    group.bench_function("write", |bencher| {
-        bencher.iter(|| black_box(&searched).snapshot());
-    });
-    group.bench_function("restore", |bencher| {
-        bencher.iter(|| assert!(Forest::restore(black_box(&bytes)).is_ok()));
-    });
-    group.finish();
-    Ok(())
-}
-
 fn main() -> Result<()> {
     let mut criterion = Criterion::default().configure_from_args();
     whole_searches(&mut criterion)?;
-    snapshots(&mut criterion)?;
     criterion.final_summary();
     Ok(())
 }

@@ -1,6 +1,6 @@
 """Compiled core of dynadepth: the sweep planner and the search forest."""
 
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +40,6 @@ class Forest:
         prior_weight: float,
         random_child: float,
     ) -> Forest: ...
-    @staticmethod
-    def restore(snapshot: bytes) -> Forest: ...
-    def snapshot(self) -> bytes: ...
     def ask(
         self, max_plans: int
     ) -> tuple[npt.NDArray[np.uint32], _Bytes, npt.NDArray[np.uint64]]: ...
@@ -58,7 +55,6 @@ class Forest:
     def num_layers(self) -> int: ...
     @property
     def num_trees(self) -> int: ...
-    def settings(self) -> dict[str, Any]: ...
 
 @final
 class SweepPlan:

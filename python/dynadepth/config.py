@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "did_you_mean",
+    "plain_number",
 ]
 
 _Config = TypeVar("_Config")
@@ -31,8 +33,21 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy (or of any library that registers its own) as Python's; all else as it is.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> plain_number(Fraction(1, 4)), plain_number("1")
+        (0.25, '1')
+    """
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def check_fields(config: Any) -> None:
-    """Check that every field of a dataclass holds a value of its annotated type.
+    """Check that every field of a dataclass holds a value of its annotated type; numpy's numbers become Python's.
 
     Understands `int`, `float` (finite; a whole number passes), `bool`, `str`, `Literal`, `tuple[X, ...]` and unions of
     these with `None`. Call it first in `__post_init__`.
@@ -45,7 +60,14 @@ def check_fields(config: Any) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
-        value = getattr(config, item.name)
+        given = getattr(config, item.name)
+        value = (
+            tuple(plain_number(each) for each in given)
+            if isinstance(given, tuple)
+            else plain_number(given)
+        )
+        if value is not given:
+            object.__setattr__(config, item.name, value)
         if not _fits(value, hints[item.name]):
             raise ConfigError(
                 f"{type(config).__name__}.{item.name} is {value!r} ({type(value).__name__}); "

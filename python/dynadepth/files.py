@@ -177,6 +177,40 @@ def check_schema_version(
     raise error(f"{written}; this dynadepth reads {version}: {make_again}")
 
 
+# How the small file begins that Git LFS leaves in place of a large one that was not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def lfs_hint(source: str | os.PathLike[str] | bytes) -> str:
+    """Say what is wrong, for the end of a message about a file that cannot be read, if it is a Git LFS pointer.
+
+    Args:
+        source: The file, or what it begins with. A folder: the first of its files that is a pointer.
+
+    Returns:
+        Nothing if it is none.
+    """
+    if isinstance(source, bytes):
+        found = source.startswith(_LFS_POINTER)
+        name = "it"
+    else:
+        place = Path(source)
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        pointers = [file for file in files if file.is_file() and _begins(file) == _LFS_POINTER]
+        found, name = bool(pointers), pointers[0].name if pointers else ""
+    return (
+        f"; {name} is a Git LFS pointer, not the file itself: run `git lfs pull`" if found else ""
+    )
+
+
+def _begins(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS_POINTER))
+    except OSError:
+        return b""
+
+
 def sha256_bytes(data: bytes) -> str:
     """Return the SHA-256 of bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

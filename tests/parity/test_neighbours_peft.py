@@ -139,7 +139,9 @@ def test_replicated_layers_are_planned_as_layers_of_their_own():
     # Copies of installed layers carry the numbers of their originals: refused, and undone by wrapping again.
     late = with_lora(wrap_model(tiny_model(), plan=PLAN), layer_replication=[[0, 3], [2, 4]])
     for call in (late, partial(late.generate, max_new_tokens=2)):
-        with pytest.raises(WrapError, match=r"layer_replication of PEFT\), unwrap_model\(model\)"):
+        with pytest.raises(
+            WrapError, match=r"layer_replication of PEFT does\).*unwrap_model\(model\)"
+        ):
             call(input_ids=ids)
     assert_same(wrap_model(unwrap_model(late), plan=plan), expected, ids, mask)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from dynadepth.errors import WrapError
+from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.models.families import layer_stack
 from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy
@@ -189,3 +189,142 @@ def test_a_layer_called_by_itself_is_refused(checkpointing):
     model = trained(wrap_model(tiny_model(), plan=PLAN), checkpointing)
     with pytest.raises(WrapError, match="layer 2 was called outside a forward of the model"):
         model.model.layers[2](torch.zeros(1, 3, 32, dtype=torch.float64))
+
+
+class _Texts(torch.utils.data.Dataset):
+    """Padded prompts with labels and what a tokenizer adds."""
+
+    def __init__(self, ids, mask):
+        self.ids, self.mask = ids, mask
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        ids, mask = self.ids[index], self.mask[index]
+        labels = ids.masked_fill(mask == 0, -100)
+        # `Trainer` leaves out what a family's forward does not take.
+        positions = positions_of(mask.unsqueeze(0))[0]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {**given, "labels": labels}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("family", MECHANISMS)
+def test_trainer_trains_evaluates_and_predicts_under_plans_of_rows(family, tmp_path):
+    """`Trainer` hands the model what only its loss reads, such as `num_items_in_batch`."""
+    model = wrap_model(tiny_model(family, dtype=torch.float32), policy=ByFirstToken())
+    ids, mask = random_batch([5, 9, 7, 8], seed=3)
+    texts = _Texts(ids, mask)
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**settings),
+        train_dataset=texts,
+        eval_dataset=texts,
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    predicted = torch.from_numpy(trainer.predict(texts).predictions)
+    plans = model.dynadepth.last_plans
+    assert len({tuple(plan) for plan in plans}) > 1
+    for row, plan in enumerate(plans):
+        alone = drive(
+            bake(model_of(family), plan), ids[row : row + 1], mask[row : row + 1], 0, "full"
+        )
+        real = mask[row].bool()
+        assert (predicted[row][real] - alone[0][real]).abs().max() < 1e-3
+    loss = trainer.evaluate()["eval_loss"]
+    assert np.isfinite(trainer.train().training_loss)
+    moved = [name for name, weight in model.named_parameters() if not weight.equal(before[name])]
+    assert moved
+    assert trainer.evaluate()["eval_loss"] < loss
+
+
+def model_of(family):
+    return tiny_model(family, dtype=torch.float32)
+
+
+class ByFirstToken(Policy):
+    """Gives rows plans by the sum of their token ids, so that a batch is split."""
+
+    num_layers = 4
+    decision_layers = (0,)
+
+    def initial_plans(self, num_rows):
+        return np.tile(identity_plan(4), (num_rows, 1))
+
+    def decide(self, layer_idx, hidden_states, prompts):
+        total = (prompts.tokens * prompts.mask).sum(dim=1).cpu().numpy()
+        return np.array([[1, 0, 2, 1], [1, 1, 0, 1], [1, 2, 1, 0]], dtype=np.uint8)[total % 3]
+
+
+PASSED_THROUGH = {
+    "num_items_in_batch": torch.tensor(12),
+    "shift_labels": torch.full((3, 9), 5),
+    "token_type_ids": torch.zeros(3, 9, dtype=torch.long),
+    "of_another_library": torch.zeros(2),
+}
+
+
+@pytest.mark.parametrize("name", PASSED_THROUGH)
+@pytest.mark.parametrize("family", MECHANISMS)
+def test_a_tensor_that_no_layer_reads_changes_nothing(family, name):
+    model = wrap_model(tiny_model(family), plan="0-3")
+    if name == "of_another_library" and family in ("bloom", "falcon", "gpt2"):
+        pytest.skip("the base model's own forward refuses unknown arguments")
+    if name == "token_type_ids" and family == "gpt2":
+        pytest.skip("gpt2 adds an embedding of the token types")
+    ids, mask = random_batch([9, 6, 8], seed=1)
+    with model.dynadepth.plans(mixed_plans(4, 3, seed=2)):
+        expected = model(ids, attention_mask=mask).logits
+        given = model(ids, attention_mask=mask, **{name: PASSED_THROUGH[name]}).logits
+    assert torch.equal(given, expected)
+
+
+def test_a_tensor_that_a_layer_does_read_is_refused_where_rows_are_split():
+    model = wrap_model(tiny_model(), plan="0-3")
+    ids, mask = random_batch([9, 6, 8], seed=1)
+    extra = torch.ones(3, 1, 1, dtype=torch.float64)
+    layer = model.model.layers[1].self_attn
+
+    def read(_module, args, kwargs):
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * kwargs["gate"]}
+
+    layer.register_forward_pre_hook(read, with_kwargs=True)
+    model(ids, attention_mask=mask, gate=extra)
+    with (
+        model.dynadepth.plans([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]]),
+        pytest.raises(UnsupportedModelError, match=r"reads the tensor 'gate' of shape \(3, 1, 1\)"),
+    ):
+        model(ids, attention_mask=mask, gate=extra)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_router_logits_of_experts_are_the_baked_models_or_refused(family):
+    model, base = wrap_model(tiny_model(family), plan=PLAN), bake(tiny_model(family), PLAN)
+    ids, mask = random_batch([9, 6], seed=1)
+    settings = {"attention_mask": mask, "output_router_logits": True, "labels": ids}
+    given, expected = model(ids, **settings), base(ids, **settings)
+    assert len(given.router_logits) == len(expected.router_logits)
+    assert all(map(torch.equal, given.router_logits, expected.router_logits))
+    assert torch.equal(given.aux_loss, expected.aux_loss)
+    for how in ("argument", "config"):
+        asked = dict(settings)
+        if how == "config":
+            del asked["output_router_logits"]
+            model.config.output_router_logits = True
+        with (
+            model.dynadepth.plans([PLAN, [1, 1, 1, 1]]),
+            pytest.raises(UnsupportedModelError, match="output_router_logits=True needs one plan"),
+        ):
+            model(ids, **asked)

@@ -3,14 +3,24 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import pytest
 
-from dynadepth.config import check_fields, config_from_dict, config_to_dict, did_you_mean
+from dynadepth.config import (
+    check_fields,
+    config_from_dict,
+    config_to_dict,
+    did_you_mean,
+    plain_number,
+)
 from dynadepth.errors import ConfigError
 from dynadepth.policies.router_heads import RouterConfig
 from dynadepth.training.train_config import TrainConfig
+from dynadepth.tree_search.forest import SearchConfig
+from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,3 +163,35 @@ def test_the_papers_recipe_has_the_papers_numbers():
 def test_recipes_out_of_range_are_refused(name, value, expected):
     with pytest.raises(ConfigError, match=f"TrainConfig.{name} is {value}; expected {expected}"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (np.int64(3), 3),
+        (np.uint8(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.25), 0.25),
+        (Fraction(1, 4), 0.25),
+    ],
+)
+def test_numbers_of_other_libraries_become_pythons(given, expected):
+    assert plain_number(given) == expected
+    assert type(plain_number(given)) is type(expected)
+    name = "whole" if isinstance(expected, int) else "number"
+    config = _Every(**{name: given, "many": (np.int64(2),)})
+    assert json.loads(json.dumps(config_to_dict(config)))[name] == expected
+    assert type(getattr(config, name)) is type(expected)
+    assert type(config.many[0]) is int
+
+
+@pytest.mark.parametrize("given", [np.bool_(1), np.float32("nan"), np.float64(0.5), 1j])
+def test_numbers_of_another_kind_are_refused(given):
+    with pytest.raises(ConfigError, match="expected a whole number"):
+        _Every(whole=given)
+
+
+def test_every_configuration_takes_numpys_numbers():
+    assert SearchConfig(max_evaluations=np.int64(4)).max_evaluations == 4
+    assert PromptSearchSpec(seed=np.int64(4), block_size=np.uint8(4)).to_dict()["seed"] == 4
+    assert json.dumps(PromptSearchSpec(block_size=np.int32(8)).to_dict())

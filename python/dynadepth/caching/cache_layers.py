@@ -23,12 +23,48 @@ __all__ = ["LengthLayer", "Slot", "advance_all", "crop_slot", "length_layer_of",
 Slot: TypeAlias = DynamicLayer | StaticLayer
 
 
+def _no_states(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"`{name}` of a cache layer was asked for, but the cache of a wrapped model holds states by visit, each of "
+        "some rows; ask cache.states(layer_idx, visit) for them"
+    )
+
+
 class LengthLayer(DynamicLayer):
     """Stands for one decoder layer where transformers asks the cache for lengths; holds no states."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = 0
+
+    @property
+    def keys(self) -> Any:
+        """Refuse: each visit has states of its own.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise _no_states("keys")
+
+    @keys.setter
+    def keys(self, value: object) -> None:
+        # The base class begins with None.
+        if value is not None:
+            raise _no_states("keys")
+
+    @property
+    def values(self) -> Any:
+        """Refuse: each visit has states of its own.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise _no_states("values")
+
+    @values.setter
+    def values(self, value: object) -> None:
+        if value is not None:
+            raise _no_states("values")
 
     def get_seq_length(self) -> int:
         """Return the number of tokens counted."""

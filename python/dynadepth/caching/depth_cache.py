@@ -6,6 +6,7 @@ runs or not, so masks and positions never depend on a slot that may be empty. Dy
 each slot is then of the kind that the cache had for its layer.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from dynadepth.caching.cache_layers import (
     select_rows,
 )
 from dynadepth.caching.row_plans import RowPlans
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.errors import PlanError, UnsupportedModelError
 
 __all__ = ["DepthCache", "VisitView", "adopt_cache"]
 
@@ -37,10 +38,26 @@ class VisitView(Cache):
     """What a decoder layer sees as its cache during one visit: its own slot, whatever index it asks for."""
 
     def __init__(self, cache: "DepthCache", layer_idx: int, visit: int) -> None:
-        # The base class would make its own layers; a view uses those of `cache`. The cache holds its views, so a view
-        # that held the cache would make a cycle and keep its memory until the next garbage collection.
-        self.layers = cache.layers
-        self._slots, self._key = cache.slots, (layer_idx, visit)
+        # The base class would make layers of its own. Whoever runs the forward holds the cache; a scope that an
+        # interrupt left behind holds views, and must not keep the states alive.
+        self._cache, self._key = weakref.ref(cache), (layer_idx, visit)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In a copy of the cache the views are the copy's.
+        return VisitView, (self._cache(), *self._key)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The cache's own layers, which count its tokens."""
+        return self._held().layers
+
+    def _held(self) -> "DepthCache":
+        cache = self._cache()
+        if cache is None:
+            raise UnsupportedModelError(
+                "the cache of this forward is gone; keep the cache for as long as the model runs with it"
+            )
+        return cache
 
     def update(
         self,
@@ -50,21 +67,11 @@ class VisitView(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states to the slot of this visit and return all of its states.
-
-        Args:
-            key_states: Keys of the new tokens. Shape (rows that make the visit, heads, tokens, head width).
-            value_states: Values of the new tokens, of the same shape.
-            layer_idx: Ignored: the view knows its slot.
-            *args: Passed on to the slot.
-            **kwargs: Passed on to the slot.
-
-        Returns:
-            The keys and the values of all tokens of the slot.
-        """
-        slot = self._slots.get(self._key)
+        """Append states to the slot of this visit and return all of its states."""
+        cache = self._held()
+        slot = cache.slots.get(self._key)
         if slot is None:
-            slot = self._slots[self._key] = self.layers[self._key[0]].make_slot()
+            slot = cache.slots[self._key] = cache.layers[self._key[0]].make_slot()
         keys, values = slot.update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -92,12 +99,16 @@ class DepthCache(Cache):
     def check_ready(self, num_tokens: int) -> None:  # noqa: ARG002 - static caches check it
         """Refuse a forward that could not be exact, before it writes anything.
 
+        A first forward that did not come to its end leaves nothing that counts: it is forgotten, with its plans.
+
         Args:
             num_tokens: New tokens of each row.
 
         Raises:
             UnsupportedModelError: The previous forward raised an exception, or a static cache is too short.
         """
+        if self.in_forward and not any(layer.get_seq_length() for layer in self.layers):
+            self.reset()
         if self.in_forward:
             raise UnsupportedModelError(
                 "the last forward on this cache did not complete, so some layers hold more tokens than others; "
@@ -112,6 +123,32 @@ class DepthCache(Cache):
         """Record a completed forward: count its tokens in every layer, whether it ran or not."""
         advance_all(self.layers, num_tokens)
         self.in_forward = False
+
+    def states(
+        self, layer_idx: int, visit: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
+        """Return the key and value states of one visit, and the rows that they belong to.
+
+        Args:
+            layer_idx: Which decoder layer.
+            visit: 0 for its first execution, 1 for its repeat.
+
+        Returns:
+            Keys and values, shape (rows that make the visit, heads, tokens, head width) each, and the numbers of these
+            rows in the batch, ascending; None if no row makes the visit.
+
+        Raises:
+            PlanError: There is no such layer or visit.
+        """
+        if not 0 <= layer_idx < len(self.layers) or visit not in (0, 1):
+            raise PlanError(
+                f"the cache was asked for visit {visit} of layer {layer_idx}; expected visit 0 or 1 of a layer from 0 "
+                f"to {len(self.layers) - 1}"
+            )
+        slot, plans = self.slots.get((layer_idx, visit)), self.row_plans
+        if slot is None or slot.keys is None or plans is None:
+            return None
+        return slot.keys, slot.values, plans.rows(layer_idx, visit)
 
     @property
     def state_bytes(self) -> int:

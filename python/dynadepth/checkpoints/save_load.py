@@ -30,7 +30,7 @@ from dynadepth.checkpoints.paths import (
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.config import did_you_mean
 from dynadepth.errors import CheckpointError, ConfigError, PlanError
-from dynadepth.files import read_versioned_json
+from dynadepth.files import lfs_hint, read_versioned_json
 from dynadepth.onnx.menu_policy import export_menu_onnx
 from dynadepth.onnx.router_policy import export_onnx
 from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
@@ -284,7 +284,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); copy or save it again") from error
+        raise CheckpointError(
+            f"{file} is damaged ({error}){lfs_hint(file)}; copy or save it again"
+        ) from error
     return tensors
 
 

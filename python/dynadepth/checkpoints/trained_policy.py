@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dynadepth.checkpoints.paths import ONNX_NAME
+from dynadepth.config import plain_number
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthWarning
 from dynadepth.models.fingerprint import check_base_model
 from dynadepth.onnx.menu_graph import build_menu_onnx
-from dynadepth.onnx.menu_policy import OnnxMenuPolicy, menu_digest
-from dynadepth.onnx.router_graph import build_onnx, routers_digest
+from dynadepth.onnx.menu_policy import OnnxMenuPolicy
+from dynadepth.onnx.router_graph import build_onnx
 from dynadepth.onnx.router_policy import OnnxRouterPolicy
+from dynadepth.onnx.session import graph_digest
 from dynadepth.policies.base import Policy
 from dynadepth.policies.calibration import Calibration
 from dynadepth.policies.menu import Menu
@@ -65,12 +67,13 @@ class TrainedPolicy(ABC):
     accepted: bool = False
 
     def __post_init__(self) -> None:
-        for layer in self.protect:
+        protect = [plain_number(layer) for layer in self.protect]
+        for layer in protect:
             if type(layer) is not int or not 0 <= layer < self.num_layers:
                 raise ConfigError(
                     f"protect names layer {layer!r}; expected numbers from 0 to {self.num_layers - 1}"
                 )
-        object.__setattr__(self, "protect", tuple(sorted(set(self.protect))))
+        object.__setattr__(self, "protect", tuple(sorted(set(protect))))
 
     @property
     @abstractmethod
@@ -102,9 +105,9 @@ class TrainedPolicy(ABC):
 
         Raises:
             BudgetError: The budget is not a number or outside the calibrated range.
-            CheckpointError: The folder's `routers.onnx` is damaged or was made from other routers.
+            CheckpointError: The folder's `routers.onnx` is damaged, or its graph is not the one of these weights.
             ConfigError: An unknown backend, or onnxruntime is not installed.
-            ExportError: There is no `routers.onnx` and none can be made.
+            ExportError: onnx is not installed, so the graph of these weights cannot be made.
         """
 
     def check_model(self, model: nn.Module) -> None:
@@ -130,10 +133,12 @@ class TrainedPolicy(ABC):
             how_to_accept=f"pass routers=load_routers({path}, model=model, accept_mismatch=True)",
         )
 
-    def _onnx_file(self) -> Path | None:
-        """Return the folder's ONNX file, if there is one."""
+    def _graph(self, built: bytes) -> tuple[Path | bytes, str | None]:
+        """Return the folder's ONNX file with the digest that it must have, or the graph just built if there is none."""
         file = None if self.folder is None else self.folder / ONNX_NAME
-        return file if file is not None and file.is_file() else None
+        if file is None or not file.is_file():
+            return built, None
+        return file, graph_digest(built)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -198,8 +203,8 @@ class Routers(TrainedPolicy):
             warnings.warn(message, DynadepthWarning, stacklevel=2)
         if backend == "torch":
             return RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage, penalty=penalty)
-        source = self._onnx_file() or build_onnx(self)
-        return OnnxRouterPolicy(source, budget, digest=routers_digest(self))
+        source, digest = self._graph(build_onnx(self))
+        return OnnxRouterPolicy(source, budget, digest=digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -249,8 +254,8 @@ class TrainedMenu(TrainedPolicy):
         mix = self.calibration.mix_for(budget)
         if backend == "torch":
             return MenuPolicy(self.menu, mix)
-        source = self._onnx_file() or build_menu_onnx(self)
-        return OnnxMenuPolicy(source, budget, digest=menu_digest(self))
+        source, digest = self._graph(build_menu_onnx(self))
+        return OnnxMenuPolicy(source, budget, digest=digest)
 
 
 def _check_backend(backend: str) -> None:

@@ -33,6 +33,7 @@ class Context:
         cache: The cache of a generation, kept alive until its memory has been measured.
         before: Called before each visit.
         after: Called after each visit.
+        is_open: Whether the block is still running.
     """
 
     owner: object
@@ -44,6 +45,7 @@ class Context:
     cache: DepthCache | None = None
     before: VisitCallback | None = None
     after: VisitCallback | None = None
+    is_open: bool = True
 
 
 _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("dynadepth_contexts", default=())
@@ -51,17 +53,26 @@ _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("dynadepth_contexts", de
 
 @contextmanager
 def open_context(context: Context) -> Iterator[Context]:
-    """Open a context inside those that are already open, in this thread and for the duration of the block."""
-    token = _CONTEXTS.set((*_CONTEXTS.get(), context))
+    """Put a context inside those that are open, for this thread and the length of the block.
+
+    A block inside a generator may end in another thread or task than it began in, as streaming servers close their
+    generators: what it said ends everywhere then.
+    """
+    _CONTEXTS.set((*_open_contexts(), context))
     try:
         yield context
     finally:
-        _CONTEXTS.reset(token)
+        context.is_open = False
+        _CONTEXTS.set(_open_contexts())
+
+
+def _open_contexts() -> tuple[Context, ...]:
+    return tuple(context for context in _CONTEXTS.get() if context.is_open)
 
 
 def contexts_of(owner: object) -> list[Context]:
     """Return the open contexts of a controller, innermost first."""
-    return [context for context in reversed(_CONTEXTS.get()) if context.owner is owner]
+    return [context for context in reversed(_open_contexts()) if context.owner is owner]
 
 
 def callbacks_of(owner: object) -> VisitCallbacks | None:

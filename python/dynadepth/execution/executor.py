@@ -6,7 +6,7 @@ and positions come from the model's own forward and the computation from the lay
 is copied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -30,11 +30,13 @@ __all__ = [
     "PER_ROW",
     "SKIPPED",
     "Scope",
+    "check_installed",
     "check_unwrapped",
     "enter_scope",
     "install_executor",
     "is_installed",
     "leave_scope",
+    "obeys",
     "remove_executor",
 ]
 
@@ -140,11 +142,6 @@ def _run_call(
     return (states, *call.extras) if call.extras else states
 
 
-@cache
-def _signature_of(base: Any) -> LayerSignature:
-    return layer_signature(base.forward)
-
-
 def _own_forward(base: Any) -> Callable[..., Any]:
     """Return the forward of a layer class without the checkpointing that transformers puts around every forward.
 
@@ -160,16 +157,31 @@ def _own_forward(base: Any) -> Callable[..., Any]:
 
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
-    """Make the subclass that stands in for a decoder layer class; `isinstance` and the class name still hold."""
-    signature, own_forward = _signature_of(base), _own_forward(base)
+    """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
+    # Libraries of kernels replace the forward of a class, some after it was wrapped for the first time: `found` is the
+    # one that all else here was read from.
+    found = base.forward
+    signature, own_forward = layer_signature(found), _own_forward(base)
     cache_name, states_name = signature.cache_name, signature.names[0]
-    # `install_executor` refuses layers that torch has compiled, so torch's check for that is bypassed.
+
+    def read_again() -> None:
+        nonlocal found, signature, own_forward, cache_name, states_name
+        current = base.forward
+        signature, own_forward = layer_signature(current), _own_forward(base)
+        cache_name, states_name = signature.cache_name, signature.names[0]
+        forward.__wrapped__ = current  # type: ignore[attr-defined]
+        # Last, so that another thread that sees it sees the rest.
+        found = current
+
+    # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
     own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Which rows run is decided outside compiled graphs; otherwise every plan would need graphs of its own.
         if torch.compiler.is_dynamo_compiling():
             return forward_outside(self, *args, **kwargs)
+        if base.forward is not found:
+            read_again()
         installed: _Installed = self.__dict__[_INSTALLED]
         scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _SCOPE.get()
         if scope is None or scope.owner is not installed.owner:
@@ -203,7 +215,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
         return (_empty_layer, (base,), *state)
 
     # `capture_outputs`, `_no_split_modules` and PEFT look at names and signatures.
-    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
+    forward.__wrapped__ = found  # type: ignore[attr-defined]
     attributes = {
         "forward": forward,
         "__call__": call,
@@ -225,8 +237,45 @@ def _empty_layer(base: Any) -> nn.Module:
 
 
 def is_installed(stack: LayerStack) -> bool:
-    """Say whether an executor is on any of these layers."""
-    return any(_INSTALLED in layer.__dict__ for layer in stack.layers)
+    """Say whether an executor is on any of these layers, or on a layer inside what stands in its place."""
+    return any(_INSTALLED in module.__dict__ for module in stack.layers.modules())
+
+
+def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> None:
+    """Refuse a list of layers that is no longer the one that the executor was put on.
+
+    Other libraries may put modules round layers, which run them as before. Cheap enough for every forward.
+
+    Args:
+        layers: The model's list of decoder layers, as it is now.
+        owner: Whose scopes the layers obey.
+        num_layers: How many there were.
+
+    Raises:
+        WrapError: Layers were added, removed, exchanged or replaced, or the forward of one was.
+    """
+    present = list(layers)
+    wrong = None if len(present) == num_layers else f"there are {len(present)} layers"
+    for layer_idx, layer in enumerate(present):
+        installed = layer.__dict__.get(_INSTALLED)
+        if installed is None:
+            inside = [
+                module.__dict__[_INSTALLED]
+                for module in layer.modules()
+                if _INSTALLED in module.__dict__
+            ]
+            installed = inside[0] if len(inside) == 1 else None
+        if installed is None:
+            wrong = wrong or f"layer {layer_idx} is a {type(layer).__name__} that was not wrapped"
+        elif installed.owner is not owner or installed.layer_idx != layer_idx:
+            wrong = wrong or f"in place {layer_idx} stands layer {installed.layer_idx}"
+        elif "forward" in layer.__dict__ and _is_patched(layer):
+            wrong = wrong or f"the forward of layer {layer_idx} was replaced"
+    if wrong is not None:
+        raise WrapError(
+            f"the model was wrapped with {num_layers} decoder layers, and since then they were changed (as "
+            f"layer_replication of PEFT does): {wrong}. Undo that, or unwrap_model(model) and wrap it again"
+        )
 
 
 def check_unwrapped(model: nn.Module, *, before: str) -> None:
@@ -273,19 +322,23 @@ def install_executor(stack: LayerStack, owner: object) -> None:
                 f"decoder layer {layer_idx} was compiled as a layer that always runs; do not compile it before "
                 "wrapping, but call layer.compile() afterwards, which compiles what one visit runs"
             )
-        _signature_of(classes[layer_idx])
+        layer_signature(classes[layer_idx].forward)
     for layer_idx, layer in enumerate(stack.layers):
         layer.__dict__[_INSTALLED] = _Installed(layer_idx, owner, stack.family)
         _set_class(layer, _routed_class(classes[layer_idx]))
 
 
-def remove_executor(stack: LayerStack) -> None:
-    """Give every decoder layer its own class back; layers without an executor stay as they are."""
-    for layer in stack.layers:
-        base = getattr(type(layer), "_dynadepth_base", None)
-        if base is not None:
-            _set_class(layer, base)
-        layer.__dict__.pop(_INSTALLED, None)
+def remove_executor(modules: Iterable[nn.Module]) -> None:
+    """Give every decoder layer among some modules its own class back; modules without an executor stay as they are."""
+    for module in modules:
+        if module.__dict__.pop(_INSTALLED, None) is not None:
+            _set_class(module, type(module)._dynadepth_base)  # type: ignore[attr-defined]
+
+
+def obeys(layer: nn.Module, owner: object) -> bool:
+    """Say whether a layer carries an executor that obeys the scopes of this owner."""
+    installed = layer.__dict__.get(_INSTALLED)
+    return installed is not None and installed.owner is owner
 
 
 # The attributes where accelerate keeps the forward that its hook replaced, and where it restores it.

@@ -85,6 +85,8 @@ class LayerCall:
         if index is not None:
             arguments = {
                 name: _gather_argument(name, value, index, num_rows or 0)
+                if name in self.signature.names or name in _ROW_ARGUMENTS
+                else _passed_through(name, value)
                 for name, value in arguments.items()
             }
         arguments = {**arguments, self.signature.cache_name: cache}
@@ -133,6 +135,56 @@ class _FeedForwardSubset:
         full = output.new_zeros(self._shape)
         full.flatten(0, 1).index_copy_(0, self._wanted, output[0])
         return full
+
+
+class _NotByRow:
+    """Stands for a tensor that a layer only passes on, where rows are split: nothing may read it.
+
+    A model hands its layers whatever its own forward was called with beyond what it knows: counts and labels for the
+    loss, token types. No layer reads these, so they may stay; lengths of packed rows, which some attention reads, may
+    not, and cannot be told from the others by name or shape.
+    """
+
+    __slots__ = ("_name", "_shape")
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self._name, self._shape = name, shape
+
+    def to(self, *_: Any, **__: Any) -> "_NotByRow":
+        """Stay: accelerate moves all arguments of a module to its device."""
+        return self
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedModelError(
+            f"a decoder layer reads the tensor {self._name!r} of shape {self._shape}; with plans that differ between "
+            f"rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row: leave it out, or use one plan for all "
+            "rows"
+        )
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
+        _refuse
+    )
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __float__ = __int__ = __index__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        # Python and its libraries ask objects for such names without reading what they hold.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(
+        cls, _function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        next(each for each in given if isinstance(each, cls))._refuse()
+
+
+def _passed_through(name: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _NotByRow(name, tuple(value.shape))
+    return value
 
 
 def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:

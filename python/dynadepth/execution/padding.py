@@ -3,6 +3,7 @@
 Both are read from the arguments of the model's forward, or else from the mask that it made for the layer.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,75 @@ import torch
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.layer_call import LayerCall
 
-__all__ = ["real_tokens"]
+__all__ = ["SpecialTokens", "real_tokens", "unmarked_padding"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Token ids that the end of a row may be padded with.
+
+    Attributes:
+        padding: The id that is padding and nothing else; None if the model has none.
+        doubtful: Ids that may be padding or a row's own last token: 0, with which evaluation harnesses pad, and where
+            no id is padding alone, those that begin or end texts.
+    """
+
+    padding: int | None
+    doubtful: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> "SpecialTokens":
+        """Read them from a model's config."""
+        pad = getattr(config, "pad_token_id", None)
+        known = (getattr(config, name, None) for name in ("eos_token_id", "bos_token_id"))
+        ends = {
+            token
+            for ids in known
+            for token in (ids if isinstance(ids, (list, tuple)) else (ids,))
+            if token is not None
+        }
+        padding = pad if pad is not None and pad not in ends else None
+        doubtful = {0} - {padding} if padding is not None else {0, *ends}
+        return cls(padding, tuple(sorted(doubtful)))
+
+
+def unmarked_padding(
+    real: torch.Tensor, tokens: torch.Tensor, special: SpecialTokens
+) -> torch.Tensor:
+    """Return which tokens are real in a batch whose padding no mask tells.
+
+    A causal model needs no mask for padding on the right, so evaluation harnesses give none; a policy that took the
+    padding for text would give a row another plan than the row alone.
+
+    Args:
+        real: True for tokens that are not known to be padding. Shape (rows, tokens), bool.
+        tokens: Token ids, shape (rows, tokens), integer; embeddings, of which nothing can be told, are passed over.
+        special: The ids that may be padding.
+
+    Returns:
+        `real` without the padding at the end of each row. Shape (rows, tokens), bool.
+
+    Raises:
+        UnsupportedModelError: Of several rows one ends with a token that may or may not be padding.
+    """
+    if tokens.is_floating_point():
+        return real
+    if special.padding is not None:
+        padding = tokens == special.padding
+        # A row of nothing but padding is left as it is: something has to be read.
+        trailing = padding.flip(1).long().cumprod(dim=1).flip(1).bool()
+        real = real & ~(trailing & ~trailing.all(dim=1, keepdim=True))
+    if len(tokens) > 1:
+        last = tokens[:, -1:]
+        doubtful = torch.tensor(special.doubtful, device=tokens.device)
+        found = last[(last == doubtful).any(dim=1)].flatten().tolist()
+        if found:
+            raise UnsupportedModelError(
+                f"no attention_mask was given, and {len(found)} of {len(tokens)} rows end with token {found[0]}, which "
+                "may be padding or text; pass attention_mask of shape (rows, tokens), 1 for text and 0 for padding "
+                "(all ones if nothing is padded), or say how long the prompts are: with model.dynadepth.prompt(lengths)"
+            )
+    return real
 
 
 def real_tokens(call: LayerCall, attention_mask: torch.Tensor | None) -> torch.Tensor:

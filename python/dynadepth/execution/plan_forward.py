@@ -3,6 +3,7 @@
 Asks a planner (the controller) for the plans and hands the rows of each visit to the executor.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from dynadepth.execution.callbacks import VisitCallbacks, VisitEvent
 from dynadepth.execution.context_stack import callbacks_of
 from dynadepth.execution.executor import PER_ROW, SKIPPED, Scope
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.execution.padding import real_tokens
+from dynadepth.execution.padding import SpecialTokens, real_tokens, unmarked_padding
 from dynadepth.plans import EXECUTE, SKIP
 from dynadepth.policies.prompt_batch import PromptBatch
 
@@ -33,6 +34,10 @@ class Planner(Protocol):
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
         """Record a forward that has completed."""
+        ...
+
+    def knows_lengths(self) -> bool:
+        """Say whether the caller has told how many tokens of each row are the prompt."""
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
@@ -62,8 +67,15 @@ class PlanScope:
 
     Attributes:
         owner: The planner.
-        outer: The scope of another model that was open before, or None.
-        attention_mask: The 2-D mask passed to the model's forward, or None. Shape (rows, tokens), integer or bool.
+        outer: The scope that was open before, of another model.
+        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+
+    Args:
+        owner: The planner.
+        attention_mask: As above.
+        tokens: What the model's forward got as tokens: ids (rows, tokens) or embeddings (rows, tokens, hidden).
+        special_tokens: Where the model's forward got no mask at all: what its padding may be. None: it got one.
+        same_rows: Whether the outputs asked for need every layer that runs to run for all rows: `router_logits`.
     """
 
     def __init__(
@@ -71,11 +83,15 @@ class PlanScope:
         owner: Planner,
         attention_mask: torch.Tensor | None,
         tokens: torch.Tensor | None = None,
+        *,
+        special_tokens: SpecialTokens | None = None,
+        same_rows: bool = False,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._planner = owner
         self._tokens = tokens
+        self._special_tokens, self._same_rows = special_tokens, same_rows
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         # The same at every decision, so it is built once.
@@ -83,7 +99,8 @@ class PlanScope:
         # Until the plans are known, every layer asks.
         self.dispatch: Sequence[Any] = (PER_ROW,) * owner.num_layers
         self._num_tokens = 0
-        self._cache: DepthCache | None = None
+        # Whoever runs the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may stay behind.
+        self._cache_ref: weakref.ref[DepthCache] | None = None
         self._is_prefill = False
         self._callbacks: VisitCallbacks | None = None
 
@@ -101,12 +118,10 @@ class PlanScope:
             plans = self._plans = self._begin(call)
         if layer_idx >= plans.num_decided:
             if self._prompts is None:
-                mask = self._planner.prompt_mask(real_tokens(call, self.attention_mask))
-                self._prompts = PromptBatch(mask, plans.plans, self._tokens_of(states))
+                self._prompts = self._read_prompts(call, plans)
             self._planner.decide(plans, layer_idx, states, self._prompts)
             self._look_ahead(plans)
-        if self._cache is not None:
-            self._cache.in_forward = True
+        cache = self._cache
         num_rows, callbacks = plans.num_rows, self._callbacks
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
@@ -116,10 +131,15 @@ class PlanScope:
             if callbacks is not None:
                 event = VisitEvent(layer_idx, visit, tuple(rows), states.shape[1])
                 callbacks.before(event)
-            view = None if self._cache is None else self._cache.view(layer_idx, visit)
+            view = None if cache is None else cache.view(layer_idx, visit)
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
+                if self._same_rows:
+                    raise UnsupportedModelError(
+                        f"output_router_logits=True needs one plan for all rows, but layer {layer_idx} runs for "
+                        f"{len(rows)} of {num_rows}; leave it out (config.output_router_logits), or use one plan"
+                    )
                 index = plans.index(layer_idx, visit, states.device)
                 run = call.visit(
                     states.index_select(0, index), cache=view, index=index, num_rows=num_rows
@@ -133,20 +153,34 @@ class PlanScope:
         """Record that the forward has completed."""
         if self._plans is None:
             return
-        if self._cache is not None:
-            self._cache.advance(self._num_tokens)
+        if (cache := self._cache) is not None:
+            cache.advance(self._num_tokens)
         self._planner.finish(self._plans, is_prefill=self._is_prefill)
+
+    @property
+    def _cache(self) -> DepthCache | None:
+        return None if self._cache_ref is None else self._cache_ref()
 
     def _look_ahead(self, plans: RowPlans) -> None:
         """Dispatch layers directly where EXECUTE or SKIP is decided for all rows, if there are no callbacks."""
         if self._callbacks is not None:
             return
         actions = plans.shared_actions()
-        views = [None] * len(actions) if self._cache is None else self._cache.first_views
+        cache = self._cache
+        views = [None] * len(actions) if cache is None else cache.first_views
         self.dispatch = [
             view if action == EXECUTE else SKIPPED if action == SKIP else PER_ROW
             for view, action in zip(views, actions, strict=True)
         ]
+
+    def _read_prompts(self, call: LayerCall, plans: RowPlans) -> PromptBatch:
+        """Find out which tokens are the prompts'."""
+        tokens = self._tokens_of(call.hidden_states)
+        real = real_tokens(call, self.attention_mask)
+        special = self._special_tokens
+        if special is not None and tokens is not None and not self._planner.knows_lengths():
+            real = unmarked_padding(real, tokens, special)
+        return PromptBatch(self._planner.prompt_mask(real), plans.plans, tokens)
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
         """Return the tokens passed to the model's forward, if there is a number or a vector for every state."""
@@ -162,11 +196,16 @@ class PlanScope:
                 f"the states that enter layer {call.layer_idx} have shape {tuple(states.shape)}; "
                 "expected (batch, tokens, hidden)"
             )
+        cache = None
         if call.cache is not None:
-            self._cache = adopt_cache(call.cache, self._planner.num_layers)
-            self._cache.check_ready(states.shape[1])
+            cache = adopt_cache(call.cache, self._planner.num_layers)
+            cache.check_ready(states.shape[1])
+            self._cache_ref = weakref.ref(cache)
         self._callbacks = callbacks_of(self._planner)
-        plans, self._is_prefill = self._planner.start(states.shape[0], self._cache)
+        plans, self._is_prefill = self._planner.start(states.shape[0], cache)
+        if cache is not None:
+            # From here on the cache has the plans, and soon states of some layers.
+            cache.in_forward = True
         self._num_tokens = states.shape[1]
         self._look_ahead(plans)
         return plans

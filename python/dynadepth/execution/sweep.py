@@ -110,7 +110,7 @@ class Sweeper:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        remove_executor(self._stack)
+        remove_executor(self._stack.layers)
 
     def sweep(
         self,

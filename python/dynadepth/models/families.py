@@ -13,7 +13,7 @@ from torch import nn
 
 from dynadepth.errors import UnsupportedModelError
 
-__all__ = ["SUPPORTED_FAMILIES", "Family", "LayerStack", "layer_stack"]
+__all__ = ["SUPPORTED_FAMILIES", "Family", "LayerStack", "check_not_parallel", "layer_stack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,7 @@ def layer_stack(model: nn.Module) -> LayerStack:
             f"this is a {type(model).__name__} around a model, and only wrap_model and unwrap_model look inside; "
             "give what merge_and_unload() returns, or get_base_model() to leave its adapters as they are"
         )
+    check_not_parallel(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None or model_type not in SUPPORTED_FAMILIES:
@@ -138,6 +139,21 @@ def layer_stack(model: nn.Module) -> LayerStack:
             "another kind; load it with add_cross_attention=False"
         )
     return LayerStack(stack, layers, len(layers), int(config.hidden_size), model_type, family)
+
+
+def check_not_parallel(model: nn.Module) -> None:
+    """Refuse what DataParallel and its kin put around a model.
+
+    Raises:
+        UnsupportedModelError: This is a module around a model of a supported family.
+    """
+    inner = getattr(model, "module", None)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+    if isinstance(inner, nn.Module) and model_type in SUPPORTED_FAMILIES:
+        raise UnsupportedModelError(
+            f"this is a {type(model).__name__} around a {type(inner).__name__}; call wrap_model, and unwrap_model, on "
+            "the model itself (model.module), in each process, before anything is put around it"
+        )
 
 
 def _why_not(model: nn.Module, config: Any) -> str:
@@ -193,7 +209,7 @@ def layer_signature(forward: Callable[..., Any]) -> LayerSignature:
     cache_name = next((name for name in names if name in _CACHE_NAMES), None)
     if cache_name is None or "attention_mask" not in names:
         raise UnsupportedModelError(
-            f"{forward.__qualname__} takes {', '.join(names)}; expected an attention_mask and a cache called "
-            f"{' or '.join(_CACHE_NAMES)}"
+            f"{forward.__qualname__} takes {', '.join(names) or 'no argument by name'}; expected an attention_mask and "
+            f"a cache called {' or '.join(_CACHE_NAMES)}"
         )
     return LayerSignature(names, cache_name, "attention_mask")

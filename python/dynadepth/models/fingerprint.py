@@ -143,6 +143,11 @@ def check_base_model(
         return
     if not fits:
         differences.insert(0, f"they need {needed[0]} layers of width {needed[1]}")
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        differences.append(
+            "this model is in float16, which weights published in float32 or bfloat16 may not survive: load it in the "
+            "dtype of its checkpoint before you think of another model"
+        )
     origin = f" they were made with {made_with}, and here" if made_with else ""
     knowingly = f"; or, if you know that it behaves alike, {how_to_accept}" if fits else ""
     raise error(

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from dynadepth.errors import AssetError, UnsupportedModelError
+from dynadepth.files import lfs_hint
+from dynadepth.models.names import is_path_like
 
 __all__ = ["load_model", "load_tokenizer"]
 
@@ -40,7 +42,7 @@ def load_model(
         AssetError: There is no such model, a file of it is damaged, or it lacks weights.
         UnsupportedModelError: It is not a causal language model that transformers knows.
     """
-    name = os.fspath(name_or_path)
+    name = _local_or_hub(name_or_path, "model")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True
@@ -77,7 +79,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     Raises:
         AssetError: There is no such tokenizer, or a file of it is damaged.
     """
-    name = os.fspath(name_or_path)
+    name = _local_or_hub(name_or_path, "tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -88,16 +90,28 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     return loaded
 
 
+def _local_or_hub(name_or_path: str | os.PathLike[str], what: str) -> str:
+    """Return the name; one that looks like a path is never asked of the hub, where a stranger may have taken it."""
+    name = os.fspath(name_or_path)
+    if is_path_like(name) and not Path(name).is_dir():
+        raise AssetError(_cannot_load(what, name, FileNotFoundError("there is no such folder")))
+    return name
+
+
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     """Say what was tried: the folder if there is one, else the Hub."""
     if Path(name).is_dir():
         tried = f"the folder {Path(name).absolute()}"
+        hint = lfs_hint(name)
+    elif is_path_like(name):
+        tried, hint = f"the folder {Path(name).absolute()}, which does not exist", ""
     else:
         tried = (
             f"the folder {Path(name).absolute()}, which does not exist, then the Hub id {name!r}"
         )
+        hint = ""
     return (
-        f"cannot load the {what} {name!r}: tried {tried} ({type(error).__name__}: {_first_line(error)}); "
+        f"cannot load the {what} {name!r}: tried {tried} ({type(error).__name__}: {_first_line(error)}){hint}; "
         "give a folder with config.json and weights, or a Hub id that can be reached"
     )
 

@@ -59,7 +59,7 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         source: The file, or its content.
         budget: Mean depth over prompts, as a fraction of the layers.
         providers: Execution providers of onnxruntime, in order of preference.
-        digest: `menu_digest` that the file must have been made from, if that is known.
+        digest: `graph_digest` of the graph that the file must hold, if that is known; computing it takes onnx.
 
     Raises:
         BudgetError: The budget is not a number or outside the calibrated range.
@@ -98,6 +98,10 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         first = self.decision_layers[0]
         plans[:, :first] = self.plans[0, :first]
         return plans
+
+    def known_plans(self) -> Plans:
+        """Return the plans of the menu."""
+        return self.plans
 
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Choose a plan for each prompt and return it up to the next decision.

@@ -58,7 +58,7 @@ class OnnxRouterPolicy(SessionHolder, LayerwisePolicy):
         source: The file, or its content.
         budget: Mean depth over prompts, as a fraction of the layers.
         providers: Execution providers of onnxruntime, in order of preference.
-        digest: `routers_digest` that the file must have been made from, if that is known.
+        digest: `graph_digest` of the graph that the file must hold, if that is known; computing it takes onnx.
 
     Raises:
         BudgetError: The budget is not a number or outside the calibrated range.

@@ -4,6 +4,7 @@ Owns the errors of a file that is missing, damaged, newer, of another kind or of
 graph decides.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import CheckpointError, ConfigError
-from dynadepth.files import check_schema_version
+from dynadepth.files import check_schema_version, lfs_hint
 from dynadepth.onnx.graph_builder import (
     ONNX_SCHEMA_VERSION,
     PROPERTY_PREFIX,
     need_package,
 )
 
-__all__ = ["SessionHolder", "open_session", "read_facts", "source_name"]
+__all__ = ["SessionHolder", "graph_digest", "open_session", "read_facts", "source_name"]
 
 Source = str | os.PathLike[str] | bytes
 # Files of the first version, of routers all, did not say so.
@@ -52,8 +53,42 @@ def open_session(source: Source, providers: Sequence[str] = ("CPUExecutionProvid
         return runtime.InferenceSession(content, options, providers=list(providers))
     except Exception as error:  # onnxruntime's errors share no base but Exception
         raise CheckpointError(
-            f"{source_name(source)} cannot be read by onnxruntime: {error}; export it again"
+            f"{source_name(source)} cannot be read by onnxruntime: {error}{lfs_hint(content)}; export it again"
         ) from error
+
+
+def graph_digest(source: Source) -> str:
+    """Return the SHA-256, in hexadecimal, of what a graph computes: nodes, constants, inputs and outputs.
+
+    Names of nodes, comments and metadata, which change nothing, are left out.
+
+    Args:
+        source: The file, or its content.
+
+    Raises:
+        CheckpointError: It holds no ONNX graph.
+        ConfigError: onnx is not installed.
+    """
+    onnx = need_package("onnx", ConfigError)
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's errors share no base but Exception
+        raise CheckpointError(
+            f"{source_name(source)} holds no ONNX graph: {error}{lfs_hint(content)}; export it again"
+        ) from error
+    graph = model.graph
+    for node in graph.node:
+        node.ClearField("name")
+        node.ClearField("doc_string")
+    digest = hashlib.sha256()
+    parts = (model.opset_import, model.functions, graph.node, graph.initializer)
+    for part in (*parts, graph.sparse_initializer, graph.input, graph.output):
+        digest.update(f"{len(part)}\n".encode())
+        for each in part:
+            data = each.SerializeToString(deterministic=True)
+            digest.update(f"{len(data)}\n".encode() + data)
+    return digest.hexdigest()
 
 
 def read_facts(
@@ -66,7 +101,7 @@ def read_facts(
         source: What it was opened from, for messages.
         kind: Kind of graph expected, `routers` or `menu`.
         needed: Names that must be there besides.
-        digest: Digest that the file must have been made from, if that is known.
+        digest: `graph_digest` of the graph that it must hold, if that is known.
 
     Returns:
         Name, without dynadepth's prefix, to value.
@@ -99,10 +134,11 @@ def read_facts(
     missing = sorted({f"{kind}_digest", *needed} - set(facts))
     if missing:
         raise CheckpointError(f"{name} lacks the property {missing[0]!r}; export it again")
-    if digest is not None and facts[f"{kind}_digest"] != digest:
+    # Computed: metadata says what the writer wanted it to say.
+    if digest is not None and graph_digest(source) != digest:
         raise CheckpointError(
-            f"{name} was made from other routers than those beside it; write it again with "
-            "`dynadepth export`"
+            f"{name} was made from other routers than those beside it, or by another version of dynadepth; write it "
+            "again with `dynadepth export`"
         )
     return facts
 

@@ -51,6 +51,10 @@ class Policy(ABC):
             Shape (num_rows, num_layers), uint8, a fresh array.
         """
 
+    def known_plans(self) -> Plans | None:
+        """Return the plans among which it chooses, if these are known. Shape (K, num_layers), uint8."""
+        return None
+
     @abstractmethod
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Decide the actions of a layer, and perhaps of layers right after it.

@@ -56,10 +56,14 @@ class MenuHead:
                 "a menu head has one of inner_weight and inner_bias; give both or neither"
             )
         for name, tensor in self.tensors().items():
-            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype != torch.float32:
                 raise ConfigError(
-                    f"menu tensor {name!r} is {tensor.dtype} or holds values that are not finite; expected finite "
-                    "torch.float32: train the menu again"
+                    f"menu tensor {name!r} is {tensor.dtype}; expected torch.float32: convert it, or train the menu "
+                    "again"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(
+                    f"menu tensor {name!r} holds values that are not finite; train the menu again"
                 )
         read = self.weight if self.inner_weight is None else self.inner_weight
         bound = read.dim() == 2 and self.weight.dim() == 2 and read.shape[1] % self.num_views == 0

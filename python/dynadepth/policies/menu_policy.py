@@ -60,6 +60,10 @@ class MenuPolicy(Policy):
         plans[:, :first] = self.menu.plans[0, :first]
         return plans
 
+    def known_plans(self) -> Plans:
+        """Return the plans of the menu."""
+        return self.menu.plans
+
     @torch.no_grad()
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Choose a plan for each prompt and return it up to the next decision.

@@ -251,22 +251,6 @@ class Forest:
         """
         return EditPrior(*self._core.prior())
 
-    def snapshot(self) -> bytes:
-        """Write the forest as bytes, open tickets included."""
-        return self._core.snapshot()
-
-    @classmethod
-    def restore(cls, snapshot: bytes) -> "Forest":
-        """Make the forest that `snapshot` wrote; it goes on as that one would have, and takes its tickets.
-
-        Raises:
-            SearchError: The bytes are cut off, damaged, or of another version.
-        """
-        forest = cls.__new__(cls)
-        forest._core = _core.Forest.restore(snapshot)
-        forest._config = SearchConfig.from_dict(forest._core.settings())
-        return forest
-
     def _checked(self, tree: int) -> int:
         if tree < 0:
             raise SearchError(f"tree {tree} does not exist; expected 0 to {self.num_trees - 1}")

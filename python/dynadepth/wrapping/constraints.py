@@ -4,12 +4,12 @@ A plan that the caller gives is refused if it breaks them; a policy's actions ar
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.errors import PlanError
+from dynadepth.errors import ConfigError, PlanError
 from dynadepth.plans import EXECUTE, REPEAT, Plans
 
 __all__ = ["Limits"]
@@ -79,6 +79,39 @@ class Limits:
             empty = visits + actions.sum(axis=1, dtype=np.int64) == 0
             actions[empty, -1] = EXECUTE
         return actions
+
+    def check_menu(self, menu: Plans, decision_layers: Sequence[int]) -> None:
+        """Refuse limits that change what a menu chose at one step so that no plan is left to a later one.
+
+        Goes through all choices, each cut to the limits, as they could be made for some prompt.
+
+        Args:
+            menu: The plans. Shape (K, num_layers), uint8.
+            decision_layers: The layers at which the menu chooses, ascending.
+
+        Raises:
+            ConfigError: A later step can be left without a plan.
+        """
+        ends = [*decision_layers[1:], self.num_layers]
+        none_yet = np.zeros(1, dtype=np.int64)
+        start = self.apply(menu[:1, : decision_layers[0]].copy(), 0, none_yet)[0]
+        chosen = {tuple(start.tolist())}
+        for step, (first, end) in enumerate(zip(decision_layers, ends, strict=True)):
+            longer = set()
+            for so_far in chosen:
+                # The first step chooses among all plans, whatever ran before it.
+                is_open = (menu[:, :first] == so_far).all(axis=1) | (step == 0)
+                if not is_open.any():
+                    raise ConfigError(
+                        f"max_depth {self.max_depth} and protect {list(self.protect)} change what this menu chooses "
+                        f"before layer {first} so that no plan of it is left there; train a menu with these layers "
+                        "protected and without the repeats, or leave these limits out"
+                    )
+                visits = np.array([sum(so_far)], dtype=np.int64)
+                for actions in np.unique(menu[is_open, first:end], axis=0):
+                    kept = self.apply(actions[None].copy(), first, visits)[0]
+                    longer.add((*so_far, *kept.tolist()))
+            chosen = longer
 
     def _take_repeats(self, actions: Plans, first: int, visits: npt.NDArray[np.int64]) -> None:
         for column in range(actions.shape[1]):

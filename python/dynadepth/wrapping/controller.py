@@ -7,6 +7,7 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,16 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import PlanError, WrapError
 from dynadepth.execution.context_stack import Context, contexts_of
 from dynadepth.execution.executor import (
+    check_installed,
     enter_scope,
     install_executor,
-    is_installed,
     leave_scope,
+    obeys,
     remove_executor,
 )
+from dynadepth.execution.padding import SpecialTokens
 from dynadepth.execution.plan_forward import PlanScope
-from dynadepth.models.families import LayerStack, layer_stack
+from dynadepth.models.families import layer_stack
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -36,7 +39,9 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
+# Where the stack of layers and the model keep their controller.
 _CONTROLLER = "_dynadepth_controller"
+_ATTRIBUTE = "dynadepth"
 
 
 class Controller(ContextMethods):
@@ -78,6 +83,17 @@ class Controller(ContextMethods):
         super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Stats())
         self.policy = policy
         self._handles: list[Any] = []
+        # Weak: a layer that was thrown away is not kept.
+        self._wrapped: WeakSet[nn.Module] = WeakSet()
+        self._list_name = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no layers but those that stand in it.
+        return {name: value for name, value in self.__dict__.items() if name != "_wrapped"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wrapped = WeakSet()
 
     def __repr__(self) -> str:
         policy = type(self.policy).__name__
@@ -158,8 +174,18 @@ class Controller(ContextMethods):
             keeper.row_plans = known
         return known, is_new
 
+    def check_menu(self) -> None:
+        """Refuse limits that leave some prompt of a menu of several steps without a plan.
+
+        Raises:
+            ConfigError: They do.
+        """
+        menu = self.policy.known_plans()
+        if menu is not None:
+            self._limits.check_menu(menu, self.policy.decision_layers)
+
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Record a forward that has completed."""
+        """Count a forward that has run to its end."""
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
@@ -220,6 +246,17 @@ class Controller(ContextMethods):
         checked: Plans = array.astype(np.uint8)
         return checked
 
+    def knows_lengths(self) -> bool:
+        """Say whether the caller has told how many tokens of each row are the prompt."""
+        return self._prompt_lengths(contexts_of(self)) is not None
+
+    @staticmethod
+    def _prompt_lengths(contexts: list[Context]) -> torch.Tensor | None:
+        return next(
+            (context.prompt_lengths for context in contexts if context.prompt_lengths is not None),
+            None,
+        )
+
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
         """Return which of the real tokens belong to the prompt. Shape (rows, tokens), bool, like `real`.
 
@@ -228,10 +265,7 @@ class Controller(ContextMethods):
         """
         mask, (rows, tokens) = real, real.shape
         contexts = contexts_of(self)
-        lengths = next(
-            (context.prompt_lengths for context in contexts if context.prompt_lengths is not None),
-            None,
-        )
+        lengths = self._prompt_lengths(contexts)
         generation = next((context for context in contexts if context.in_generate), None)
         width = None
         if generation is not None:
@@ -248,10 +282,19 @@ class Controller(ContextMethods):
             mask[:, width:] = False
         return mask
 
+    def check_layers(self, stack: nn.Module) -> None:
+        """Refuse a stack whose layers are no longer those that were wrapped.
+
+        Raises:
+            WrapError: They were changed since.
+        """
+        check_installed(getattr(stack, self._list_name), self, self.num_layers)
+
     def attach(self, model: nn.Module) -> None:
         """Put the executor and the hooks on a model; if it raises, nothing is changed."""
         stack = layer_stack(model)
         install_executor(stack, self)
+        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
         stack.stack.__dict__[_CONTROLLER] = self
         self._handles = [
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
@@ -259,13 +302,19 @@ class Controller(ContextMethods):
         ]
 
     def detach(self, model: nn.Module) -> None:
-        """Remove everything that `attach` put on the model."""
-        stack = layer_stack(model)
+        """Take everything that `attach` put on off again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        stack.stack.__dict__.pop(_CONTROLLER, None)
-        remove_executor(stack)
+        # Other libraries may have moved, copied or replaced layers since.
+        modules = list(model.modules())
+        for module in modules:
+            if module.__dict__.get(_CONTROLLER) is self:
+                del module.__dict__[_CONTROLLER]
+        remove_executor(modules)
+        remove_executor([layer for layer in self._wrapped if obeys(layer, self)])
+        # An interrupt (Ctrl-C) in a forward leaves its scope open.
+        leave_scope(self)
 
 
 def _summary(what: str, rows: int, depth: float) -> str:
@@ -275,13 +324,19 @@ def _summary(what: str, rows: int, depth: float) -> str:
 # Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
 # controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        mask = None
+    controller, config = module.__dict__[_CONTROLLER], module.config
+    controller.check_layers(module)
+    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    enter_scope(PlanScope(module.__dict__[_CONTROLLER], mask, tokens))
+    # What transformers makes of these fits no batch in which a layer runs for some of the rows.
+    experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    padding = None if given is not None else SpecialTokens.of(config)
+    enter_scope(
+        PlanScope(controller, mask, tokens, special_tokens=padding, same_rows=bool(experts))
+    )
 
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -297,14 +352,9 @@ def controller_of(model: nn.Module) -> Controller:
     Raises:
         WrapError: The model is not wrapped.
     """
-    controller = layer_stack(model).stack.__dict__.get(_CONTROLLER)
+    controller = model.__dict__.get(_ATTRIBUTE)
     if not isinstance(controller, Controller):
         raise WrapError(
             f"this {type(model).__name__} is not wrapped; call wrap_model(model, ...) first"
         )
     return controller
-
-
-def is_wrapped(stack: LayerStack) -> bool:
-    """Say whether a controller or an executor is on these layers."""
-    return _CONTROLLER in stack.stack.__dict__ or is_installed(stack)

@@ -100,18 +100,18 @@ class Stats:
             self._last_kv = None
 
     def planned(self, plans: RowPlans) -> None:
-        """Record the plans of a batch, in which all layers are decided."""
-        visits = plans.num_visits
+        """Enter the plans of a batch, all layers of which are decided."""
         with self._lock:
             self.last_plans = plans.plans.copy()
-            self._prompts += plans.num_rows
-            self._planned_visits += visits
-            self._plain_planned_visits += plans.plans.size
 
     def ran(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Record a forward that has completed."""
+        """Enter a forward that has run to its end; one that failed may be tried again, so it does not count."""
         visits, plain = plans.num_visits, plans.plans.size
         with self._lock:
+            if is_prefill:
+                self._prompts += plans.num_rows
+                self._planned_visits += visits
+                self._plain_planned_visits += plain
             self._prefill_forwards += is_prefill
             self._decode_forwards += not is_prefill
             self._visits += visits

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from torch import nn
 
 from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_routers
+from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
-from dynadepth.models.families import LayerStack, layer_stack
+from dynadepth.execution.executor import is_installed
+from dynadepth.models.families import LayerStack, check_not_parallel, layer_stack
 from dynadepth.plans import check_plans
 from dynadepth.policies.base import Policy, StaticPolicy
-from dynadepth.wrapping.controller import Controller, controller_of, is_wrapped
+from dynadepth.wrapping.controller import Controller, controller_of
 
 __all__ = ["unwrap_model", "wrap_model"]
 
@@ -52,7 +54,8 @@ def wrap_model(
     Raises:
         BudgetError: The budget is not a number or outside the calibrated range.
         CheckpointError: The routers are damaged or belong to another base model.
-        ConfigError: Not exactly one of budget, plan and policy, or settings that do not go together.
+        ConfigError: Not exactly one of budget, plan and policy, or settings that do not go together, such as limits
+            that a menu of several steps cannot keep.
         FileNotFoundError: There are no routers beside the base model.
         PlanError: The plan does not fit this model.
         UnsupportedModelError: The model's family is not supported.
@@ -83,7 +86,7 @@ def wrap_model(
         )
     inner = _causal_lm(model)
     stack = layer_stack(inner)
-    if is_wrapped(stack) or "dynadepth" in inner.__dict__:
+    if is_installed(stack) or "dynadepth" in inner.__dict__:
         raise WrapError(
             f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
         )
@@ -93,7 +96,7 @@ def wrap_model(
             f"another library has replaced this model's {replaced[0]}; remove that before wrapping"
         )
     protected = _check_protect(protect, stack)
-    _check_max_depth(max_depth)
+    max_depth = _check_max_depth(max_depth)
 
     if budget is not None:
         loaded = _resolve_routers(inner, routers)
@@ -119,6 +122,7 @@ def wrap_model(
     controller = Controller(stack.num_layers, chosen, max_depth=max_depth, protect=protected)
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
+    controller.check_menu()
     controller.attach(inner)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
@@ -148,7 +152,8 @@ def unwrap_model(model: Any) -> Any:
 
 
 def _causal_lm(model: Any) -> Any:
-    """Return the model that has the layers and `generate`, unwrapping what torch.compile and PEFT put around it."""
+    """Return the model that has the layers and the generate, from inside what torch.compile and PEFT put around it."""
+    check_not_parallel(model)
     inner = getattr(model, "_orig_mod", model)
     get_base_model = getattr(inner, "get_base_model", None)
     return inner if get_base_model is None else get_base_model()
@@ -232,23 +237,21 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         return type(model).generate(model, *args, **kwargs)
 
 
-def _check_max_depth(max_depth: object) -> None:
+def _check_max_depth(given: Any) -> float | None:
+    max_depth = plain_number(given)
     if max_depth is None:
-        return
-    if not isinstance(max_depth, (int, float)) or not 1 <= max_depth < math.inf:
+        return None
+    if type(max_depth) not in (int, float) or not 1 <= max_depth < math.inf:
         raise ConfigError(
-            f"max_depth is {max_depth!r}; expected a number of at least 1 (1 removes all repeats)"
+            f"max_depth is {given!r}; expected a number of at least 1 (1 takes all repeats away)"
         )
+    return float(max_depth)
 
 
 def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]:
-    layers = tuple(protect)
+    layers = tuple(plain_number(layer) for layer in protect)
     for layer in layers:
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or not 0 <= layer < stack.num_layers
-        ):
+        if type(layer) is not int or not 0 <= layer < stack.num_layers:
             raise ConfigError(
                 f"protect names layer {layer!r}; expected layer numbers from 0 to {stack.num_layers - 1}"
             )

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 
-/// More layers than any model has; bounds what a damaged snapshot can ask for.
+/// More layers than any model has.
 pub const MAX_LAYERS: usize = 4096;
 /// Rewards and penalties beyond this are refused, so that no sum overflows.
 pub const MAX_MAGNITUDE: f64 = 1e100;

@@ -151,7 +151,4 @@ pub enum Error {
     /// The prior was asked for before the probe was told, or without one.
     #[error("there is no prior: tell the rewards of the whole probe first, or make the forest with probe_trees above 0 or with a prior")]
     NoPrior,
-    /// A snapshot that cannot be restored.
-    #[error("the snapshot cannot be restored: {0}")]
-    Snapshot(String),
 }

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::{is_usable, SearchConfig};
+use crate::config::is_usable;
 use crate::edits::{Guide, Limits};
 use crate::error::{Error, Result};
 use crate::prior::EditPrior;
 use crate::probe;
 use crate::results::{self, BestPlan, Evaluated};
 use crate::rng::SplitMix64;
+use crate::spec::ForestSpec;
 use crate::tree::{Shared, Tree};
 
 /// Plans to evaluate: row `i` is a plan of tree `tree[i]`, whose reward goes with `ticket[i]`.
@@ -20,35 +21,6 @@ pub struct AskBatch {
     pub plans: Vec<u8>,
     /// Ticket of each plan.
     pub ticket: Vec<u64>,
-}
-
-/// What a forest is made from; the rest of its state follows from the rewards told.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ForestSpec {
-    /// Decoder layers of the model.
-    pub num_layers: usize,
-    /// Settings of the search.
-    pub config: SearchConfig,
-    /// Seed of the probe's choice of trees and of random children.
-    pub seed: u64,
-    /// One key for each tree: what is random about a tree follows from the seed and its key alone.
-    pub tree_keys: Vec<u64>,
-    /// What is known of single edits; without it, the forest opens with a probe.
-    pub prior: Option<EditPrior>,
-}
-
-impl ForestSpec {
-    fn check(&self, limits: &Limits) -> Result<()> {
-        if self.tree_keys.is_empty() || u32::try_from(self.tree_keys.len()).is_err() {
-            return Err(Error::NumTrees {
-                given: self.tree_keys.len(),
-            });
-        }
-        match &self.prior {
-            Some(prior) => prior.check(limits.num_edits(), |edit| limits.reaches(edit)),
-            None => Ok(()),
-        }
-    }
 }
 
 /// A search over plans for many prompts at once.
@@ -100,7 +72,7 @@ pub struct Forest {
     prior: Option<EditPrior>,
     trees: Vec<Tree>,
     /// Tree whose turn it is when a batch cannot serve all.
-    pub(crate) turn: usize,
+    turn: usize,
 }
 
 impl Forest {
@@ -297,21 +269,8 @@ impl Forest {
         self.trees.len()
     }
 
-    /// Whether the probe, if there is one, is over.
-    pub(crate) fn is_searching(&self) -> bool {
-        self.guide.is_some()
-    }
-
-    pub(crate) fn trees(&self) -> &[Tree] {
-        &self.trees
-    }
-
-    pub(crate) fn tree_mut(&mut self, tree: usize) -> Option<&mut Tree> {
-        self.trees.get_mut(tree)
-    }
-
     /// Lets the trees that have just been told go on, if their round is complete.
-    pub(crate) fn go_on(&mut self, touched: &BTreeSet<usize>) {
+    fn go_on(&mut self, touched: &BTreeSet<usize>) {
         let Some(guide) = &self.guide else {
             if self
                 .probed

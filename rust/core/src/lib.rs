@@ -18,13 +18,14 @@ mod probe;
 mod results;
 pub mod rng;
 mod select;
-mod snapshot;
+mod spec;
 pub mod sweep;
 mod tree;
 
 pub use config::{SearchConfig, Selection};
 pub use error::{Error, Result};
-pub use forest::{AskBatch, Forest, ForestSpec};
+pub use forest::{AskBatch, Forest};
 pub use prior::EditPrior;
 pub use results::{BestPlan, Evaluated};
+pub use spec::ForestSpec;
 pub use sweep::{LayerStep, SweepPlan};

@@ -81,11 +81,6 @@ impl Tree {
         self.told == self.evaluations.len()
     }
 
-    /// First evaluation of the current round.
-    pub(crate) fn untold_from(&self) -> usize {
-        self.round_start
-    }
-
     /// Opens with the identity plan alone: nothing can be compared before it is told.
     pub(crate) fn open_search(&mut self, shared: &Shared<'_>) {
         self.choose(Vec::new(), shared);

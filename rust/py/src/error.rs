@@ -34,7 +34,6 @@ pub(crate) fn to_python(error: &Error) -> PyErr {
         | Error::ReusedTicket { .. }
         | Error::UnknownTree { .. }
         | Error::NothingEvaluated { .. }
-        | Error::NoPrior
-        | Error::Snapshot(_) => SearchError::new_err(message),
+        | Error::NoPrior => SearchError::new_err(message),
     }
 }

@@ -5,7 +5,6 @@ use std::sync::{Mutex, PoisonError};
 use dynadepth_core::{BestPlan, EditPrior, Forest, ForestSpec, Result, SearchConfig, Selection};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::{to_python, ConfigError};
 
@@ -109,22 +108,6 @@ impl PyForest {
             .map_err(|error| to_python(&error))
     }
 
-    /// Make the forest that `snapshot` wrote.
-    #[staticmethod]
-    fn restore(py: Python<'_>, snapshot: &[u8]) -> PyResult<Self> {
-        py.detach(|| Forest::restore(snapshot))
-            .map(|forest| Self {
-                forest: Mutex::new(forest),
-            })
-            .map_err(|error| to_python(&error))
-    }
-
-    /// Write the forest as bytes, open tickets included.
-    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = self.run(py, |forest| Ok(forest.snapshot()))?;
-        Ok(PyBytes::new(py, &bytes))
-    }
-
     /// Hand out up to `max_plans` plans: `(tree, plans, ticket)`.
     fn ask<'py>(&self, py: Python<'py>, max_plans: usize) -> PyResult<Asked<'py>> {
         let (batch, num_layers) = self.run(py, |forest| {
@@ -204,27 +187,6 @@ impl PyForest {
     fn num_trees(&self, py: Python<'_>) -> PyResult<usize> {
         self.run(py, |forest| Ok(forest.num_trees()))
     }
-
-    /// Return all settings of the search by name.
-    fn settings<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let config = self.run(py, |forest| Ok(forest.spec().config.clone()))?;
-        let settings = PyDict::new(py);
-        settings.set_item("max_evaluations", config.max_evaluations)?;
-        settings.set_item("depth_penalty", config.depth_penalty)?;
-        settings.set_item("exploration", config.exploration)?;
-        settings.set_item("selection", selection_name(config.selection))?;
-        settings.set_item("protect", config.protect)?;
-        settings.set_item("max_depth", config.max_depth)?;
-        settings.set_item("max_repeats", config.max_repeats)?;
-        settings.set_item("max_edits", config.max_edits)?;
-        settings.set_item("virtual_loss", config.virtual_loss)?;
-        settings.set_item("probe_trees", config.probe_trees)?;
-        settings.set_item("round_size", config.round_size)?;
-        settings.set_item("temperature", config.temperature)?;
-        settings.set_item("prior_weight", config.prior_weight)?;
-        settings.set_item("random_child", config.random_child)?;
-        Ok(settings)
-    }
 }
 
 fn selection_of(name: &str) -> PyResult<Selection> {
@@ -234,13 +196,6 @@ fn selection_of(name: &str) -> PyResult<Selection> {
         _ => Err(ConfigError::new_err(format!(
             "the setting selection is '{name}'; expected 'puct' or 'drllm'"
         ))),
-    }
-}
-
-fn selection_name(selection: Selection) -> &'static str {
-    match selection {
-        Selection::Puct => "puct",
-        Selection::DrLlm => "drllm",
     }
 }
 

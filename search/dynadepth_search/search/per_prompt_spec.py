@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dynadepth.config import config_to_dict
+from dynadepth.config import config_to_dict, plain_number
 from dynadepth.errors import ConfigError
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.scoring.objectives import Objective, check_objective
@@ -45,7 +45,8 @@ class PromptSearchSpec:
     def __post_init__(self) -> None:
         check_objective(self.objective)
         for name in ("seed", "block_size", "blocks_per_shard", "max_logit_bytes"):
-            value = getattr(self, name)
+            value = plain_number(getattr(self, name))
+            object.__setattr__(self, name, value)
             if not isinstance(value, int) or isinstance(value, bool) or value < (name != "seed"):
                 least = int(name != "seed")
                 raise ConfigError(

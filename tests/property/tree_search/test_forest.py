@@ -8,7 +8,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dynadepth.errors import SearchError
 from dynadepth.plans import plan_depth
 from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
 from tests.reference.forests import finish, random_prior, search_configs, table_reward
@@ -121,43 +120,6 @@ def test_the_unit_of_the_reward_does_not_matter(data):
     ]
     for tree in range(2):
         assert asked_plans(forests[0], tree) == asked_plans(forests[1], tree)
-
-
-@given(st.data())
-def test_a_snapshot_goes_on_as_the_forest_would(data):
-    num_layers = data.draw(st.integers(1, 6))
-    config = data.draw(search_configs(num_layers))
-    seed = data.draw(st.integers(0, 1000))
-    forest = Forest(num_layers, 3, config=config, seed=seed, tree_keys=[5, 6, 7])
-    reward = keyed_reward(seed, [5, 6, 7])
-    open_rows = []
-    for _ in range(data.draw(st.integers(0, 6))):
-        batch = forest.ask(data.draw(st.integers(1, 12)))
-        open_rows += list(zip(batch.ticket, batch.tree, batch.plans, strict=True))
-        told = open_rows[: data.draw(st.integers(0, len(open_rows)))]
-        open_rows = open_rows[len(told) :]
-        forest.tell([row[0] for row in told], [reward(*row[1:]) for row in told])
-    restored = Forest.restore(forest.snapshot())
-    assert restored.config == config
-    assert restored.snapshot() == forest.snapshot()
-    for one in (forest, restored):
-        one.tell([row[0] for row in open_rows], [reward(*row[1:]) for row in open_rows])
-        finish(one, reward)
-    assert restored.snapshot() == forest.snapshot()
-
-
-@given(st.integers(0, 1000), st.integers(0, 10**9), st.integers(0, 255))
-def test_a_damaged_snapshot_is_refused(seed, place, byte):
-    forest = Forest(3, 2, config=SearchConfig(max_evaluations=9, probe_trees=1), seed=seed)
-    finish(forest, keyed_reward(seed, [0, 1]))
-    snapshot = bytearray(forest.snapshot())
-    place %= len(snapshot)
-    with pytest.raises(SearchError, match="the snapshot cannot be restored"):
-        Forest.restore(bytes(snapshot[:place]))
-    assume(snapshot[place] != byte)
-    snapshot[place] = byte
-    with pytest.raises(SearchError, match="the snapshot cannot be restored"):
-        Forest.restore(bytes(snapshot))
 
 
 @given(st.data())

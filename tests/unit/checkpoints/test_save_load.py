@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,12 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from dynadepth import load_routers, save_routers
 from dynadepth.checkpoints import paths
-from dynadepth.checkpoints.save_load import Routers, base_model_name, find_routers
+from dynadepth.checkpoints.save_load import (
+    Routers,
+    base_model_name,
+    export_policy,
+    find_routers,
+)
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.onnx.router_policy import OnnxRouterPolicy, export_onnx
 from dynadepth.policies.router_policy import RouterPolicy
 from tests.tiny import tiny_model
+from tests.tiny_menus import random_menu
 from tests.tiny_routers import CALIBRATION, random_routers, seen
 
 METRICS = {
@@ -459,3 +466,32 @@ def test_routers_are_immutable(routers):
     assert isinstance(routers, Routers)
     with pytest.raises(AttributeError):
         routers.shrinkage = 0.0
+
+
+@pytest.mark.parametrize("kind", ["routers", "menu"])
+def test_a_graph_that_was_changed_is_refused_whatever_its_metadata_says(folder, kind):
+    """The metadata's digest is that of the weights; the graph decides otherwise."""
+    trained = random_routers() if kind == "routers" else random_menu()
+    save_routers(folder, trained)
+    export_policy(trained, folder / "routers.onnx")
+    assert load_routers(folder).policy(0.8, backend="onnx").num_layers == trained.num_layers
+    model = onnx.load(folder / "routers.onnx")
+    constant = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    changed = onnx.numpy_helper.to_array(constant).copy()
+    changed.flat[0] += 0.5
+    constant.CopyFrom(onnx.numpy_helper.from_array(changed, constant.name))
+    onnx.save(model, folder / "routers.onnx")
+    with pytest.raises(CheckpointError, match=r"routers\.onnx was made from other routers"):
+        load_routers(folder).policy(0.8, backend="onnx")
+
+
+@pytest.mark.parametrize("name", ["routers.safetensors", "routers.onnx"])
+def test_a_pointer_of_git_lfs_is_named_as_one(folder, name):
+    routers = random_routers()
+    save_routers(folder, routers)
+    export_policy(routers, folder / "routers.onnx")
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 12345\n"
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}.* is a Git LFS pointer.*git lfs pull"):
+        load_routers(folder).policy(0.8, backend="onnx")

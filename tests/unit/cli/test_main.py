@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import subprocess
 import sys
 import types
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynadepth.cli import main as cli
 from dynadepth.errors import LabelError
+from dynadepth.models import loading
 
 PROMPT = "The sky is"
 
@@ -395,3 +397,36 @@ def test_export_of_damaged_routers_leaves_nothing(capsys, tiny_routed, tmp_path)
     assert (code, out) == (1, "")
     assert f"{weights} is damaged" in err
     assert sorted(path.name for path in routers.iterdir()) == before
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "dynadepth"]
+    given = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    version = importlib.metadata.version("dynadepth")
+    assert (given.returncode, given.stdout) == (0, f"dynadepth {version}\n")
+    wrong = subprocess.run([*command, "no-such-verb"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("name", ["./no-such-model", "/no/such/model", "runs/demo/model", "model/"])
+def test_a_mistyped_path_of_a_model_never_asks_the_hub(capsys, monkeypatch, name):
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", asked)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", asked)
+    options = ("--model", name, "--prompt", "a", "--plan", "0-3")
+    code, out, err = run(capsys, "generate", *options)
+    assert (code, out) == (1, "")
+    assert "which does not exist" in err
+    assert "Hub id '" not in err
+
+
+def test_weights_that_git_lfs_has_not_fetched_are_named(capsys, tiny_copy):
+    (tiny_copy / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 12345\n"
+    )
+    options = ("--model", str(tiny_copy), "--prompt", "a", "--plan", "0-3")
+    code, _, err = run(capsys, "generate", *options)
+    assert code == 1
+    assert "model.safetensors is a Git LFS pointer" in err

@@ -1,5 +1,7 @@
 """What the allow-list and the capability checks refuse."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,8 @@ from transformers import (
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.models.families import SUPPORTED_FAMILIES, layer_signature, layer_stack
-from tests.tiny import FAMILIES, tiny_model
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
+from tests.tiny import FAMILIES, random_batch, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,3 +106,37 @@ def test_a_layer_without_a_known_cache_argument_is_refused():
         UnsupportedModelError, match="takes hidden_states, attention_mask, memory; expected"
     ):
         layer_signature(forward)
+
+
+class DistributedDataParallel(nn.parallel.DistributedDataParallel):
+    """The real one, in a group of this process alone."""
+
+    def __init__(self, module):
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        super().__init__(module)
+
+
+@pytest.fixture
+def no_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_process_group")
+@pytest.mark.parametrize("around", [nn.DataParallel, DistributedDataParallel])
+def test_what_is_put_around_a_model_for_many_devices_says_what_to_wrap(around):
+    model = around(tiny_model(dtype=torch.float32))
+    for refusing in (partial(wrap_model, plan="0-3"), unwrap_model, layer_stack):
+        with pytest.raises(
+            UnsupportedModelError,
+            match=rf"{around.__name__} around a LlamaForCausalLM; .*model.module.*before",
+        ):
+            refusing(model)
+    # As the message says, it works the other way round.
+    inner = wrap_model(tiny_model(dtype=torch.float32), plan="0-1,3")
+    ids, mask = random_batch([5, 7])
+    expected = inner(ids, attention_mask=mask).logits
+    assert torch.equal(around(inner)(ids, attention_mask=mask).logits, expected)

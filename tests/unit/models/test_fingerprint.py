@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from dynadepth import unwrap_model, wrap_model
-from dynadepth.errors import UnsupportedModelError
-from dynadepth.models.fingerprint import compare_fingerprints, fingerprint, fingerprint_digest
+from dynadepth.errors import CheckpointError, UnsupportedModelError
+from dynadepth.models.fingerprint import (
+    check_base_model,
+    compare_fingerprints,
+    fingerprint,
+    fingerprint_digest,
+)
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -144,3 +149,24 @@ def test_a_module_that_is_no_model_is_refused():
     model.config = tiny_model().config
     with pytest.raises(UnsupportedModelError, match=r"no numbered decoder layers"):
         fingerprint(model)
+
+
+def test_a_base_in_float16_that_differs_says_what_to_try_first():
+    base = tiny_model(dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="this model is in float16.*dtype of its checkpoint"):
+        check_base_model(
+            tiny_model(dtype=torch.float32).half(),
+            fingerprint(base),
+            holder="the routers",
+            error=CheckpointError,
+            advice="use others",
+        )
+    with pytest.raises(CheckpointError) as caught:
+        check_base_model(
+            tiny_model(seed=1, dtype=torch.float32),
+            fingerprint(base),
+            holder="the routers",
+            error=CheckpointError,
+            advice="use others",
+        )
+    assert "float16" not in str(caught.value)

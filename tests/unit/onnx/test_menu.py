@@ -19,6 +19,7 @@ from dynadepth.onnx.menu_graph import build_menu_onnx
 from dynadepth.onnx.menu_policy import OnnxMenuPolicy, export_menu_onnx, menu_digest
 from dynadepth.onnx.router_graph import build_onnx
 from dynadepth.onnx.router_policy import OnnxRouterPolicy
+from dynadepth.onnx.session import graph_digest
 from dynadepth.policies.calibration import Calibration
 from dynadepth.policies.menu import Menu
 from dynadepth.policies.menu_policy import MenuPolicy
@@ -177,7 +178,9 @@ def test_what_is_exported_has_been_checked(settings, tmp_path):
     trained = random_menu(**settings)
     export_menu_onnx(trained, tmp_path / "routers.onnx")
     highest = trained.calibration.highest
-    policy = OnnxMenuPolicy(tmp_path / "routers.onnx", highest, digest=menu_digest(trained))
+    policy = OnnxMenuPolicy(
+        tmp_path / "routers.onnx", highest, digest=graph_digest(build_menu_onnx(trained))
+    )
     hidden, mask = batch()
     by_torch = MenuPolicy(trained.menu, trained.calibration.mix_for(highest))
     for layer in policy.decision_layers:

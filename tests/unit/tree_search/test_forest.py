@@ -94,12 +94,22 @@ def test_float32_rewards_are_taken_as_they_are():
     ],
 )
 def test_a_wrong_tell_says_why_and_changes_nothing(ticket, rewards, message):
-    forest = make()
-    forest.ask(10)
-    before = forest.snapshot()
+    forest, untouched = make(), make()
+    open_tickets = forest.ask(10).ticket
+    assert open_tickets.tolist() == untouched.ask(10).ticket.tolist()
     with pytest.raises(SearchError, match=message):
         forest.tell(ticket, rewards)
-    assert forest.snapshot() == before
+    assert [len(forest.evaluated(tree)) for tree in range(2)] == [0, 0]
+    assert len(forest.ask(10)) == 0
+    for one in (forest, untouched):
+        one.tell(open_tickets, [0.25, 0.5])
+        while not one.finished:
+            batch = one.ask(100)
+            one.tell(batch.ticket, batch.plans @ np.array([0.5, 0.25, 1.0]))
+    for tree in range(2):
+        one, other = forest.evaluated(tree), untouched.evaluated(tree)
+        np.testing.assert_array_equal(one.plans, other.plans)
+        np.testing.assert_array_equal(one.rewards, other.rewards)
 
 
 def test_a_ticket_is_told_once():
@@ -179,25 +189,12 @@ def test_settings_survive_json():
         SearchConfig.from_dict({"depth_penalti": 1.0})
 
 
-def test_a_restored_forest_has_its_settings():
+def test_a_forest_says_what_it_was_made_from():
     forest = make(protect=(1,), exploration=0.75)
-    restored = Forest.restore(forest.snapshot())
-    assert restored.config == forest.config
-    assert (restored.num_layers, restored.num_trees) == (3, 2)
-    np.testing.assert_array_equal(restored.ask(5).ticket, forest.ask(5).ticket)
-
-
-@pytest.mark.parametrize(
-    ("snapshot", "message"),
-    [
-        (b"", "it is not a snapshot of a forest, or it is cut off"),
-        (b"no snapshot of a forest at all", "it is not a snapshot"),
-        (make().snapshot()[:-1], "its hash is wrong, so it is cut off or damaged"),
-    ],
-)
-def test_a_wrong_snapshot_says_why(snapshot, message):
-    with pytest.raises(SearchError, match=f"the snapshot cannot be restored: {message}"):
-        Forest.restore(snapshot)
+    assert forest.config == SearchConfig(
+        probe_trees=0, max_evaluations=6, protect=(1,), exploration=0.75
+    )
+    assert (forest.num_layers, forest.num_trees) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -243,21 +240,20 @@ def test_a_protected_layer_is_neither_probed_nor_searched():
 
 
 def test_other_threads_run_while_rust_works():
-    """Restoring replays a search of half a second; a thread that held the GIL would let no other one run."""
-    forest = make(30, 1500, max_evaluations=24)
-    while not forest.finished:
-        batch = forest.ask(100_000)
-        forest.tell(batch.ticket, -np.abs(batch.plans - 1.0) @ np.linspace(0, 1, 30))
-    snapshot = forest.snapshot()
+    """A tell that starts a long round in every tree takes half a second; a thread that held the GIL would let no
+    other one run.
+    """
+    forest = make(30, 4000, max_evaluations=41, round_size=40)
+    batch = forest.ask(4000)
     running = threading.Event()
     done = threading.Event()
 
-    def restore():
+    def tell():
         running.set()
-        Forest.restore(snapshot)
+        forest.tell(batch.ticket, np.zeros(4000))
         done.set()
 
-    thread = threading.Thread(target=restore)
+    thread = threading.Thread(target=tell)
     thread.start()
     running.wait()
     ticks = 0
@@ -265,6 +261,7 @@ def test_other_threads_run_while_rust_works():
         ticks += 1
     thread.join()
     assert ticks > 5
+    assert len(forest.ask(200_000)) == 4000 * 40
 
 
 def test_a_tree_may_be_a_numpy_number():

@@ -1,0 +1,7 @@
+"""`python -m dynadepth`: the command line, where the installed script is not on the path."""
+
+import sys
+
+from dynadepth.cli.main import main
+
+sys.exit(main())
