@@ -38,12 +38,12 @@ class VisitView(Cache):
     """What a decoder layer sees as its cache during one visit: its own slot, whatever index it asks for."""
 
     def __init__(self, cache: "DepthCache", layer_idx: int, visit: int) -> None:
-        # The base class would make layers of its own. Whoever runs the forward holds the cache; a scope that an
-        # interrupt left behind holds views, and must not keep the states alive.
+        # The base class would make layers of its own. The caller of the forward holds the cache; a scope that an
+        # interrupt left behind holds views, which must not keep the states alive.
         self._cache, self._key = weakref.ref(cache), (layer_idx, visit)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In a copy of the cache the views are the copy's.
+        # In a copy of the cache, the views belong to the copy.
         return VisitView, (self._cache(), *self._key)
 
     @property
@@ -67,7 +67,18 @@ class VisitView(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states to the slot of this visit and return all of its states."""
+        """Append states to the slot of this visit and return all of its states.
+
+        Args:
+            key_states: Keys of the new tokens. Shape (rows that make the visit, heads, tokens, head width).
+            value_states: Values of the new tokens, of the same shape.
+            layer_idx: Ignored: the view knows its slot.
+            *args: Passed on to the slot.
+            **kwargs: Passed on to the slot.
+
+        Returns:
+            The keys and the values of all tokens of the slot.
+        """
         cache = self._held()
         slot = cache.slots.get(self._key)
         if slot is None:
@@ -134,7 +145,7 @@ class DepthCache(Cache):
             visit: 0 for its first execution, 1 for its repeat.
 
         Returns:
-            Keys and values, shape (rows that make the visit, heads, tokens, head width) each, and the numbers of these
+            Keys and values, shape (rows that make the visit, heads, tokens, head width) each, and the indices of these
             rows in the batch, ascending; None if no row makes the visit.
 
         Raises:

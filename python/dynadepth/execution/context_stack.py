@@ -53,10 +53,10 @@ _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("dynadepth_contexts", de
 
 @contextmanager
 def open_context(context: Context) -> Iterator[Context]:
-    """Put a context inside those that are open, for this thread and the length of the block.
+    """Open a context inside those that are already open, in this thread and for the duration of the block.
 
-    A block inside a generator may end in another thread or task than it began in, as streaming servers close their
-    generators: what it said ends everywhere then.
+    A block inside a generator may end in another thread or task than the one it began in, as when a streaming server
+    closes its generators; its settings then end everywhere.
     """
     _CONTEXTS.set((*_open_contexts(), context))
     try:

@@ -157,8 +157,8 @@ def _own_forward(base: Any) -> Callable[..., Any]:
 
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
-    """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
-    # Libraries of kernels replace the forward of a class, some after it was wrapped for the first time: `found` is the
+    """Make the subclass that stands in for a decoder layer class; `isinstance` and the class name still hold."""
+    # Kernel libraries replace the forward of a class, some after it was first wrapped: `found` is the
     # one that all else here was read from.
     found = base.forward
     signature, own_forward = layer_signature(found), _own_forward(base)
@@ -173,7 +173,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
         # Last, so that another thread that sees it sees the rest.
         found = current
 
-    # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
+    # `install_executor` refuses layers that torch has compiled, so torch's check for that is bypassed.
     own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -237,14 +237,14 @@ def _empty_layer(base: Any) -> nn.Module:
 
 
 def is_installed(stack: LayerStack) -> bool:
-    """Say whether an executor is on any of these layers, or on a layer inside what stands in its place."""
+    """Say whether an executor is on any of these layers, or on a layer inside a module that replaced one."""
     return any(_INSTALLED in module.__dict__ for module in stack.layers.modules())
 
 
 def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> None:
     """Refuse a list of layers that is no longer the one that the executor was put on.
 
-    Other libraries may put modules round layers, which run them as before. Cheap enough for every forward.
+    Other libraries may put modules around layers, as long as these still run them. Cheap enough for every forward.
 
     Args:
         layers: The model's list of decoder layers, as it is now.
@@ -268,7 +268,7 @@ def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> No
         if installed is None:
             wrong = wrong or f"layer {layer_idx} is a {type(layer).__name__} that was not wrapped"
         elif installed.owner is not owner or installed.layer_idx != layer_idx:
-            wrong = wrong or f"in place {layer_idx} stands layer {installed.layer_idx}"
+            wrong = wrong or f"layer {installed.layer_idx} is at position {layer_idx}"
         elif "forward" in layer.__dict__ and _is_patched(layer):
             wrong = wrong or f"the forward of layer {layer_idx} was replaced"
     if wrong is not None:
@@ -329,7 +329,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
 
 
 def remove_executor(modules: Iterable[nn.Module]) -> None:
-    """Give every decoder layer among some modules its own class back; modules without an executor stay as they are."""
+    """Give every decoder layer among some modules its own class back; modules without an executor are not changed."""
     for module in modules:
         if module.__dict__.pop(_INSTALLED, None) is not None:
             _set_class(module, type(module)._dynadepth_base)  # type: ignore[attr-defined]

@@ -138,7 +138,7 @@ class _FeedForwardSubset:
 
 
 class _NotByRow:
-    """Stands for a tensor that a layer only passes on, where rows are split: nothing may read it.
+    """Stands in for a tensor that cannot be split by row: a layer may pass it on, but nothing may read it.
 
     A model hands its layers whatever its own forward was called with beyond what it knows: counts and labels for the
     loss, token types. No layer reads these, so they may stay; lengths of packed rows, which some attention reads, may
@@ -151,7 +151,7 @@ class _NotByRow:
         self._name, self._shape = name, shape
 
     def to(self, *_: Any, **__: Any) -> "_NotByRow":
-        """Stay: accelerate moves all arguments of a module to its device."""
+        """Return itself: accelerate moves all arguments of a module to its device."""
         return self
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -168,7 +168,7 @@ class _NotByRow:
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __float__ = __int__ = __index__ = _refuse
 
     def __getattr__(self, name: str) -> Any:
-        # Python and its libraries ask objects for such names without reading what they hold.
+        # Python and its libraries look such names up without reading the tensor.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._refuse()

@@ -16,7 +16,7 @@ __all__ = ["SpecialTokens", "real_tokens", "unmarked_padding"]
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids that the end of a row may be padded with.
+    """Token ids that may pad the end of a row.
 
     Attributes:
         padding: The id that is padding and nothing else; None if the model has none.
@@ -46,7 +46,7 @@ class SpecialTokens:
 def unmarked_padding(
     real: torch.Tensor, tokens: torch.Tensor, special: SpecialTokens
 ) -> torch.Tensor:
-    """Return which tokens are real in a batch whose padding no mask tells.
+    """Return which tokens are real in a batch that has no mask to tell its padding.
 
     A causal model needs no mask for padding on the right, so evaluation harnesses give none; a policy that took the
     padding for text would give a row another plan than the row alone.
@@ -60,13 +60,13 @@ def unmarked_padding(
         `real` without the padding at the end of each row. Shape (rows, tokens), bool.
 
     Raises:
-        UnsupportedModelError: Of several rows one ends with a token that may or may not be padding.
+        UnsupportedModelError: There are several rows, and one ends with a token that may or may not be padding.
     """
     if tokens.is_floating_point():
         return real
     if special.padding is not None:
         padding = tokens == special.padding
-        # A row of nothing but padding is left as it is: something has to be read.
+        # A row of nothing but padding keeps its tokens, since the policy has to read something.
         trailing = padding.flip(1).long().cumprod(dim=1).flip(1).bool()
         real = real & ~(trailing & ~trailing.all(dim=1, keepdim=True))
     if len(tokens) > 1:

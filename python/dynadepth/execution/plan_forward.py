@@ -67,8 +67,8 @@ class PlanScope:
 
     Attributes:
         owner: The planner.
-        outer: The scope that was open before, of another model.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+        outer: The scope of another model that was open before, or None.
+        attention_mask: The 2-D mask passed to the model's forward, or None. Shape (rows, tokens), integer or bool.
 
     Args:
         owner: The planner.
@@ -99,7 +99,7 @@ class PlanScope:
         # Until the plans are known, every layer asks.
         self.dispatch: Sequence[Any] = (PER_ROW,) * owner.num_layers
         self._num_tokens = 0
-        # Whoever runs the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may stay behind.
+        # The caller of the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may outlive it.
         self._cache_ref: weakref.ref[DepthCache] | None = None
         self._is_prefill = False
         self._callbacks: VisitCallbacks | None = None
@@ -174,7 +174,7 @@ class PlanScope:
         ]
 
     def _read_prompts(self, call: LayerCall, plans: RowPlans) -> PromptBatch:
-        """Find out which tokens are the prompts'."""
+        """Find the prompts' tokens."""
         tokens = self._tokens_of(call.hidden_states)
         real = real_tokens(call, self.attention_mask)
         special = self._special_tokens

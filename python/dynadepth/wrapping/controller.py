@@ -39,7 +39,7 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
-# Where the stack of layers and the model keep their controller.
+# The attribute in which the stack of layers and the model keep their controller.
 _CONTROLLER = "_dynadepth_controller"
 _ATTRIBUTE = "dynadepth"
 
@@ -83,12 +83,12 @@ class Controller(ContextMethods):
         super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Stats())
         self.policy = policy
         self._handles: list[Any] = []
-        # Weak: a layer that was thrown away is not kept.
+        # Weak, so that a discarded layer is freed.
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._list_name = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has no layers but those that stand in it.
+        # A copy of the model has only the layers that are in it.
         return {name: value for name, value in self.__dict__.items() if name != "_wrapped"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ class Controller(ContextMethods):
             self._limits.check_menu(menu, self.policy.decision_layers)
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Count a forward that has run to its end."""
+        """Record a forward that has completed."""
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
@@ -286,7 +286,7 @@ class Controller(ContextMethods):
         """Refuse a stack whose layers are no longer those that were wrapped.
 
         Raises:
-            WrapError: They were changed since.
+            WrapError: They were changed after wrapping.
         """
         check_installed(getattr(stack, self._list_name), self, self.num_layers)
 
@@ -302,11 +302,11 @@ class Controller(ContextMethods):
         ]
 
     def detach(self, model: nn.Module) -> None:
-        """Take everything that `attach` put on off again."""
+        """Remove everything that `attach` put on the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        # Other libraries may have moved, copied or replaced layers since.
+        # Other libraries may have moved, copied or replaced layers since wrapping.
         modules = list(model.modules())
         for module in modules:
             if module.__dict__.get(_CONTROLLER) is self:
@@ -331,7 +331,7 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    # What transformers makes of these fits no batch in which a layer runs for some of the rows.
+    # transformers combines these into a tensor that assumes every layer to run for all rows.
     experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
     padding = None if given is not None else SpecialTokens.of(config)
     enter_scope(

@@ -100,12 +100,12 @@ class Stats:
             self._last_kv = None
 
     def planned(self, plans: RowPlans) -> None:
-        """Enter the plans of a batch, all layers of which are decided."""
+        """Record the plans of a batch, in which all layers are decided."""
         with self._lock:
             self.last_plans = plans.plans.copy()
 
     def ran(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Enter a forward that has run to its end; one that failed may be tried again, so it does not count."""
+        """Record a forward that has completed; one that failed may be tried again, so it does not count."""
         visits, plain = plans.num_visits, plans.plans.size
         with self._lock:
             if is_prefill:

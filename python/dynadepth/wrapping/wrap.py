@@ -152,7 +152,7 @@ def unwrap_model(model: Any) -> Any:
 
 
 def _causal_lm(model: Any) -> Any:
-    """Return the model that has the layers and the generate, from inside what torch.compile and PEFT put around it."""
+    """Return the model that has the layers and `generate`, unwrapping what torch.compile and PEFT put around it."""
     check_not_parallel(model)
     inner = getattr(model, "_orig_mod", model)
     get_base_model = getattr(inner, "get_base_model", None)
@@ -243,7 +243,7 @@ def _check_max_depth(given: Any) -> float | None:
         return None
     if type(max_depth) not in (int, float) or not 1 <= max_depth < math.inf:
         raise ConfigError(
-            f"max_depth is {given!r}; expected a number of at least 1 (1 takes all repeats away)"
+            f"max_depth is {given!r}; expected a number of at least 1 (1 removes all repeats)"
         )
     return float(max_depth)
 
