@@ -81,16 +81,16 @@ class Limits:
         return actions
 
     def check_menu(self, menu: Plans, decision_layers: Sequence[int]) -> None:
-        """Refuse limits that change what a menu chose at one step so that no plan is left to a later one.
+        """Refuse limits that can change a menu's choice at one step so that no plan is left for a later step.
 
-        Goes through all choices, each cut to the limits, as they could be made for some prompt.
+        All choices that could be made for some prompt are tried, each changed to fit the limits.
 
         Args:
             menu: The plans. Shape (K, num_layers), uint8.
             decision_layers: The layers at which the menu chooses, ascending.
 
         Raises:
-            ConfigError: A later step can be left without a plan.
+            ConfigError: Some step can be left without a plan.
         """
         ends = [*decision_layers[1:], self.num_layers]
         none_yet = np.zeros(1, dtype=np.int64)
