@@ -1,6 +1,6 @@
 """Dynamic depth for frozen language models: every prompt skips, executes or repeats each decoder layer.
 
-The public names are below; each is imported when it is first asked for, so that `import dynadepth` costs nothing
+The public names are below; each is imported when it is first used, so that `import dynadepth` costs nothing
 (neither torch nor transformers). Errors are in `dynadepth.errors`.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m dynadepth`: the command line, where the installed script is not on the path."""
+"""`python -m dynadepth`: the command line, for when the installed script is not on the path."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses that go to JSON and come back unchanged: checks of types and of unknown keys."""
+"""Settings as frozen dataclasses that survive a round trip through JSON: checks of types and of unknown keys."""
 
 import difflib
 import math
@@ -34,7 +34,7 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of numpy (or of any library that registers its own) as Python's; all else as it is.
+    """Return a number of numpy (or of any library that registers its own) as Python's; anything else unchanged.
 
     Example:
         >>> from fractions import Fraction
@@ -76,7 +76,7 @@ def check_fields(config: Any) -> None:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return all fields of a configuration as values that JSON knows.
+    """Return all fields of a configuration as values that JSON can hold.
 
     Args:
         config: An instance of a flat dataclass that `check_fields` has passed.
@@ -94,14 +94,14 @@ def config_from_dict(config_class: type[_Config], content: Any) -> _Config:
     """Make a configuration from what `config_to_dict` wrote.
 
     Args:
-        config_class: The dataclass.
+        config_class: The dataclass to make.
         content: Field name to value; fields with a default may be missing.
 
     Returns:
         The configuration, checked by its own `__post_init__`.
 
     Raises:
-        ConfigError: Not an object, an unknown or missing key, or a value of the wrong type or size.
+        ConfigError: The content is not an object, a key is unknown or missing, or a value has the wrong type or size.
     """
     name = config_class.__name__
     if not isinstance(content, Mapping):

@@ -1,7 +1,7 @@
 """Every error and warning that dynadepth raises on purpose, in one tree.
 
 Each error also inherits the built-in that a caller may already catch. A message says what was given, what was
-expected and what to do. Missing files stay `FileNotFoundError`. This module knows nothing else of dynadepth.
+expected and what to do. A missing file raises `FileNotFoundError`, not an error of this tree.
 """
 
 __all__ = [
@@ -27,7 +27,7 @@ class DynadepthError(Exception):
 
 
 class ConfigError(DynadepthError, ValueError):
-    """A setting or a configuration file is not what it must be."""
+    """A setting or a configuration file is invalid."""
 
 
 class UnsupportedModelError(DynadepthError, ValueError):
@@ -47,7 +47,7 @@ class WrapError(DynadepthError, RuntimeError):
 
 
 class SearchError(DynadepthError, RuntimeError):
-    """An unknown or reused ticket, or a search that cannot go on."""
+    """An unknown or reused ticket, or a search that cannot continue."""
 
 
 class CheckpointError(DynadepthError, ValueError):
@@ -55,15 +55,15 @@ class CheckpointError(DynadepthError, ValueError):
 
 
 class ExportError(DynadepthError, RuntimeError):
-    """An ONNX file cannot be made or does not do what the routers do."""
+    """An ONNX file cannot be made or does not decide as the routers do."""
 
 
 class HubError(DynadepthError, RuntimeError):
-    """The Hugging Face hub cannot be reached, or refuses what it is asked to publish."""
+    """The Hugging Face hub cannot be reached, or refuses a request."""
 
 
 class TaskError(DynadepthError, ValueError):
-    """A task file or one of its lines is not what it must be."""
+    """A task file or one of its lines is invalid."""
 
 
 class LabelError(DynadepthError, ValueError):

@@ -1,7 +1,7 @@
 """Files written whole or not at all, and their hashes.
 
-A reader of a path sees the old content or the new one, never a part: everything is written beside its place, flushed
-to disk and renamed.
+A reader of a path sees the old content or the new one, never a part: everything is written beside its destination,
+flushed to disk and renamed.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new one.
 
     Args:
-        path: Where the file goes; its folder is made if it is missing.
+        path: The file to write; its folder is made if it is missing.
         data: The whole content.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     try:
-        # Not by `tempfile`, whose files are private whatever the umask says.
+        # `tempfile` is not used: its files are private whatever the umask says.
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -51,7 +51,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def make_folder_beside(path: str | os.PathLike[str]) -> Path:
-    """Make an empty folder beside a place, to be filled and renamed to it; its mode is the umask's.
+    """Make an empty folder beside a destination, to be filled and renamed to it; the umask sets its mode.
 
     Args:
         path: Where the folder will go; its own folder is made if it is missing.
@@ -67,7 +67,7 @@ def make_folder_beside(path: str | os.PathLike[str]) -> Path:
 
 
 def _beside(target: Path) -> Path:
-    """Return a name in the same folder that nothing has: only within one file system is a rename atomic."""
+    """Return an unused name in the same folder: a rename is atomic only within one file system."""
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -117,7 +117,7 @@ def read_versioned_json(
     make_again: str,
     missing: str = "",
 ) -> dict[str, Any]:
-    """Read a JSON object whose `schema_version` says how it is to be read.
+    """Read a JSON object of a given `schema_version`.
 
     Args:
         path: The file.
@@ -130,7 +130,7 @@ def read_versioned_json(
         The object, `schema_version` included.
 
     Raises:
-        DynadepthError: Of type `error`: the file is not a JSON object, or of another version.
+        DynadepthError: Of type `error`: the file is not a JSON object, or is of another version.
         FileNotFoundError: There is no such file.
     """
     file = Path(path)
@@ -149,17 +149,17 @@ def check_schema_version(
     error: type[DynadepthError],
     make_again: str,
 ) -> None:
-    """Check that content is of the schema version that is read here.
+    """Check that content has the schema version that is read here.
 
     Args:
         content: Has `schema_version`, and perhaps the `dynadepth_version` that wrote it.
         version: The schema version that is read here.
         name: What messages call the content.
-        error: Raised if the version is another one.
+        error: Raised if it is of another version.
         make_again: What to do about content of an older version.
 
     Raises:
-        DynadepthError: Of type `error`: the version is missing, no whole number from 1 on, newer or older.
+        DynadepthError: Of type `error`: the version is missing, not a whole number of at least 1, newer or older.
     """
     found = content.get("schema_version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
@@ -177,18 +177,18 @@ def check_schema_version(
     raise error(f"{written}; this dynadepth reads {version}: {make_again}")
 
 
-# How the small file begins that Git LFS leaves in place of a large one that was not fetched.
+# The start of the small file that Git LFS leaves instead of a large one that was not fetched.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def lfs_hint(source: str | os.PathLike[str] | bytes) -> str:
-    """Say what is wrong, for the end of a message about a file that cannot be read, if it is a Git LFS pointer.
+    """Return the end of a message about a file that cannot be read, for the case that it is a Git LFS pointer.
 
     Args:
         source: The file, or what it begins with. A folder: the first of its files that is a pointer.
 
     Returns:
-        Nothing if it is none.
+        The hint, or an empty text if it is none.
     """
     if isinstance(source, bytes):
         found = source.startswith(_LFS_POINTER)
@@ -222,7 +222,7 @@ def sha256_text(text: str) -> str:
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal; the file is read in pieces."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):

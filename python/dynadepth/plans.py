@@ -1,8 +1,8 @@
 """Plans: how many times each decoder layer runs for one prompt.
 
-Owns the actions, the checks that every plan passes before it touches a model, the arithmetic of depth, and the two ways
-to write a plan as text: digits ("1102", one for each layer) and ranges ("0-1,3,3", the layers in the order of their
-visits). Knows nothing of models or policies.
+The actions, the checks that every plan passes before it touches a model, the computation of depth, and the two ways to
+write a plan as text: digits ("1102", one for each layer) and ranges ("0-1,3,3", the layers in the order of their
+visits).
 """
 
 import re
@@ -65,20 +65,19 @@ def identity_plan(num_layers: int) -> Plans:
 
 
 def check_plans(plans: Any, num_layers: int, *, num_rows: int | None = None) -> Plans:
-    """Check plans and return them as a fresh array.
+    """Check plans and return them as a new array.
 
     Args:
-        plans: One plan or several, whole numbers in any form. Shape (num_layers,) or (rows, num_layers). A text that
-            `parse_plan` reads is one plan, a list of texts one for each row.
+        plans: One plan or several, as whole numbers of any dtype. Shape (num_layers,) or (rows, num_layers). Or a text
+            that `parse_plan` reads, which is one plan, or a list of such texts, one for each row.
         num_layers: Decoder layers of the model.
-        num_rows: Number of rows wanted, if it matters.
+        num_rows: Number of rows required; None: any number.
 
     Returns:
         The plans, copied. Shape (rows, num_layers), uint8.
 
     Raises:
-        PlanError: Wrong shape, an action other than 0, 1 and 2, a plan in which no layer runs, or a text that is no
-            plan.
+        PlanError: The shape is wrong, an action is not 0, 1 or 2, no layer of a plan runs, or a text is not a plan.
 
     Example:
         >>> check_plans([[1, 0, 2]], num_layers=3)
@@ -154,7 +153,7 @@ def plan_text(plan: Any) -> str:
 
 
 def plan_ranges(plan: Any) -> str:
-    """Write a plan as the layers in the order of their visits, neighbours joined; `parse_plan` reads it back.
+    """Write a plan as the layers in the order of their visits, consecutive ones joined; `parse_plan` reads it back.
 
     Args:
         plan: Shape (num_layers,), actions of which at least one runs its layer.
@@ -173,7 +172,7 @@ def plan_ranges(plan: Any) -> str:
             else:
                 runs.append([layer, layer])
     if len(runs) == 1:
-        # A number alone would be read as digits.
+        # A single number would be read as digits.
         return f"{runs[0][0]}-{runs[0][1]}"
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
@@ -181,21 +180,21 @@ def plan_ranges(plan: Any) -> str:
 def parse_plan(text: str, num_layers: int) -> Plans:
     """Read a plan written as digits or as ranges.
 
-    A text with a comma or a dash is ranges: layers in the order of their visits, "0-11,14-27". A layer named twice in a
-    row is repeated, so "0-3,3" and "0-3,3-5" repeat layer 3; layers that are not named are skipped. Any other text is
-    digits, one for each layer: 0 skips, 1 executes, 2 repeats. So "12" is always the plan of a model of two layers; a
-    plan of layer 12 alone is "12-12".
+    A text with a comma or a dash consists of ranges: layers in the order of their visits, "0-11,14-27". A layer named
+    twice in a row is repeated, so "0-3,3" and "0-3,3-5" repeat layer 3; layers that are not named are skipped. Any
+    other text consists of digits, one for each layer: 0 skips, 1 executes, 2 repeats. So "12" is always the plan of a
+    model with two layers; a plan that runs layer 12 alone is "12-12".
 
     Args:
-        text: Digits or ranges; in ranges, blanks around numbers do not matter.
+        text: Digits or ranges; spaces around the numbers of ranges are ignored.
         num_layers: Decoder layers of the model.
 
     Returns:
         The plan. Shape (num_layers,), uint8.
 
     Raises:
-        PlanError: A text of neither form, a layer that the model does not have, layers out of order, a layer named
-            three times, another number of digits, or no layer that runs.
+        PlanError: The text has neither form, names a layer that the model does not have, names layers in the wrong
+            order or one of them three times, has another number of digits than the model has layers, or runs no layer.
 
     Example:
         >>> parse_plan("102", 3)
@@ -254,7 +253,7 @@ def _parse_ranges(text: str, num_layers: int) -> Plans:
 
 
 def prefix_numbers(plans: Plans, layer_idx: int) -> npt.NDArray[np.int64]:
-    """Number the distinct actions before a layer, in the order in which plans first show them.
+    """Number the distinct prefixes of plans before a layer, in the order in which they first occur.
 
     Args:
         plans: Shape (plans, layers), uint8.

@@ -245,7 +245,7 @@ class TestInterruptions:
             generated(case.model, case.ids, case.mask, **settings)
         handle.remove()
         with (
-            pytest.raises(UnsupportedModelError, match="did not come to its end.*new cache, or"),
+            pytest.raises(UnsupportedModelError, match="did not complete.*new cache, or"),
             case.block(),
         ):
             generated(case.model, *grown(case.ids, case.mask, [[7]] * 4), **settings)

@@ -1,7 +1,7 @@
-"""What a DepthCache is made of: slots that hold the states of visits, and length layers that stand for decoder layers.
+"""The parts of a DepthCache: slots that hold the states of visits, and length layers that stand for decoder layers.
 
-A slot is one of transformers' own cache layers. A length layer holds no states: it answers for its decoder layer where
-transformers asks the cache for lengths, and makes slots of the kind that the cache had for that layer.
+A slot is one of transformers' own cache layers. A length layer holds no states: it answers when transformers asks the
+cache for the length of its decoder layer, and makes slots of the kind that the cache had for that layer.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from dynadepth.errors import UnsupportedModelError
 
 __all__ = ["LengthLayer", "Slot", "advance_all", "crop_slot", "length_layer_of", "select_rows"]
 
-# transformers' own layers: what holds the states of one visit.
+# One of transformers' own cache layers; it holds the states of one visit.
 Slot: TypeAlias = DynamicLayer | StaticLayer
 
 
@@ -67,19 +67,19 @@ class LengthLayer(DynamicLayer):
             raise _no_states("values")
 
     def get_seq_length(self) -> int:
-        """Return the tokens counted."""
+        """Return the number of tokens counted."""
         return self.cumulative_length
 
     def reset(self) -> None:
-        """Count from none again."""
+        """Set the count back to zero."""
         self.cumulative_length = 0
         self.is_initialized = False
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what the states' own layer would, before anything is changed."""
+        """Raise what transformers' own cache layer would, before anything is changed."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, of which there are enough."""
+        """Take the last tokens off the count, which is large enough."""
         self.cumulative_length -= abs(tokens_to_remove)
 
     def make_slot(self) -> Slot:
@@ -97,7 +97,7 @@ class LengthLayer(DynamicLayer):
 
 
 class _SlidingLengthLayer(LengthLayer):
-    """As `LengthLayer`, for a layer that attends to a sliding window only."""
+    """Like `LengthLayer`, for a layer that attends to a sliding window only."""
 
     is_sliding = True
 
@@ -130,10 +130,10 @@ class _SlidingLengthLayer(LengthLayer):
 
 
 class _StaticLengthLayer(LengthLayer):
-    """As `LengthLayer`, for a layer whose states have one length from the first token on."""
+    """Like `LengthLayer`, for a layer whose states have their full length from the first token on."""
 
-    # Also what makes transformers give every query its mask: without one, a single token would attend to the empty
-    # places behind it.
+    # This also makes transformers build a mask for every query: without one, a single token would attend to the empty
+    # positions after it.
     is_compileable = True
 
     def __init__(self, max_cache_len: int) -> None:
@@ -147,8 +147,8 @@ class _StaticLengthLayer(LengthLayer):
         return self.max_cache_len
 
     def check_room(self, num_tokens: int) -> None:
-        """Raise if the slots cannot take so many more tokens, before anything is written."""
-        # The states' own layer would raise an index error, on a GPU one that ends the process.
+        """Raise if the slots have no room for `num_tokens` more tokens, before anything is written."""
+        # transformers' own layer would raise an index error, which on a GPU ends the process.
         if self.cumulative_length + num_tokens > self.max_cache_len:
             raise UnsupportedModelError(
                 f"the static cache has room for {self.max_cache_len} tokens and holds {self.cumulative_length}; "
@@ -160,7 +160,7 @@ class _StaticLengthLayer(LengthLayer):
 
 
 class _StaticSlidingLengthLayer(_StaticLengthLayer):
-    """As `_StaticLengthLayer`, for a layer that attends to a sliding window only; its length is the window's."""
+    """Like `_StaticLengthLayer`, for a layer that attends to a sliding window only; its length is the window's."""
 
     is_sliding = True
 
@@ -170,20 +170,20 @@ class _StaticSlidingLengthLayer(_StaticLengthLayer):
 
     @property
     def cumulative_length_int(self) -> int:
-        """What the states' own layer calls it."""
+        """The count, under the name that transformers' own layer has for it."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return StaticSlidingWindowLayer.get_mask_sizes(self, query_length)  # type: ignore[no-any-return]
 
     def check_room(self, num_tokens: int) -> None:
-        """A window has room for ever: old tokens leave it."""
+        """Do nothing: a window always has room, since old tokens leave it."""
 
     def check_crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length > self.max_cache_len:
             raise UnsupportedModelError(
                 f"the cache was to drop its last {abs(tokens_to_remove)} tokens, but a static sliding window of "
-                f"{self.max_cache_len} tokens has been passed and older states are gone; use a DynamicCache and call "
+                f"{self.max_cache_len} tokens has been exceeded and older states are gone; use a DynamicCache and call "
                 "cache.activate_past_recording() before the first forward"
             )
 
@@ -217,7 +217,7 @@ def select_rows(slot: Slot, indices: torch.Tensor) -> None:
 
 
 def length_layer_of(layer: Any) -> LengthLayer:
-    """Return what counts the tokens of a cache's still empty layer.
+    """Return a length layer for a cache layer that is still empty.
 
     Args:
         layer: One of transformers' full or sliding-window layers, dynamic or static; not changed.

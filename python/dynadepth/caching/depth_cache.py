@@ -1,9 +1,9 @@
 """DepthCache: key and value states with one slot for each visit of a decoder layer.
 
-A slot holds only the rows whose plan makes the visit, and which rows these are follows from the plans, which live on
-the cache: so beams, several turns and two users of one model never mix. Tokens are counted for each layer whether it
+A slot holds only the rows whose plan makes the visit. Which rows these are follows from the plans, which are kept on
+the cache, so beams, several turns and two users of one model never mix. Tokens are counted for each layer whether it
 runs or not, so masks and positions never depend on a slot that may be empty. Dynamic and static caches are adopted;
-each slot is then of the kind that the cache had for its layer. Knows nothing of policies.
+each slot is then of the kind that the cache had for its layer.
 """
 
 import weakref
@@ -38,12 +38,12 @@ class VisitView(Cache):
     """What a decoder layer sees as its cache during one visit: its own slot, whatever index it asks for."""
 
     def __init__(self, cache: "DepthCache", layer_idx: int, visit: int) -> None:
-        # The base class would make layers of its own. Whoever runs the forward holds the cache; a scope that an
-        # interrupt left behind holds views, and must not keep the states alive.
+        # The base class would make layers of its own. The caller of the forward holds the cache; a scope that an
+        # interrupt left behind holds views, which must not keep the states alive.
         self._cache, self._key = weakref.ref(cache), (layer_idx, visit)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In a copy of the cache the views are the copy's.
+        # In a copy of the cache, the views belong to the copy.
         return VisitView, (self._cache(), *self._key)
 
     @property
@@ -67,7 +67,18 @@ class VisitView(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states to the slot of this visit and return all of its states."""
+        """Append states to the slot of this visit and return all of its states.
+
+        Args:
+            key_states: Keys of the new tokens. Shape (rows that make the visit, heads, tokens, head width).
+            value_states: Values of the new tokens, of the same shape.
+            layer_idx: Ignored: the view knows its slot.
+            *args: Passed on to the slot.
+            **kwargs: Passed on to the slot.
+
+        Returns:
+            The keys and the values of all tokens of the slot.
+        """
         cache = self._held()
         slot = cache.slots.get(self._key)
         if slot is None:
@@ -79,7 +90,7 @@ class VisitView(Cache):
 class DepthCache(Cache):
     """A cache with one slot for each visit, and the plans of its rows.
 
-    Made by `adopt_cache` from a cache that is still empty, and still an instance of that cache's class. `layers` counts
+    `adopt_cache` makes it from an empty cache, and it remains an instance of that cache's class. `layers` counts
     tokens; `slots` holds the states.
 
     Attributes:
@@ -87,7 +98,7 @@ class DepthCache(Cache):
             states of shape (rows that make the visit, heads, tokens, head width).
         row_plans: The plans of the rows, fixed at prefill.
         first_views: What each layer sees as its cache in its first visit.
-        in_forward: Whether a forward has begun to write and has not come to its end.
+        in_forward: Whether a forward has begun to write and has not completed.
     """
 
     layers: list[Any]
@@ -105,22 +116,22 @@ class DepthCache(Cache):
             num_tokens: New tokens of each row.
 
         Raises:
-            UnsupportedModelError: The forward before ended in an exception, or a static cache is too short.
+            UnsupportedModelError: The previous forward raised an exception, or a static cache is too short.
         """
         if self.in_forward and not any(layer.get_seq_length() for layer in self.layers):
             self.reset()
         if self.in_forward:
             raise UnsupportedModelError(
-                "the last forward on this cache did not come to its end, so some layers hold more tokens than others; "
+                "the last forward on this cache did not complete, so some layers hold more tokens than others; "
                 "begin with a new cache, or call cache.reset() and give the whole prompt again"
             )
 
     def view(self, layer_idx: int, visit: int) -> VisitView:
-        """Return what the layer sees as its cache in this visit."""
+        """Return the view that the layer sees as its cache in this visit."""
         return self.first_views[layer_idx] if visit == 0 else VisitView(self, layer_idx, visit)
 
     def advance(self, num_tokens: int) -> None:
-        """Count the tokens that have passed all layers, whether these ran or not: a forward has come to its end."""
+        """Record a completed forward: count its tokens in every layer, whether it ran or not."""
         advance_all(self.layers, num_tokens)
         self.in_forward = False
 
@@ -134,7 +145,7 @@ class DepthCache(Cache):
             visit: 0 for its first execution, 1 for its repeat.
 
         Returns:
-            Keys and values, shape (rows that make the visit, heads, tokens, head width) each, and the numbers of these
+            Keys and values, shape (rows that make the visit, heads, tokens, head width) each, and the indices of these
             rows in the batch, ascending; None if no row makes the visit.
 
         Raises:
@@ -152,7 +163,7 @@ class DepthCache(Cache):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of key and value states held now."""
+        """Bytes of the key and value states that are held now."""
         # Another thread may be running this cache's model.
         return sum(
             tensor.nbytes
@@ -183,11 +194,11 @@ class DepthCache(Cache):
         """Drop the last tokens of every slot.
 
         Args:
-            tokens_to_remove: Minus the number of tokens, as transformers has it.
+            tokens_to_remove: Minus the number of tokens, the sign that transformers uses.
 
         Raises:
             ValueError: The number is positive.
-            UnsupportedModelError: A sliding window has forgotten the states that would come back.
+            UnsupportedModelError: A sliding window no longer has the states that would enter it again.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -204,14 +215,14 @@ class DepthCache(Cache):
             length_layer.crop(-num_tokens)
 
     def activate_past_recording(self) -> None:
-        """Let sliding windows keep the states that a later `crop` may need."""
+        """Make sliding windows keep the states that a later `crop` may need."""
         super().activate_past_recording()
         for slot in self.slots.values():
             if isinstance(slot, DynamicSlidingWindowLayer):
                 slot.activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let row r continue what row `beam_idx[r]` was. Shape (rows,), int64."""
+        """Make row r continue row `beam_idx[r]`. Shape (rows,), int64."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -221,7 +232,7 @@ class DepthCache(Cache):
             self.batch_select_indices(rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order, rows repeated if named twice. Shape (rows,), integer or boolean."""
+        """Keep the rows `indices`, in that order; a row may be named twice. Shape (rows,), integer or boolean."""
         plans = self.row_plans
         if plans is None:
             return
@@ -229,7 +240,7 @@ class DepthCache(Cache):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(-1)
         if plans.is_uniform:
-            # Every slot holds every row, so the selection need not come to the host.
+            # Every slot holds every row, so the indices need not be copied to the host.
             for slot in self.slots.values():
                 select_rows(slot, indices)
             self.row_plans = plans.select([0] * indices.numel())
@@ -259,8 +270,8 @@ class _StaticDepthCache(DepthCache, StaticCache):
             length_layer.check_room(num_tokens)
 
 
-# By the class of a cache: what it becomes, and the layers that it may have. Exact classes only: a subclass may keep its
-# states in another way.
+# For each cache class, the class that it becomes and the layer classes that it may have. Exact classes only: a subclass
+# may keep its states in another way.
 _ADOPTED: dict[type, tuple[type[DepthCache], tuple[type, ...]]] = {
     DynamicCache: (_DynamicDepthCache, (DynamicLayer, DynamicSlidingWindowLayer)),
     StaticCache: (_StaticDepthCache, (StaticLayer, StaticSlidingWindowLayer)),
@@ -268,7 +279,7 @@ _ADOPTED: dict[type, tuple[type[DepthCache], tuple[type, ...]]] = {
 
 
 def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
-    """Turn an empty cache into a `DepthCache`, in place, so that whoever holds it keeps holding it.
+    """Turn an empty cache into a `DepthCache` in place, so that existing references to it stay valid.
 
     Args:
         cache: A `DynamicCache` or `StaticCache` that `generate`, the model or the user made; a `DepthCache` is returned
@@ -279,8 +290,8 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
         The same object.
 
     Raises:
-        UnsupportedModelError: Another kind of cache, a cache offloaded to the host, one that holds states of the
-            unwrapped model, or a static one made for another number of layers.
+        UnsupportedModelError: The cache is of another kind, is offloaded to the host, already holds states of the
+            unwrapped model, or is static and made for another number of layers.
     """
     if isinstance(cache, DepthCache):
         return cache

@@ -1,6 +1,6 @@
 """KvBytes: how much memory a cache's key and value states take, and what the plain model's would.
 
-Read from the shapes of the states, so nothing waits for a device. Knows nothing of controllers or policies.
+It is computed from the shapes of the states, so nothing waits for a device.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ class KvBytes:
     """Bytes of key and value states.
 
     Attributes:
-        held: What the cache holds: each slot the rows that make its visit.
-        plain: What the plain model would hold for the same rows and tokens: one slot for each layer, with all rows.
+        held: What the cache holds, in bytes: one slot for each visit, with the rows that make it.
+        plain: What the plain model would hold for the same rows and tokens, in bytes: one slot for each layer, with all
+            rows.
 
     Example:
         >>> KvBytes(held=800, plain=1000).saved
@@ -29,18 +30,18 @@ class KvBytes:
 
     @property
     def saved(self) -> int:
-        """`plain` less `held`; negative if repeats take more than skips save."""
+        """`plain` minus `held`, in bytes; negative if repeats take more than skips save."""
         return self.plain - self.held
 
 
 def kv_bytes(cache: DepthCache) -> KvBytes:
     """Return what a cache holds now.
 
-    A layer that no row runs has no states. It would hold what a layer of the same kind (of attention, of window) holds
-    for each row; if all layers of the kind are skipped, it is reckoned from the tokens that have passed.
+    A layer that no row runs has no states. In the plain model it would hold as much for each row as a layer of the same
+    kind (same window, if any); if all layers of that kind are skipped, its size is estimated from the number of tokens.
     """
     plans, held = cache.row_plans, cache.state_bytes
-    # Of one row: by layer, by kind of layer, and of one token.
+    # Bytes of one row, by layer and by kind of layer, and bytes of one token.
     by_layer: dict[int, int] = {}
     by_kind: dict[Any, int] = {}
     of_token = 0
@@ -67,8 +68,8 @@ def _kind(length_layer: Any) -> Any:
 
 
 def _tokens_kept(length_layer: Any) -> int:
-    """Return how many tokens a layer's slot holds that no row has."""
+    """Return how many tokens the slot of a layer would hold, for a layer that no row runs."""
     length: int = length_layer.get_seq_length()
     window = _kind(length_layer)
-    # The window counts the token that is asking, which is not in the cache yet.
+    # The window includes the querying token, which is not in the cache yet.
     return length if window is None or length_layer.record_past else min(length, window - 1)

@@ -1,7 +1,7 @@
 """RowPlans: which rows of a batch make which visit.
 
-The plans are kept on the host; the index of the rows of a visit goes to the device once and is kept, so with a fixed
-plan no layer waits for the device. Knows nothing of models, caches or policies.
+The plans are kept on the host; the index of the rows of a visit is copied to the device once and kept there, so with a
+fixed plan no layer waits for the device.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ __all__ = ["RowPlans"]
 
 
 class RowPlans:
-    """The plans of the rows of one batch, in part perhaps still undecided.
+    """The plans of the rows of one batch, of which later layers may still be undecided.
 
     Attributes:
-        plans: Shape (rows, num_layers), uint8. Layers from `num_decided` on are not decided yet.
+        plans: The actions. Shape (rows, num_layers), uint8. Layers from `num_decided` on are not decided yet.
         num_decided: Leading layers whose actions are final.
     """
 
@@ -42,13 +42,13 @@ class RowPlans:
 
     @property
     def num_visits(self) -> int:
-        """Visits of all rows together, summed up once; all layers must be decided."""
+        """Visits of all rows together, computed once; all layers must be decided."""
         if self._num_visits is None:
             self._num_visits = int(self.plans.sum(dtype=np.int64))
         return self._num_visits
 
     def shared_actions(self) -> list[int | None]:
-        """Return for every layer the action of all rows; None where rows differ or nothing is decided yet."""
+        """Return, for every layer, the action that all rows share; None where rows differ or are undecided."""
         if self._shared is None:
             same = (self.plans == self.plans[:1]).all(axis=0)
             same[self.num_decided :] = False
@@ -77,7 +77,16 @@ class RowPlans:
         return rows
 
     def index(self, layer_idx: int, visit: int, device: torch.device) -> torch.Tensor:
-        """Return `rows` as an index on a device. Shape (rows that make the visit,), int64."""
+        """Return the rows that make a visit as an index tensor, which is copied to the device once.
+
+        Args:
+            layer_idx: Which decoder layer; its actions must be decided.
+            visit: 0 for the first execution, 1 for the repeat.
+            device: Where the index is needed.
+
+        Returns:
+            Row numbers, ascending. Shape (rows that make the visit,), int64.
+        """
         key = (layer_idx, visit, device)
         index = self._index.get(key)
         if index is None:
@@ -91,12 +100,12 @@ class RowPlans:
 
         Args:
             layer_idx: The first of them; it must be the first undecided layer.
-            actions: Shape (rows, layers decided), uint8.
+            actions: The actions of each row. Shape (rows, layers decided), uint8.
         """
         self.plans[:, layer_idx : layer_idx + actions.shape[1]] = actions
         self.num_decided = layer_idx + actions.shape[1]
         self._shared = None
 
     def select(self, rows: Sequence[int]) -> "RowPlans":
-        """Return the plans of some rows, in that order."""
+        """Return the plans of the given rows, in that order."""
         return RowPlans(self.plans[np.asarray(rows, dtype=np.int64)], num_decided=self.num_decided)

@@ -1,1 +1,1 @@
-"""The command line `dynadepth`, and the verbs of the runtime."""
+"""The command line `dynadepth` and the commands of the runtime."""

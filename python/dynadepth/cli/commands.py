@@ -1,7 +1,7 @@
-"""The verbs of the runtime: generate, bake, export, push.
+"""The commands of the runtime: generate, bake, export, push.
 
-Each verb checks its options, loads what they name and calls the library; nothing here can be done from the command line
-only. Heavy imports are inside the verbs, so that `dynadepth --version` needs neither torch nor transformers.
+Each command checks its options, loads what they name and calls the library; everything here can be done from Python as
+well. Heavy imports are inside the commands, so that `dynadepth --version` needs neither torch nor transformers.
 """
 
 import json
@@ -29,7 +29,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSO
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands to the command line."""
     app.command("generate")(_generate)
     app.command("bake")(_bake)
     app.command("export")(_export)
@@ -56,19 +56,24 @@ def _generate(
     ] = None,
     router_backend: Annotated[
         Literal["torch", "onnx"],
-        typer.Option("--router-backend", help="What computes the decisions"),
+        typer.Option("--router-backend", help="Library that computes the decisions"),
     ] = "torch",
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer")
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer in tokens")
     ] = 64,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template")
     ] = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, help="Sampling temperature; 0 takes the likeliest token"
+        ),
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling")] = 0,
-    device: Annotated[str, typer.Option("--device", help="Where the model runs")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", help="torch device that the model runs on")
+    ] = "cpu",
     as_json: _Json = False,
 ) -> None:
     """Continue a prompt at a mean depth (--budget) or with one plan (--plan)."""
@@ -145,7 +150,7 @@ def _bake(
     actions = parse_plan(plan, layer_stack(base).num_layers)
     tokenizer = load_tokenizer(model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # The folder appears whole or not at all.
+    # The folder appears complete or not at all.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "checkpoint"
         save_baked(base, actions, folder)
@@ -179,7 +184,7 @@ def _export(
     from dynadepth.checkpoints.save_load import export_policy, load_routers
 
     loaded = load_routers(routers)
-    # Where the routers were found, which is `routers/` if a base model's folder was given.
+    # The folder where the routers were found: `routers/` if the folder of a base model was given.
     target = (loaded.folder or Path(routers)) / ONNX_NAME if out is None else out
     export_policy(loaded, target)
     if as_json:
@@ -193,14 +198,19 @@ def _push(
     routers: Annotated[Path, typer.Option("--routers", help="Folder of the routers")],
     repo: Annotated[
         str,
-        typer.Option("--repo", help="Hub id, org/name; the repository is made if it is missing"),
+        typer.Option(
+            "--repo", help="Hub id, org/name; the repository is created if it does not exist"
+        ),
     ],
     beside_model: Annotated[
         bool,
         typer.Option("--beside-model", help="Put them into routers/ of the model's repository"),
     ] = False,
     private: Annotated[
-        bool, typer.Option("--private", help="A new repository is private, an old one must be")
+        bool,
+        typer.Option(
+            "--private", help="Create a private repository; an existing one must be private"
+        ),
     ] = False,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Branch to push to [default: main]")
@@ -217,7 +227,7 @@ def _push(
         routers,
         repo,
         beside_model=beside_model,
-        # Without the option the owner's own default decides.
+        # Without the option, the default of the owner's account applies.
         private=private or None,
         revision=revision,
     )

@@ -1,8 +1,8 @@
-"""The command line `dynadepth`: what all verbs share, and where they come from.
+"""The command line `dynadepth`: what all commands share, and where they come from.
 
-Logs and progress go to stderr, results to stdout. The exit code is 0, 1 (an error of ours: one line, no traceback) or
-2 (a wrong command line). The verbs of the runtime are in `dynadepth.commands`; another distribution adds verbs through
-the entry-point group of the same name: each entry is a function `register(app)`.
+Logs and progress go to stderr, results to stdout. The exit code is 0, 1 (an error of dynadepth: one line, no traceback)
+or 2 (a wrong command line). The commands of the runtime are in `dynadepth.cli.commands`; another distribution adds
+commands through the entry-point group `dynadepth.commands`, each entry of which is a function `register(app)`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; those of this process if None.
 
     Returns:
-        0, 1 for an error that names its cause, 2 for a wrong command line.
+        0; 1 for an error of dynadepth, whose message is printed; 2 for a wrong command line.
     """
     try:
         command_line()(args=None if argv is None else list(argv), prog_name="dynadepth")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> typer.Typer:
-    """Return the command line with the verbs of the runtime and of every plugin."""
+    """Return the command line with the commands of the runtime and of every plugin."""
     app = typer.Typer(
         cls=_Verbs,
         no_args_is_help=True,
@@ -57,7 +57,7 @@ def command_line() -> typer.Typer:
 
 
 class _Verbs(TyperGroup):
-    """The verbs, with a hint for those that come with another distribution."""
+    """The commands, with a hint about those that come with another distribution."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in _VERBS_OF_SEARCH and self.get_command(ctx, args[0]) is None:
@@ -69,10 +69,10 @@ class _Verbs(TyperGroup):
 
 
 def _add_plugin(app: typer.Typer, entry: EntryPoint) -> None:
-    """Let a plugin add its verbs; one that does not load costs its own verbs only."""
+    """Let a plugin add its commands; if it does not load, only its own commands are missing."""
     try:
         entry.load()(app)
-    except Exception as error:  # whatever a plugin raises, the other verbs still work
+    except Exception as error:  # whatever a plugin raises, the other commands still work
         owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "another distribution"
         typer.echo(
             f"warning: the commands {entry.value!r} of {owner} do not load "
@@ -83,7 +83,7 @@ def _add_plugin(app: typer.Typer, entry: EntryPoint) -> None:
 
 def _options(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit")] = False,
 ) -> None:
     """Dynamic depth for frozen language models."""
     if version:

@@ -1,1 +1,1 @@
-"""What a comparison of policies may claim; works on arrays of outcomes."""
+"""Statistics for comparing policies, on arrays of outcomes."""

@@ -1,6 +1,6 @@
-"""Seeded divisions of prompts that keep equal prompts on one side.
+"""Seeded splits of prompts that keep equal prompts together.
 
-A prompt that occurs twice would otherwise be learned from and judged by at once.
+Otherwise a prompt that occurs twice could be trained on and evaluated on at once.
 """
 
 from collections.abc import Hashable, Sequence
@@ -14,12 +14,12 @@ Indices = npt.NDArray[np.int64]
 
 
 def draw_folds(names: Sequence[Hashable], count: int, rng: np.random.Generator) -> Indices:
-    """Divide prompts into folds of about equally many different prompts.
+    """Divide prompts into folds with about equally many distinct prompts each.
 
     Args:
-        names: What identifies each prompt, such as its text; rows of one name share a fold. Length N.
+        names: What identifies each prompt, such as its text; rows with the same name share a fold. Length N.
         count: Number of folds.
-        rng: Draws which names share a fold.
+        rng: Random generator that draws which names share a fold.
 
     Returns:
         The fold of each prompt, from 0 to `count` - 1. Shape (N,), int64.
@@ -37,12 +37,12 @@ def draw_folds(names: Sequence[Hashable], count: int, rng: np.random.Generator) 
 def hold_out(
     names: Sequence[Hashable], share: float, rng: np.random.Generator
 ) -> npt.NDArray[np.bool_]:
-    """Choose a share of the different prompts.
+    """Choose a share of the distinct prompts to hold out.
 
     Args:
         names: As for `draw_folds`. Length N.
-        share: Part of the different names that is held out, 0 to 1.
-        rng: Draws the names.
+        share: Fraction of the distinct names that is held out, 0 to 1.
+        rng: Random generator that draws the names.
 
     Returns:
         True for the rows that are held out. Shape (N,), bool.
@@ -55,18 +55,19 @@ def hold_out(
 def draw_parts(
     names: Sequence[Hashable], sizes: Sequence[int], rng: np.random.Generator
 ) -> list[Indices]:
-    """Draw disjoint parts of given sizes, none of which shares a name with another.
+    """Draw disjoint parts of given sizes, such that no two parts share a name.
 
-    Names are taken whole, in a drawn order: a name whose rows would exceed a part's size goes to no part, so a part may
-    come out smaller than asked for where names repeat.
+    All rows of a name go to one part, in a random order of the names. A name whose rows would exceed a part's size goes
+    to no part, so a part may be smaller than its given size if names repeat.
 
     Args:
         names: As for `draw_folds`. Length N.
-        sizes: Rows wanted in each part.
-        rng: Draws the order of the names.
+        sizes: Number of rows wanted in each part.
+        rng: Random generator that draws the order of the names.
 
     Returns:
-        The rows of each part, in the order in which their names were drawn. int64, at most the part's size each.
+        The rows of each part, in the order in which their names were drawn. Shape (rows,), int64, at most as many rows
+        as the part's size.
     """
     numbers = _numbers(names)
     waiting = iter(rng.permutation(numbers.max() + 1).tolist())
@@ -85,6 +86,6 @@ def draw_parts(
 
 
 def _numbers(names: Sequence[Hashable]) -> Indices:
-    """Number the different names in the order in which they first occur. Shape (N,)."""
+    """Number the distinct names in the order in which they first occur. Shape (N,), int64."""
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return np.array([number[name] for name in names], dtype=np.int64)

@@ -33,8 +33,8 @@ class Interval:
     Args:
         mean: The mean itself, not the mean of the resamples.
         low: 2.5 % quantile of the resampled means.
-        high: 97.5 % quantile.
-        n: Prompts.
+        high: 97.5 % quantile of the resampled means.
+        n: Number of prompts.
     """
 
     mean: float
@@ -43,7 +43,7 @@ class Interval:
     n: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """Return the fields for JSON."""
+        """Return the fields as values that JSON can hold."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
@@ -64,15 +64,15 @@ def mean_interval(values: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> 
 
     Args:
         values: One number for each prompt; booleans count as 0 and 1. Shape (prompts,).
-        seed: Of the resampling. Equal seeds resample the same prompts, so intervals of one run
-            belong together.
+        seed: Seed of the resampling. Equal seeds resample the same prompts, so intervals with the same seed
+            can be compared.
         resamples: Number of bootstrap samples.
 
     Returns:
         The mean and its interval.
 
     Raises:
-        ValueError: No prompts, or numbers that are not finite.
+        ValueError: There are no prompts, or a number is not finite.
 
     Example:
         >>> mean_interval([0.5, 0.5]).low
@@ -98,15 +98,15 @@ def paired_difference(
 
     Args:
         values: Outcomes of a policy. Shape (prompts,).
-        reference: Outcomes of what it is compared with, prompt by prompt. Shape (prompts,).
-        seed: Of the resampling.
+        reference: Outcomes of the policy that it is compared with, on the same prompts. Shape (prompts,).
+        seed: Seed of the resampling.
         resamples: Number of bootstrap samples.
 
     Returns:
         Mean of `values - reference` over the prompts; both are resampled together.
 
     Raises:
-        ValueError: Different numbers of prompts, none, or numbers that are not finite.
+        ValueError: The numbers of prompts differ or are 0, or a number is not finite.
 
     Example:
         >>> paired_difference([1.0, 3.0], [0.0, 2.0]).mean

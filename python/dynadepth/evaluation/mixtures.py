@@ -1,4 +1,4 @@
-"""What a mean depth buys without looking at the prompt: mixtures of static plans; and what an oracle chooses."""
+"""The best quality at a mean depth without looking at the prompt (mixtures of static plans), and oracle choices."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +19,17 @@ __all__ = [
     "pareto_front",
 ]
 
-# A mean depth over prompts is not exact to the last bit.
+# Tolerance for the rounding of a mean depth over prompts.
 _SLACK = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Two static plans drawn at random for each prompt, with fixed odds.
+    """Two static plans, one of which is drawn at random for each prompt, with fixed probabilities.
 
     Args:
         low: Index of the shallower plan.
-        high: Index of the deeper plan; equal to `low` if one plan has the depth by itself.
+        high: Index of the deeper plan; equal to `low` if a single plan has the wanted depth.
         weight: Probability of `high`, from 0 to 1.
         depth: Mean depth of the mixture, as a fraction of the number of layers.
     """
@@ -40,13 +40,13 @@ class Mixture:
     depth: float
 
     def expected(self, outcomes: Any) -> Floats:
-        """Return what each prompt gets from the mixture on average.
+        """Return the expected outcome of each prompt under the mixture.
 
-        The expectation is taken in place of a draw, so that a paired difference carries no noise of
-        the draw.
+        The expectation is computed instead of drawing plans, so that a paired difference contains no
+        noise from the draw.
 
         Args:
-            outcomes: One row for each plan that `low` and `high` count. Shape (plans, prompts).
+            outcomes: One row for each plan that `low` and `high` may name. Shape (plans, prompts).
 
         Returns:
             Expected outcome of each prompt. Shape (prompts,), float64.
@@ -64,7 +64,7 @@ def pareto_front(depths: Any, qualities: Any) -> npt.NDArray[np.int64]:
         qualities: Higher is better. Shape (points,).
 
     Returns:
-        Indices, depth rising; of equal points the lowest index only. Shape (front,), int64.
+        Indices, by ascending depth; of equal points only the one of lowest index. Shape (front,), int64.
 
     Example:
         >>> pareto_front([1.0, 0.9, 0.8], [2.0, 1.0, 1.5]).tolist()
@@ -82,21 +82,21 @@ def pareto_front(depths: Any, qualities: Any) -> npt.NDArray[np.int64]:
 
 
 def concave_hull(depths: Any, qualities: Any) -> npt.NDArray[np.int64]:
-    """Return the static plans that the best mixtures are made of.
+    """Return the static plans that the best mixtures consist of.
 
     Args:
-        depths: Of each plan. Shape (plans,).
+        depths: Depth of each plan, as a fraction of the number of layers. Shape (plans,).
         qualities: Mean quality of each plan on the training prompts. Shape (plans,).
 
     Returns:
-        Vertices of the upper concave hull from the shallowest plan to the deepest, depth rising.
-        Shape (vertices,), int64.
+        Indices of the vertices of the upper concave hull, from the shallowest plan to the deepest. Shape
+        (vertices,), int64.
     """
     depth, quality = np.asarray(depths, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
     hull: list[int] = []
     for index in np.lexsort((np.arange(depth.size), -quality, depth)).tolist():
         if hull and depth[index] == depth[hull[-1]]:
-            continue  # the first of a depth has its highest quality
+            continue  # the first plan of a depth has the highest quality
         while len(hull) > 1:
             left, middle = hull[-2], hull[-1]
             rise = (quality[middle] - quality[left]) * (depth[index] - depth[left])
@@ -112,20 +112,20 @@ def mix_to_depth(depths: Any, qualities: Any, depth: float) -> Mixture:
     """Return the best mixture of static plans that has a given mean depth.
 
     Args:
-        depths: Of each plan, as a fraction of the number of layers. Shape (plans,).
-        qualities: Mean quality of each plan, measured on prompts that take no part in the
-            comparison. Shape (plans,).
+        depths: Depth of each plan, as a fraction of the number of layers. Shape (plans,).
+        qualities: Mean quality of each plan, measured on prompts that are not part of the comparison.
+            Shape (plans,).
         depth: Mean depth wanted.
 
     Returns:
-        The two neighbours on the upper concave hull and their odds.
+        The two neighbours on the upper concave hull and their probabilities.
 
     Raises:
         BudgetError: The depth lies outside the depths of the plans.
 
     Source:
-        The baseline of every comparison here: a policy that sees the prompt has to beat what the
-        same mean depth buys without seeing it.
+        The baseline of every comparison here: a policy that sees the prompt has to beat the best quality
+        that is possible at the same mean depth without seeing it.
 
     Example:
         >>> mix_to_depth([1.0, 0.8], [0.0, -1.0], 0.9).weight
@@ -135,14 +135,14 @@ def mix_to_depth(depths: Any, qualities: Any, depth: float) -> Mixture:
 
 
 def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple[Mixture, ...]:
-    """Return the best mixtures of static plans, one for each kind of prompts, that have a mean depth over all kinds.
+    """Return the best mixture of static plans for each kind of prompts, such that all kinds together have a mean depth.
 
     Args:
-        depths: Of each plan, as a fraction of the number of layers. Shape (plans,).
-        qualities: Mean quality of each plan on each kind, measured on prompts that take no part in the comparison.
+        depths: Depth of each plan, as a fraction of the number of layers. Shape (plans,).
+        qualities: Mean quality of each plan on each kind, measured on prompts that are not part of the comparison.
             Shape (kinds, plans).
-        shares: Part of the prompts that is of each kind; their sum is 1. Shape (kinds,).
-        depth: Mean depth wanted.
+        shares: Fraction of the prompts that belongs to each kind; the fractions sum to 1. Shape (kinds,).
+        depth: Mean depth wanted, over all kinds.
 
     Returns:
         The mixture of each kind.
@@ -151,8 +151,8 @@ def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple
         BudgetError: The depth lies outside the depths of the plans.
 
     Source:
-        A fractional knapsack over the kinds' concave hulls, solved by taking the steepest pieces first. What a policy
-        gains over it comes from single prompts, not from telling kinds apart.
+        A fractional knapsack over the concave hulls of the kinds, solved by taking the steepest segments first. A
+        policy that beats it tells prompts of the same kind apart, not only the kinds.
     """
     depth_of, quality = (
         np.asarray(depths, dtype=np.float64),
@@ -160,7 +160,7 @@ def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple
     )
     parts = np.asarray(shares, dtype=np.float64)
     hulls = [concave_hull(depth_of, row) for row in quality]
-    # The depths of a mixture over all kinds reach as far as those of the plans.
+    # The mean depths that mixtures can have are those between the shallowest and the deepest plan.
     wanted = bracket_depth(depth_of, depth, hulls[0][[0, -1]]).depth
     pieces = []
     for kind, hull in enumerate(hulls):
@@ -172,7 +172,7 @@ def mix_by_kind(depths: Any, qualities: Any, shares: Any, depth: float) -> tuple
     for _, kind, end in sorted(pieces):
         missing = wanted - float(parts @ reached)
         if missing > 0 and parts[kind] > 0:
-            # Rounded slopes of one kind may change places: what is reached stays so.
+            # Rounding may swap two slopes of one kind; a vertex that was reached stays reached.
             reached[kind] = max(reached[kind], min(end, reached[kind] + missing / parts[kind]))
     return tuple(
         bracket_depth(depth_of, float(mean), hull)
@@ -184,16 +184,16 @@ def bracket_depth(depths: Any, depth: float, among: Any, *, clip: bool = False) 
     """Return the mixture of the two plans that are nearest to a mean depth from below and from above.
 
     Args:
-        depths: Of each plan. Shape (plans,).
+        depths: Depth of each plan, as a fraction of the number of layers. Shape (plans,).
         depth: Mean depth wanted.
-        among: Indices of the plans to take, their depths rising. Shape (taken,).
-        clip: Take the nearest plan for a depth beyond their ends, in place of raising.
+        among: Indices of the plans to choose from, by ascending depth. Shape (taken,).
+        clip: For a depth outside their range, take the nearest plan instead of raising an error.
 
     Returns:
-        The two neighbours and their odds.
+        The two neighbours and their probabilities.
 
     Raises:
-        BudgetError: The depth lies outside the depths of these plans, and `clip` is not set; or there are no plans.
+        BudgetError: The depth lies outside the depths of these plans and `clip` is not set, or there are no plans.
     """
     taken = np.asarray(among, dtype=np.int64)
     knots = np.asarray(depths, dtype=np.float64)[taken]
@@ -212,21 +212,21 @@ def bracket_depth(depths: Any, depth: float, among: Any, *, clip: bool = False) 
 
 
 def best_under_depth(qualities: Any, depths: Any, depth: float) -> npt.NDArray[np.int64]:
-    """Choose one plan for each prompt, outcomes known, so that the mean depth keeps a limit.
+    """Choose one plan for each prompt from known outcomes, such that the mean depth keeps a limit.
 
-    This is what an oracle does; it is no policy. Each prompt takes the plan of highest `quality -
-    price * depth`, and the lowest price is taken at which the mean depth fits.
+    This is what an oracle does, not a policy. Each prompt takes the plan with the highest `quality -
+    price * depth`; the price is the lowest at which the mean depth keeps the limit.
 
     Args:
         qualities: Outcome of each plan on each prompt. Shape (plans, prompts).
         depths: Depth of each plan on each prompt. Shape (plans, prompts).
-        depth: Highest mean depth.
+        depth: The limit on the mean depth.
 
     Returns:
-        Index of the plan of each prompt. Shape (prompts,), int64.
+        Index of the chosen plan of each prompt. Shape (prompts,), int64.
 
     Raises:
-        BudgetError: Even the shallowest plan of every prompt is deeper.
+        BudgetError: The mean depth of the shallowest plan of every prompt exceeds the limit.
     """
     quality, cost = np.asarray(qualities, dtype=np.float64), np.asarray(depths, dtype=np.float64)
     columns = np.arange(quality.shape[1])

@@ -1,7 +1,4 @@
-"""Watching: what a callback is told of every visit.
-
-Knows nothing of models, plans or controllers.
-"""
+"""Callbacks that are called before and after every visit, and the event that they receive."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,22 +28,22 @@ VisitCallback = Callable[[VisitEvent], object]
 
 
 class VisitCallbacks:
-    """The callbacks of one forward pass, outermost block first.
+    """The callbacks of one forward pass, outermost context first.
 
     Args:
         before: Called before each visit.
-        after: Called after each visit that raised nothing.
+        after: Called after each visit that did not raise.
     """
 
     def __init__(self, before: Sequence[VisitCallback], after: Sequence[VisitCallback]) -> None:
         self._before, self._after = before, after
 
     def before(self, event: VisitEvent) -> None:
-        """Tell those who asked to know before a visit."""
+        """Call every `before` callback."""
         for callback in self._before:
             callback(event)
 
     def after(self, event: VisitEvent) -> None:
-        """Tell those who asked to know after a visit."""
+        """Call every `after` callback."""
         for callback in self._after:
             callback(event)

@@ -1,6 +1,6 @@
-"""Contexts: what the caller has said for the forwards inside a `with` block, or inside one `generate`.
+"""Contexts: settings that hold for the forwards inside a `with` block, or inside one `generate`.
 
-Contexts are this thread's and task's, as the executor's scopes are. Knows nothing of what they are used for.
+Like the executor's scopes, contexts belong to one thread and task.
 """
 
 from collections.abc import Iterator
@@ -21,18 +21,19 @@ __all__ = ["Context", "callbacks_of", "contexts_of", "open_context"]
 
 @dataclass(slots=True)
 class Context:
-    """What one block says; what is None is said by an outer block or not at all.
+    """The settings of one block; a field that is None is left to the outer blocks.
 
     Attributes:
-        owner: The controller whose forwards it is about.
-        plans: Plans in place of the policy's. Shape (rows, num_layers), uint8.
-        policy: Another policy in place of the model's.
-        prompt_lengths: Real tokens of each row that are the prompt. Shape (rows,), int64, on the host.
-        prompt_width: Columns of the batch that `generate` was given; None once the prompt is planned.
-        row_plans: Plans of a generation without a cache to keep them on.
+        owner: The controller whose forwards the context governs.
+        plans: Plans to run instead of the policy's. Shape (rows, num_layers), uint8.
+        policy: Another policy to use instead of the model's.
+        prompt_lengths: Real tokens at the start of each row that form the prompt. Shape (rows,), int64, on the host.
+        prompt_width: Number of columns of the batch passed to `generate`, padding included; None once the prompt is
+            planned.
+        row_plans: The plans of a generation that has no cache to keep them on.
         in_generate: Whether the block is one `generate`.
-        only_plans: Whether the forward inside is for the plans alone; they go to `row_plans`.
-        cache: The cache of a generation; it holds the states until the generation's figures are taken.
+        only_plans: Whether the forward inside is made for the plans alone, which go to `row_plans`.
+        cache: The cache of a generation, kept alive until its memory has been measured.
         before: Called before each visit.
         after: Called after each visit.
         is_open: Whether the block is still running.
@@ -57,10 +58,10 @@ _CONTEXTS: ContextVar[tuple[Context, ...]] = ContextVar("dynadepth_contexts", de
 
 @contextmanager
 def open_context(context: Context) -> Iterator[Context]:
-    """Put a context inside those that are open, for this thread and the length of the block.
+    """Open a context inside those that are already open, in this thread and for the duration of the block.
 
-    A block inside a generator may end in another thread or task than it began in, as streaming servers close their
-    generators: what it said ends everywhere then.
+    A block inside a generator may end in another thread or task than the one it began in, as when a streaming server
+    closes its generators; its settings then end everywhere.
     """
     _CONTEXTS.set((*_open_contexts(), context))
     try:

@@ -1,9 +1,9 @@
 """The executor: lets a scope decide what each decoder layer of a model runs.
 
 Each decoder layer's class is swapped for a generated subclass of the same name, whose forward hands the call to the
-scope of the forward pass that is under way. A scope (of a plan, of a sweep) decides; `LayerCall.visit` runs. So the
-family's own forward makes masks and positions, and the layer's own forward does the work: no family is copied.
-Knows nothing of plans, policies or files.
+scope of the forward pass that is under way. A scope (of a plan or of a sweep) decides; `LayerCall.visit` runs. Masks
+and positions come from the model's own forward and the computation from the layer's own forward, so no family's code
+is copied.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +40,7 @@ __all__ = [
     "remove_executor",
 ]
 
-# In a scope's `dispatch`: the scope itself runs the layer; the layer runs for no row.
+# Entries of a scope's `dispatch`. PER_ROW: call the scope's `run`. SKIPPED: the layer runs for no row.
 PER_ROW: Any = object()
 SKIPPED: Any = object()
 
@@ -50,8 +50,8 @@ class Scope(Protocol):
 
     owner: object
     outer: "Scope | None"
-    # For each layer: the cache that it is given, perhaps None, if it is known to run once for all rows; `SKIPPED` if it
-    # is known to run for none; `PER_ROW` if `run` must be called.
+    # One entry for each layer. If the layer is known to run once for all rows: the cache that it is given, which may be
+    # None. If it is known to run for no row: `SKIPPED`. Otherwise `PER_ROW`, and `run` must be called.
     dispatch: Sequence[Any]
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -64,9 +64,9 @@ _SCOPE: ContextVar[Scope | None] = ContextVar("dynadepth_scope", default=None)
 
 
 def enter_scope(scope: Scope) -> None:
-    """Make `scope` the one that the layers of its owner obey, in this thread."""
+    """Make `scope` the one that its owner's layers obey in this thread."""
     outer = _SCOPE.get()
-    # A forward that a KeyboardInterrupt left early could not leave its scope.
+    # A forward that a KeyboardInterrupt cut short could not leave its scope.
     while outer is not None and outer.owner is scope.owner:
         outer = outer.outer
     scope.outer = outer
@@ -84,7 +84,7 @@ def leave_scope(owner: object) -> Scope | None:
 
 @dataclass(slots=True)
 class _Installed:
-    """What an installed layer carries: its number, whose scopes it obeys, and its own forward if that is compiled."""
+    """What an installed layer carries: its number, whose scopes it obeys, and its compiled own forward, if any."""
 
     layer_idx: int
     owner: object
@@ -98,7 +98,7 @@ class _Installed:
 
 _INSTALLED = "_dynadepth_installed"
 # Activation checkpointing keeps a layer's arguments and runs the layer again in the backward pass, perhaps in another
-# thread, when the forward's scope is closed. So the scope goes with the arguments.
+# thread, after the forward's scope has been closed. So the scope travels with the arguments.
 _SCOPE_ARGUMENT = "_dynadepth_scope"
 
 
@@ -108,9 +108,9 @@ def _scope_of(installed: _Installed) -> Scope:
         scope = scope.outer
     if scope is None:
         raise WrapError(
-            f"decoder layer {installed.layer_idx} was called outside a forward of the model it was wrapped with; call "
-            "the model itself. If layers were copied or replaced since (layer_replication of PEFT), "
-            "unwrap_model(model) and wrap it again"
+            f"decoder layer {installed.layer_idx} was called outside a forward of the model that it was wrapped with; "
+            "call the model itself. If layers were copied or replaced after wrapping (layer_replication of PEFT), "
+            "call unwrap_model(model) and wrap it again"
         )
     return scope
 
@@ -143,9 +143,9 @@ def _run_call(
 
 
 def _own_forward(base: Any) -> Callable[..., Any]:
-    """Return what a layer class computes, without the checkpointing that transformers puts around every forward.
+    """Return the forward of a layer class without the checkpointing that transformers puts around every forward.
 
-    Since transformers 5.24 only the outermost forward of a class checkpoints, and that is the stand-in's.
+    Since transformers 5.24 only the outermost forward of a class checkpoints, and that is the one of the subclass.
     """
     forward: Any = base.forward
     name = getattr(getattr(forward, "__code__", None), "co_name", "")
@@ -157,8 +157,8 @@ def _own_forward(base: Any) -> Callable[..., Any]:
 
 @cache
 def _routed_class(base: Any) -> type[nn.Module]:
-    """Make the subclass that stands in for a decoder layer class; isinstance and its name stay true."""
-    # Libraries of kernels replace the forward of a class, some after it was wrapped for the first time: `found` is the
+    """Make the subclass that stands in for a decoder layer class; `isinstance` and the class name still hold."""
+    # Kernel libraries replace the forward of a class, some after it was first wrapped: `found` is the
     # one that all else here was read from.
     found = base.forward
     signature, own_forward = layer_signature(found), _own_forward(base)
@@ -173,11 +173,11 @@ def _routed_class(base: Any) -> type[nn.Module]:
         # Last, so that another thread that sees it sees the rest.
         found = current
 
-    # A layer that is compiled as torch would compile it is never wrapped, so that question is left out.
+    # `install_executor` refuses layers that torch has compiled, so torch's check for that is bypassed.
     own_call = nn.Module._call_impl if base.__call__ is nn.Module.__call__ else base.__call__
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Which rows run is decided outside of compiled graphs, or every plan would need graphs of its own.
+        # Which rows run is decided outside compiled graphs; otherwise every plan would need graphs of its own.
         if torch.compiler.is_dynamo_compiling():
             return forward_outside(self, *args, **kwargs)
         if base.forward is not found:
@@ -186,7 +186,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
         scope = kwargs.pop(_SCOPE_ARGUMENT, None) or _SCOPE.get()
         if scope is None or scope.owner is not installed.owner:
             scope = _scope_of(installed)
-        # Most calls of most plans go straight through; in decoding these lines are what the wrapping costs.
+        # Most calls of most plans take this shortcut; in decoding, these lines are the cost of wrapping.
         if cache_name in kwargs:
             view = scope.dispatch[installed.layer_idx]
             if view is SKIPPED:
@@ -198,7 +198,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
                 return (installed.compiled or own_forward)(self, *args, **kwargs)
         return _run_call(self, own_forward, signature, scope, args, kwargs)
 
-    # Where nothing is being compiled, the way outside would cost as much as all else.
+    # Used only while compiling: otherwise leaving the graph would cost as much as everything else.
     forward_outside = torch.compiler.disable(forward)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -207,7 +207,7 @@ def _routed_class(base: Any) -> type[nn.Module]:
         return own_call(self, *args, **kwargs)
 
     def compile_own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # Unbound: a bound one would run this layer's weights in every copy.
+        # Unbound, because a bound method would run this layer's weights in every copy.
         self.__dict__[_INSTALLED].compiled = torch.compile(base.forward, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -231,20 +231,20 @@ def _routed_class(base: Any) -> type[nn.Module]:
 
 
 def _empty_layer(base: Any) -> nn.Module:
-    """Make a layer of the stand-in class, without any state: what copying and unpickling begin with."""
+    """Make a layer of the stand-in class, without any state, for copying and unpickling to fill."""
     routed = _routed_class(base)
     return routed.__new__(routed)
 
 
 def is_installed(stack: LayerStack) -> bool:
-    """Say whether an executor is on any of these layers, or on a layer inside what stands in its place."""
+    """Say whether an executor is on any of these layers, or on a layer inside a module that replaced one."""
     return any(_INSTALLED in module.__dict__ for module in stack.layers.modules())
 
 
 def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> None:
     """Refuse a list of layers that is no longer the one that the executor was put on.
 
-    Other libraries may put modules round layers, which run them as before. Cheap enough for every forward.
+    Other libraries may put modules around layers, as long as these still run them. Cheap enough for every forward.
 
     Args:
         layers: The model's list of decoder layers, as it is now.
@@ -268,7 +268,7 @@ def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> No
         if installed is None:
             wrong = wrong or f"layer {layer_idx} is a {type(layer).__name__} that was not wrapped"
         elif installed.owner is not owner or installed.layer_idx != layer_idx:
-            wrong = wrong or f"in place {layer_idx} stands layer {installed.layer_idx}"
+            wrong = wrong or f"layer {installed.layer_idx} is at position {layer_idx}"
         elif "forward" in layer.__dict__ and _is_patched(layer):
             wrong = wrong or f"the forward of layer {layer_idx} was replaced"
     if wrong is not None:
@@ -279,11 +279,11 @@ def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> No
 
 
 def check_unwrapped(model: nn.Module, *, before: str) -> None:
-    """Refuse a model whose layers a plan or a sweep governs.
+    """Refuse a model that is wrapped or inside a sweep.
 
     Args:
         model: A supported causal language model.
-        before: What needs the model as it is, for the message.
+        before: What the model must be unwrapped for; the message names it.
 
     Raises:
         UnsupportedModelError: The model's family is not supported.
@@ -300,7 +300,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
 
     Args:
         stack: The layers.
-        owner: Whose scopes the layers obey.
+        owner: The object whose scopes the layers obey.
 
     Raises:
         WrapError: An executor is there already, or another library has replaced a layer's forward.
@@ -315,12 +315,12 @@ def install_executor(stack: LayerStack, owner: object) -> None:
         if _is_patched(layer):
             raise WrapError(
                 f"the forward of decoder layer {layer_idx} ({type(layer).__name__}) was replaced by another library; "
-                "remove that change before wrapping, or its effect would be lost in silence"
+                "remove that change before wrapping, or its effect would be lost silently"
             )
         if layer._compiled_call_impl is not None:
             raise WrapError(
-                f"decoder layer {layer_idx} was compiled as a layer that always runs; leave that out, wrap the model "
-                "and call layer.compile() then, which compiles what one visit runs"
+                f"decoder layer {layer_idx} was compiled as a layer that always runs; do not compile it before "
+                "wrapping, but call layer.compile() afterwards, which compiles what one visit runs"
             )
         layer_signature(classes[layer_idx].forward)
     for layer_idx, layer in enumerate(stack.layers):
@@ -329,7 +329,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
 
 
 def remove_executor(modules: Iterable[nn.Module]) -> None:
-    """Give every decoder layer among some modules its own class back; modules without an executor stay as they are."""
+    """Give every decoder layer among some modules its own class back; modules without an executor are not changed."""
     for module in modules:
         if module.__dict__.pop(_INSTALLED, None) is not None:
             _set_class(module, type(module)._dynadepth_base)  # type: ignore[attr-defined]
@@ -341,12 +341,12 @@ def obeys(layer: nn.Module, owner: object) -> bool:
     return installed is not None and installed.owner is owner
 
 
-# Where accelerate keeps the forward that it found when it put its hook on, and where it puts that back.
+# The attributes where accelerate keeps the forward that its hook replaced, and where it restores it.
 _FORWARD_PLACES = ("_old_forward", "forward")
 
 
 def _is_patched(layer: nn.Module) -> bool:
-    """Say whether a call of the layer runs something else than its class's forward, hooks of accelerate aside."""
+    """Say whether calling the layer runs something other than its class's forward, apart from accelerate's hooks."""
     place = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
     return place in layer.__dict__ and not _is_own_forward(layer, place)
 

@@ -1,6 +1,6 @@
 """One call of a decoder layer by its model, and how visits of it are run for some rows of the batch.
 
-Gathers states, masks and positions and calls the layer's own forward. Knows nothing of plans or of who decides.
+Gathers states, masks and positions and calls the layer's own forward.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from dynadepth.models.families import LayerSignature
 __all__ = ["LayerCall"]
 
 # Arguments of a decoder layer whose first dimension is the batch (or 1; for alibi a multiple), in all supported
-# families. Any other tensor is refused when rows are gathered: a guess by shape would gather packed lengths or
-# positions of T == B tokens.
+# families. Any other tensor is refused when rows are gathered: guessing by shape would also gather packed lengths, or
+# the positions of T tokens where T equals the batch size.
 _ROW_ARGUMENTS = frozenset({"alibi", "attention_mask", "position_embeddings", "position_ids"})
 
 
@@ -30,8 +30,8 @@ class LayerCall:
         hidden_states: The states that enter it. Shape (rows, tokens, hidden).
         arguments: Everything else it was called with, by parameter name.
         signature: How its class is called.
-        extras: What the last visit of the whole batch returned after the states; None each where there was none, since
-            of some rows they would not be the batch's. As many as the family has.
+        extras: What the last visit of the whole batch returned after the states, as many values as the family has. Each
+            is None if no visit ran the whole batch, since values of some rows are not those of the batch.
     """
 
     layer_idx: int
@@ -70,7 +70,7 @@ class LayerCall:
             index: For each row run, the row of the model's batch whose mask and positions it has. Shape (rows run,),
                 int64, on the states' device. None: the whole batch in order.
             num_rows: Rows of the model's batch; needed with `index`.
-            wanted: Numbers of the outputs that will be read, counted row by row, token by token; the others may hold
+            wanted: Indices of the outputs that will be read, in the flattened (rows, tokens) order. The others may hold
                 anything, so the feed-forward module need not run for them. Shape (outputs,), int64, on the states'
                 device. None: all.
 
@@ -110,7 +110,7 @@ class LayerCall:
 
 
 class _FeedForwardSubset:
-    """Lets a feed-forward module run for some tokens only, inside the block; for the others it gives zeros."""
+    """Lets a feed-forward module run for some tokens only, inside the block; the others are zeros."""
 
     def __init__(self, wanted: torch.Tensor, feed_forward: nn.Module) -> None:
         self._wanted, self._feed_forward = wanted, feed_forward
@@ -138,7 +138,7 @@ class _FeedForwardSubset:
 
 
 class _NotByRow:
-    """Stands for a tensor that a layer only passes on, where rows are split: nothing may read it.
+    """Stands in for a tensor that cannot be split by row: a layer may pass it on, but nothing may read it.
 
     A model hands its layers whatever its own forward was called with beyond what it knows: counts and labels for the
     loss, token types. No layer reads these, so they may stay; lengths of packed rows, which some attention reads, may
@@ -151,7 +151,7 @@ class _NotByRow:
         self._name, self._shape = name, shape
 
     def to(self, *_: Any, **__: Any) -> "_NotByRow":
-        """Stay: accelerate moves all arguments of a module to its device."""
+        """Return itself: accelerate moves all arguments of a module to its device."""
         return self
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -168,7 +168,7 @@ class _NotByRow:
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __float__ = __int__ = __index__ = _refuse
 
     def __getattr__(self, name: str) -> Any:
-        # Python and its libraries ask objects for such names without reading what they hold.
+        # Python and its libraries look such names up without reading the tensor.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._refuse()
@@ -195,7 +195,7 @@ def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) 
                 f"differ between rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row"
             )
         if name == "alibi" and value.shape[0] % num_rows == 0:
-            # bloom has rows and heads in one dimension.
+            # bloom folds rows and heads into one dimension.
             return value.unflatten(0, (num_rows, -1)).index_select(0, index).flatten(0, 1)
         if value.shape[0] == 1:
             return value

@@ -1,7 +1,6 @@
-"""Which tokens of a batch are real, and that each row holds one prompt.
+"""Which tokens of a batch are real, and a check that each row holds one prompt.
 
-Read from what the model's forward was given, or else from the mask that it made for the layer. Knows nothing of plans
-or policies.
+Both are read from the arguments of the model's forward, or else from the mask that it made for the layer.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ __all__ = ["SpecialTokens", "real_tokens", "unmarked_padding"]
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids that the end of a row may be padded with.
+    """Token ids that may pad the end of a row.
 
     Attributes:
         padding: The id that is padding and nothing else; None if the model has none.
@@ -47,7 +46,7 @@ class SpecialTokens:
 def unmarked_padding(
     real: torch.Tensor, tokens: torch.Tensor, special: SpecialTokens
 ) -> torch.Tensor:
-    """Return which tokens are real in a batch whose padding no mask tells.
+    """Return which tokens are real in a batch that has no mask to tell its padding.
 
     A causal model needs no mask for padding on the right, so evaluation harnesses give none; a policy that took the
     padding for text would give a row another plan than the row alone.
@@ -61,13 +60,13 @@ def unmarked_padding(
         `real` without the padding at the end of each row. Shape (rows, tokens), bool.
 
     Raises:
-        UnsupportedModelError: Of several rows one ends with a token that may or may not be padding.
+        UnsupportedModelError: There are several rows, and one ends with a token that may or may not be padding.
     """
     if tokens.is_floating_point():
         return real
     if special.padding is not None:
         padding = tokens == special.padding
-        # A row of nothing but padding is left as it is: something has to be read.
+        # A row of nothing but padding keeps its tokens, since the policy has to read something.
         trailing = padding.flip(1).long().cumprod(dim=1).flip(1).bool()
         real = real & ~(trailing & ~trailing.all(dim=1, keepdim=True))
     if len(tokens) > 1:
@@ -84,11 +83,11 @@ def unmarked_padding(
 
 
 def real_tokens(call: LayerCall, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return which tokens of a first forward are not padding.
+    """Return which tokens of a prefill are not padding.
 
     Args:
         call: The call of any decoder layer in that forward.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, at least tokens).
+        attention_mask: The 2-D mask passed to the model's forward, or None. Shape (rows, tokens) or wider.
 
     Returns:
         Shape (rows, tokens), bool, on the states' device.
@@ -110,7 +109,7 @@ def _check_unpacked(call: LayerCall, mask: torch.Tensor) -> None:
     """Refuse rows that hold several prompts: one row has one plan.
 
     Raises:
-        UnsupportedModelError: Positions start again between real tokens, or lengths of packed prompts were given.
+        UnsupportedModelError: Positions restart between real tokens, or lengths of packed prompts were given.
     """
     packed = any(
         name.startswith("cu_seq_len") and value is not None
@@ -122,19 +121,19 @@ def _check_unpacked(call: LayerCall, mask: torch.Tensor) -> None:
         packed = packed or bool((falls & mask[:, 1:] & mask[:, :-1]).any())
     if packed:
         raise UnsupportedModelError(
-            "positions start again within a row, so it packs several prompts, which cannot have plans of their own; "
-            "give each prompt a row of a padded batch"
+            "positions restart within a row, so it packs several prompts, which cannot have plans of their own; "
+            "give each prompt its own row of a padded batch"
         )
 
 
 def _mask_from_layer(mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Read from a layer's own first-forward mask which tokens are real: each real token attends to itself."""
+    """Read from a layer's own prefill mask which tokens are real: each real token attends to itself."""
     if mask is None:
         return torch.ones(rows, tokens, dtype=torch.bool, device=device)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
         raise UnsupportedModelError(
-            f"the model was given no 2-D attention mask, and its layers a {type(mask).__name__}, from which the "
-            "padding cannot be read; pass attention_mask of shape (batch, tokens)"
+            f"the model was given no 2-D attention mask, and the padding cannot be read from the "
+            f"{type(mask).__name__} that its layers were given; pass attention_mask of shape (batch, tokens)"
         )
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :tokens]
     real = (

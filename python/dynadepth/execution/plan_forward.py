@@ -1,7 +1,6 @@
 """PlanScope: one forward pass of a wrapped model, in which each layer runs the visits of its rows' plans.
 
-Asks a planner (the controller) for the plans and hands the rows of each visit to the executor. Knows nothing of
-policies or of how plans are made.
+Asks a planner (the controller) for the plans and hands the rows of each visit to the executor.
 """
 
 import weakref
@@ -25,7 +24,7 @@ __all__ = ["PlanScope", "Planner"]
 
 
 class Planner(Protocol):
-    """What a forward pass asks for plans."""
+    """Makes the plans of a forward pass."""
 
     num_layers: int
 
@@ -38,7 +37,7 @@ class Planner(Protocol):
         ...
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Take note of a forward that has run to its end."""
+        """Record a forward that has completed."""
         ...
 
     def knows_lengths(self) -> bool:
@@ -46,7 +45,7 @@ class Planner(Protocol):
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
-        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        """Return which of the real tokens belong to the prompt. Shape (rows, tokens), bool, like `real`."""
         ...
 
     def decide(
@@ -56,7 +55,14 @@ class Planner(Protocol):
         hidden_states: torch.Tensor,
         prompts: PromptBatch,
     ) -> None:
-        """Decide the actions of the layers from `layer_idx` to the next decision; writes `plans`."""
+        """Decide the actions of the layers from `layer_idx` to the next decision.
+
+        Args:
+            plans: The plans of the batch; the decided actions are written into it.
+            layer_idx: The layer that the states enter.
+            hidden_states: Shape (rows, tokens, hidden), model dtype and device.
+            prompts: The prompts of the batch.
+        """
         ...
 
 
@@ -65,8 +71,8 @@ class PlanScope:
 
     Attributes:
         owner: The planner.
-        outer: The scope that was open before, of another model.
-        attention_mask: The 2-D mask that the model's forward got, or None. Shape (rows, tokens), integer or bool.
+        outer: The scope of another model that was open before, or None.
+        attention_mask: The 2-D mask passed to the model's forward, or None. Shape (rows, tokens), integer or bool.
 
     Args:
         owner: The planner.
@@ -92,12 +98,12 @@ class PlanScope:
         self._special_tokens, self._same_rows = special_tokens, same_rows
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
-        # The same at every decision, so it is made once.
+        # The same at every decision, so it is built once.
         self._prompts: PromptBatch | None = None
         # Until the plans are known, every layer asks.
         self.dispatch: Sequence[Any] = (PER_ROW,) * owner.num_layers
         self._num_tokens = 0
-        # Whoever runs the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may stay behind.
+        # The caller of the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may outlive it.
         self._cache_ref: weakref.ref[DepthCache] | None = None
         self._is_prefill = self._only_plans = False
         self._callbacks: VisitCallbacks | None = None
@@ -106,7 +112,8 @@ class PlanScope:
         """Run the visits of one layer for the rows whose plan makes them.
 
         Raises:
-            UnsupportedModelError: States that are not (rows, tokens, hidden), or an unsupported or unusable cache.
+            UnsupportedModelError: The states do not have shape (rows, tokens, hidden), or the cache is unsupported or
+                unusable.
             PlanError: The batch does not fit the plans.
         """
         states, layer_idx = call.hidden_states, call.layer_idx
@@ -150,7 +157,7 @@ class PlanScope:
         return states
 
     def finish(self) -> None:
-        """Say that the forward has run to its end."""
+        """Record that the forward has completed."""
         if self._plans is None or self._only_plans:
             return
         if (cache := self._cache) is not None:
@@ -162,7 +169,7 @@ class PlanScope:
         return None if self._cache_ref is None else self._cache_ref()
 
     def _look_ahead(self, plans: RowPlans) -> None:
-        """Let layers go straight through that run once or not for all rows, if that is decided and nobody watches."""
+        """Dispatch layers directly where EXECUTE or SKIP is decided for all rows, if there are no callbacks."""
         if self._callbacks is not None:
             return
         actions = plans.shared_actions()
@@ -174,7 +181,7 @@ class PlanScope:
         ]
 
     def _read_prompts(self, call: LayerCall, plans: RowPlans) -> PromptBatch:
-        """Find out which tokens are the prompts'."""
+        """Find the prompts' tokens."""
         tokens = self._tokens_of(call.hidden_states)
         real = real_tokens(call, self.attention_mask)
         special = self._special_tokens
@@ -183,7 +190,7 @@ class PlanScope:
         return PromptBatch(self._planner.prompt_mask(real), plans.plans, tokens)
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Return what the model's forward got as tokens, where it has a number or a vector for every state."""
+        """Return the tokens passed to the model's forward, if there is a number or a vector for every state."""
         tokens = self._tokens
         if tokens is None or tokens.shape[:2] != states.shape[:2]:
             return None

@@ -1,7 +1,7 @@
 """The sweep: many plans of many prompts in one ordinary forward of the base model.
 
 Rust plans which distinct states to visit at each layer; here that plan is executed inside one forward call, with the
-family's own masks and positions gathered for the rows. Knows nothing of rewards, tasks or policies.
+family's own masks and positions gathered for the rows.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,10 +33,10 @@ __all__ = ["StateObserver", "SweepResult", "Sweeper"]
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep found and what it cost.
+    """The logits of a sweep and its cost.
 
     Attributes:
-        logits: Logits at the positions asked for. Shape (positions, vocabulary), model dtype and device.
+        logits: Logits at the requested positions. Shape (positions, vocabulary), model dtype and device.
         naive_visits: Visits that one forward for each plan would have made.
         executed_visits: Visits made.
     """
@@ -47,22 +47,22 @@ class SweepResult:
 
 
 class StateObserver(Protocol):
-    """Is shown the states that enter some layers during a sweep."""
+    """Receives the states that enter some layers during a sweep."""
 
     @property
     def layers(self) -> Collection[int]:
-        """Layers whose entering states it is shown."""
+        """The layers whose entering states it receives."""
         ...
 
     def observe(
         self, layer_idx: int, states: torch.Tensor, entering: npt.NDArray[np.int64]
     ) -> None:
-        """Look at the distinct states that enter a layer.
+        """Receive the distinct states that enter a layer.
 
         Args:
             layer_idx: The layer.
             states: Shape (states, tokens, hidden), model dtype and device.
-            entering: Row of `states` that each plan of the sweep is in. Shape (plans,).
+            entering: For each plan of the sweep, its row of `states`. Shape (plans,), int64.
         """
 
 
@@ -77,7 +77,7 @@ class Sweeper:
         WrapError: On entering: the model is wrapped.
 
     Source:
-        Own; the published searches run one forward for each plan.
+        Our own; the published searches run one forward for each plan.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,11 +127,11 @@ class Sweeper:
         Args:
             input_ids: Tokens of the E prompts, padded on the left. Shape (E, tokens), int64.
             attention_mask: 1 for real tokens. Shape (E, tokens).
-            plans: Shape (N, num_layers), uint8.
-            example: The prompt of each plan. Shape (N,), integer.
+            plans: The plans to run. Shape (N, num_layers), uint8.
+            example: The index of each plan's prompt. Shape (N,), integer.
             score: Pairs (plan, position) to score; the logits at position t predict token t + 1. Shape (positions, 2),
                 int64.
-            observer: Shown the states that enter some layers.
+            observer: Receives the states that enter some layers; None: nobody does.
 
         Returns:
             The logits and the cost.
@@ -167,7 +167,7 @@ class Sweeper:
 
 
 class _ScoredStates:
-    """Pre-hook of the output head that hands it the scored states only: the head is a small model's widest layer."""
+    """Pre-hook that gives the output head the scored states only: in a small model the head is the widest layer."""
 
     def __init__(self, row: torch.Tensor, position: torch.Tensor) -> None:
         self._row, self._position = row, position
@@ -190,7 +190,7 @@ class _SweepScope:
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
-        # Every layer changes which states there are.
+        # Every layer changes the set of distinct states.
         self.dispatch: Sequence[Any] = (PER_ROW,) * plan.num_layers
         self._plan = plan
         self._score = score
@@ -223,9 +223,9 @@ class _SweepScope:
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
     ) -> npt.NDArray[np.bool_]:
-        """Return which tokens of a layer's results are read: of what no later layer visits, the scored ones.
+        """Return which tokens of a layer's results are read; if no later layer visits a result, only its scored ones.
 
-        Shape (first and second results, tokens).
+        Shape (first and second results, tokens), bool.
         """
         wanted = np.ones((num_first + num_second, states.shape[1]), dtype=np.bool_)
         observed = () if self._observer is None else self._observer.layers
@@ -245,7 +245,7 @@ class _SweepScope:
         wanted: npt.NDArray[np.bool_],
     ) -> torch.Tensor:
         tokens = None
-        # Nothing at all is a shape that not every module takes.
+        # Not every module accepts an empty batch.
         if wanted.any() and not wanted.all():
             tokens = torch.from_numpy(np.flatnonzero(wanted)).to(states.device)
         return call.visit(
@@ -257,7 +257,7 @@ def _check_examples(example: Any, num_plans: int, num_examples: int) -> npt.NDAr
     examples = np.asarray(example)
     if examples.shape != (num_plans,) or examples.dtype.kind not in "iu":
         raise PlanError(
-            f"example has shape {examples.shape} and type {examples.dtype}; expected one prompt number for each of "
+            f"example has shape {examples.shape} and type {examples.dtype}; expected one prompt index for each of "
             f"{num_plans} plans"
         )
     if num_plans and not 0 <= int(examples.min()) <= int(examples.max()) < num_examples:
@@ -276,5 +276,5 @@ def _check_score(score: torch.Tensor, num_plans: int, num_tokens: int) -> None:
         low, high = score.amin(dim=0).tolist(), score.amax(dim=0).tolist()
         if min(low) < 0 or high[0] >= num_plans or high[1] >= num_tokens:
             raise PlanError(
-                f"score reaches from {low} to {high}; expected plans below {num_plans} and positions below {num_tokens}"
+                f"score ranges from {low} to {high}; expected plans below {num_plans} and positions below {num_tokens}"
             )

@@ -1,7 +1,6 @@
 """Where a supported model keeps its decoder layers, and whether it can be run exactly.
 
-One allow-list, one line for a family to join it; capability checks refuse what the list cannot know. Knows nothing of
-plans, caches or policies.
+An allow-list names the families, one line each; further checks refuse single models that the list cannot tell apart.
 """
 
 import inspect
@@ -23,7 +22,7 @@ class Family:
     Attributes:
         stack: Path of the module whose forward makes masks and positions and loops over the layers.
         layers: Name of its list of decoder layers.
-        feed_forward: Name of a layer's module that maps each token's state by itself, called with the states alone;
+        feed_forward: Name of the layer's module that maps each token's state independently and takes the states only;
             None if there is no such module.
         num_extras: Values that a layer returns after the states, as a tuple; 0 if it returns the states alone.
     """
@@ -34,7 +33,7 @@ class Family:
     num_extras: int = 0
 
 
-# By `model_type`. A line here and one in the contract suite let a family join.
+# By `model_type`. To support a family, add a line here and one in the contract suite.
 SUPPORTED_FAMILIES: dict[str, Family] = {
     "bloom": Family("transformer", "h", feed_forward=None, num_extras=1),
     "cohere": Family(),
@@ -61,7 +60,7 @@ SUPPORTED_FAMILIES: dict[str, Family] = {
     "starcoder2": Family(),
 }
 
-# What decoder layers call the cache: since transformers 5.24, before it, and in families with a name of their own.
+# The parameter for the cache: since transformers 5.24, before it, and in families with a name of their own.
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
 
@@ -74,8 +73,8 @@ class LayerStack:
         layers: The decoder layers, in order.
         num_layers: How many there are.
         hidden_size: Width of the residual stream.
-        model_type: The family, as the config names it.
-        family: How it is built.
+        model_type: The family, as named in the config.
+        family: How models of this family are built.
     """
 
     stack: nn.Module
@@ -96,8 +95,8 @@ def layer_stack(model: nn.Module) -> LayerStack:
         Its decoder layers and the module that runs them.
 
     Raises:
-        UnsupportedModelError: The family is not on the allow-list, or this model of it shares key and value states
-            between layers, has no output head, or does not look as its family should; or it is inside a PEFT model.
+        UnsupportedModelError: The family is not on the allow-list; the model shares key and value states between
+            layers, has no output head, or is not built as its family should be; or it is inside a PEFT model.
     """
     if hasattr(model, "get_base_model"):
         raise UnsupportedModelError(
@@ -142,10 +141,10 @@ def layer_stack(model: nn.Module) -> LayerStack:
 
 
 def check_not_parallel(model: nn.Module) -> None:
-    """Refuse what DataParallel and its kin put around a model.
+    """Refuse a model inside a wrapper such as DataParallel.
 
     Raises:
-        UnsupportedModelError: This is a module around a model of a supported family.
+        UnsupportedModelError: The module is a wrapper around a model of a supported family.
     """
     inner = getattr(model, "module", None)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
@@ -157,15 +156,17 @@ def check_not_parallel(model: nn.Module) -> None:
 
 
 def _why_not(model: nn.Module, config: Any) -> str:
-    """Say what keeps a model that is not on the list from being run exactly, as far as it can be seen."""
+    """Say why a model that is not on the list cannot be run exactly, as far as its config tells."""
     if getattr(config, "is_encoder_decoder", False):
-        return "This one has an encoder, whose states its layers read besides their own"
+        return "This one has an encoder, whose states its layers also read"
     if getattr(model, "_is_stateful", False):
         return (
             "This one keeps a recurrent state, which a skipped layer would leave behind the tokens"
         )
     if getattr(config, "num_kv_shared_layers", 0):
-        return "In this one layers read the keys and values of others, which must not be skipped"
+        return (
+            "In this one, some layers read the keys and values of others, which must not be skipped"
+        )
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         return "This one reads more than text; load its text model by itself if its family is on the list"
     return (
@@ -176,7 +177,7 @@ def _why_not(model: nn.Module, config: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LayerSignature:
-    """How one decoder layer class is called.
+    """The parameters of a decoder layer class.
 
     Attributes:
         names: Names of the parameters of its forward after self, in order.
@@ -190,7 +191,7 @@ class LayerSignature:
 
 
 def layer_signature(forward: Callable[..., Any]) -> LayerSignature:
-    """Read how a decoder layer's own forward is called.
+    """Read the parameters of a decoder layer's own forward.
 
     Args:
         forward: The unbound forward of a decoder layer class.
@@ -199,7 +200,7 @@ def layer_signature(forward: Callable[..., Any]) -> LayerSignature:
         Its parameter names and which of them takes the cache and the mask.
 
     Raises:
-        UnsupportedModelError: It takes no cache or no mask under a known name.
+        UnsupportedModelError: It has no parameter for the cache, or none for the mask, under a known name.
     """
     names = tuple(
         name

@@ -1,8 +1,8 @@
 """Which base model this is: its architecture and samples of its weights.
 
 Routers read the hidden states of one base model, so they are useless on another, and nothing else
-would say so. Reads parameters by name only, so a wrapped model has the fingerprint of the model
-below. Knows nothing of routers.
+would show it. Parameters are read by name only, so a wrapped model has the fingerprint of its base
+model.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ _ARCHITECTURE = (
 )
 _SAMPLES = 256
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# float16 holds every bfloat16 number from here on exactly (below, and beyond 65504, it does not).
+# float16 represents every bfloat16 number from here up to 65504 exactly, but not those outside.
 _SMALLEST = 2.0**-16
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Describe a base model so that another one, or a changed one, can be told from it.
+    """Describe a base model so that another model, or a changed one, can be told apart from it.
 
     The weights are sampled (up to 256 values of each parameter of the first, middle and last
     decoder layer and of everything outside the layers), rounded to bfloat16 and hashed. So the
@@ -57,8 +57,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         model: A transformers model, wrapped by dynadepth or not. It is only read.
 
     Returns:
-        JSON-able: `scheme`, `architecture` (None where a family lacks a field), `quantization`, and
-        `weights`, from names of parameters and layers to their hashes.
+        A dictionary for JSON: `scheme`, `architecture` (None where a family lacks a field), `quantization`,
+        and `weights`, which maps names of parameters and layers to their hashes.
 
     Raises:
         UnsupportedModelError: The model has no config, or no decoder layers can be found among its
@@ -80,11 +80,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def compare_fingerprints(given: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Say field by field in what two base models differ.
+    """List, field by field, how two base models differ.
 
     Args:
         given: Fingerprint of the model at hand.
-        expected: Fingerprint of the model that the routers were trained on.
+        expected: Fingerprint of the model to compare it with, such as the one that routers were trained on.
 
     Returns:
         One line for each difference; none if the models are the same.
@@ -119,18 +119,18 @@ def check_base_model(
     accepted: bool = False,
     how_to_accept: str = "",
 ) -> None:
-    """Check that a model is the one that something was made with.
+    """Check that a model is the one that something (routers, labels, scores) was made with.
 
     Args:
         model: The base model at hand, wrapped or not.
-        expected: Fingerprint of the model that the thing was made with.
-        holder: What was made with it, in the plural, for the message: "the labels in DIR".
+        expected: Fingerprint of the model that it was made with.
+        holder: What was made with that model, in the plural, for the message: "the labels in DIR".
         error: Raised if the models differ.
-        advice: What to do then.
+        advice: What the message tells the user to do.
         made_with: Name of the model that it was made with, if known.
-        shape: Decoder layers and width that the thing needs; None: those of `expected`.
+        shape: Number of decoder layers and hidden size that it needs; None: those of `expected`.
         accepted: Whether the user has accepted that the weights differ; another shape is never accepted.
-        how_to_accept: How the user accepts that, for the message.
+        how_to_accept: How the user can accept that, for the message; empty: not at all.
 
     Raises:
         DynadepthError: Of type `error`: the models differ.
@@ -210,7 +210,7 @@ def _weights(model: nn.Module) -> dict[str, str]:
 
 
 def _hash(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """Hash names, shapes and sampled values, led by how the values are stored."""
+    """Hash names, shapes and sampled values; the hash is prefixed with the storage format of the values."""
     digest = hashlib.sha256()
     kinds = set()
     for name, parameter in parameters:
@@ -226,11 +226,11 @@ def _hash(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
 
 
 def _sample(parameter: nn.Parameter) -> tuple[str, bytes]:
-    """Return how a parameter is stored and the bytes of its samples."""
+    """Return the storage format of a parameter and the bytes of its samples."""
     flat = parameter.detach().reshape(-1)
     size = flat.numel()
-    # Fractions of multiples of the golden ratio: evenly spread, and never the same few columns of a
-    # matrix.
+    # Fractional parts of multiples of the golden ratio: evenly spread, and never in the same few columns of
+    # a matrix.
     places = (
         sorted({(i * 0x9E3779B97F4A7C15 % 2**64) * size >> 64 for i in range(_SAMPLES)})
         if size
@@ -245,7 +245,7 @@ def _sample(parameter: nn.Parameter) -> tuple[str, bytes]:
 
 
 def _plain(value: Any) -> Any:
-    """Make a config value the same before and after JSON."""
+    """Convert a config value to what it would be after a round trip through JSON."""
     return list(value) if isinstance(value, tuple) else value
 
 

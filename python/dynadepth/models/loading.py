@@ -1,7 +1,6 @@
 """Load a base model and its tokenizer for a command line, with errors that say what was tried.
 
-The library itself takes any model that is already in memory; only the command lines load one by its name. This module
-knows transformers' `Auto` classes and nothing of plans, routers or wrapping.
+The library itself takes any model that is already in memory; only the command lines load one by its name.
 """
 
 import os
@@ -35,15 +34,15 @@ def load_model(
 
     Args:
         name_or_path: A folder with `config.json` and weights, or a Hugging Face Hub id.
-        device: Where the model goes, as torch names it.
-        dtype: "auto" keeps the checkpoint's own; else "float32", "bfloat16", "float16" or "float64".
+        device: The torch device that the model is moved to, such as "cuda:0".
+        dtype: "auto" keeps the checkpoint's own dtype; otherwise "float32", "bfloat16", "float16" or "float64".
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        AssetError: There is no such model, a file of it is damaged, or it lacks weights.
-        ConfigError: The device or the dtype is none; nothing was loaded.
+        AssetError: There is no such model, one of its files is damaged, or weights are missing.
+        ConfigError: There is no such device or dtype; nothing was loaded.
         UnsupportedModelError: It is not a causal language model that transformers knows.
     """
     check_device(device)
@@ -123,7 +122,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
         The tokenizer. Its padding token is the end-of-text token if it has none of its own.
 
     Raises:
-        AssetError: There is no such tokenizer, or a file of it is damaged.
+        AssetError: There is no such tokenizer, or one of its files is damaged.
     """
     name = _local_or_hub(name_or_path, "tokenizer")
     try:
@@ -137,7 +136,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
 
 
 def _local_or_hub(name_or_path: str | os.PathLike[str], what: str) -> str:
-    """Return the name; one that looks like a path is never asked of the hub, where a stranger may have taken it."""
+    """Return the name, but never ask the hub for one that looks like a path: a stranger may own it there."""
     name = os.fspath(name_or_path)
     if is_path_like(name) and not Path(name).is_dir():
         raise AssetError(_cannot_load(what, name, FileNotFoundError("there is no such folder")))
@@ -145,7 +144,7 @@ def _local_or_hub(name_or_path: str | os.PathLike[str], what: str) -> str:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
-    """Say what was tried: the folder if there is one, else the Hub."""
+    """Say what was tried: the folder, or the Hub if there is no such folder."""
     if Path(name).is_dir():
         tried = f"the folder {Path(name).absolute()}"
         hint = lfs_hint(name)

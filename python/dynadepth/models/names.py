@@ -10,9 +10,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_path_like(name: str | os.PathLike[str]) -> bool:
-    """Say whether a name can only mean a place on this machine, whether something is there or not.
+    """Say whether a name can only be a path on this machine, whether or not something is there.
 
-    The hub must not be asked for a mistyped path: what a stranger has published under that name would be run.
+    The hub must not be asked for a mistyped path: whatever a stranger has published under that name would be run.
 
     Args:
         name: What the user gave.
@@ -38,7 +38,7 @@ def is_path_like(name: str | os.PathLike[str]) -> bool:
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Say whether a name may be that of a repository on the hub, `org/name`, and not a path.
+    """Say whether a name may be a repository on the hub, `org/name`, rather than a path.
 
     Args:
         name: What the user gave.

@@ -1,7 +1,4 @@
-"""A second model on the weights of the first: a base beside its routed self at no cost in memory.
-
-Knows nothing of plans, caches or wrapping.
-"""
+"""A second model on the weights of the first, such as a base model beside its wrapped self at no cost in memory."""
 
 import copy
 from itertools import chain
@@ -11,14 +8,15 @@ __all__ = ["share_weights"]
 
 
 def share_weights(model: Any) -> Any:
-    """Return a second model that reads the very parameters and buffers of the first.
+    """Return a second model that shares the parameters and buffers of the first.
 
-    Everything else is a copy: modules, hooks, configs, and the controller of a wrapped model. So the one can be wrapped
-    and the other not, or each with a plan of its own: a routed model drafts for its own base, or is compared with it.
+    Everything else is a copy: modules, hooks, configs, and the controller of a wrapped model. So one of them can be
+    wrapped and the other not, or each can have its own plan: a wrapped model can draft for its base, or be compared
+    with it.
 
     Args:
-        model: A transformers causal language model, wrapped or not; left as it is. Move it to its device and dtype
-            first: moving one model afterwards would move half of the other.
+        model: A transformers causal language model, wrapped or not; not changed. Move it to its device and dtype first:
+            moving one model afterwards would move the shared parts of the other.
 
     Returns:
         The second model, of the same class, wrapped if the first is.

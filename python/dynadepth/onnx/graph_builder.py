@@ -1,8 +1,4 @@
-"""What the ONNX graphs of routers and of menus are both built from: nodes, pooling, the file around them.
-
-Owns the operators that both spell out the same way and the settings of the file. Knows nothing of routers, menus or
-budgets.
-"""
+"""The parts that the ONNX graphs of routers and of menus share: nodes, pooling and the settings of the file."""
 
 import hashlib
 import json
@@ -32,9 +28,9 @@ __all__ = [
 ONNX_OPSET = 18
 ONNX_SCHEMA_VERSION = 1
 PROPERTY_PREFIX = "dynadepth."
-# What a graph decides where it cannot decide.
+# The output of a graph where it cannot decide.
 INVALID = -1
-# The format version of the oldest runtimes that know opset 18.
+# The format version of the oldest runtimes that support opset 18.
 _IR_VERSION = 8
 
 
@@ -55,11 +51,11 @@ def host_array(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def content_digest(tensors: Mapping[str, Tensor], rest: Any) -> str:
-    """Return 16 hexadecimal digits that change with any tensor, its name or shape, and with the rest.
+    """Return a digest of 16 hexadecimal digits over the tensors, their names and shapes, and the rest.
 
     Args:
         tensors: Name to tensor, any floating dtype.
-        rest: JSON-able.
+        rest: Anything that JSON can hold.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -70,9 +66,9 @@ def content_digest(tensors: Mapping[str, Tensor], rest: Any) -> str:
 
 
 class Nodes:
-    """Nodes and initializers of one graph, in the order in which they are added.
+    """The nodes and initializers of one graph, in the order in which they are added.
 
-    Every method adds nodes and returns the name of what they compute.
+    Most methods add nodes and return the name of their output.
 
     Raises:
         ExportError: onnx is not installed.
@@ -88,10 +84,10 @@ class Nodes:
         """Add one operator.
 
         Args:
-            kind: Operator of the opset.
-            inputs: What it reads.
-            name: Of its output; None for one of its own.
-            attributes: Of the operator.
+            kind: The operator, by its name in the opset.
+            *inputs: Names of its inputs.
+            name: Name of its output; None: a new one.
+            **attributes: Attributes of the operator.
         """
         output = name or f"{kind.lower()}_{len(self._nodes)}"
         self._nodes.append(
@@ -100,7 +96,19 @@ class Nodes:
         return output
 
     def constant(self, name: str, value: Any, dtype: npt.DTypeLike) -> str:
-        """Add an initializer, once; two values under one name would be a fault of the graph's author."""
+        """Add an initializer, unless it is there already.
+
+        Args:
+            name: Name of the initializer.
+            value: Its value, of any shape.
+            dtype: The dtype that the value is stored in.
+
+        Returns:
+            The name.
+
+        Raises:
+            ExportError: Another value has the same name, which is a bug of the graph's author.
+        """
         array = np.ascontiguousarray(value, dtype=dtype).reshape(np.shape(value))
         former = self._constants.setdefault(name, array)
         if former.dtype != array.dtype or not np.array_equal(former, array, equal_nan=True):
@@ -118,11 +126,20 @@ class Nodes:
         return self.constant(name, value, np.float32)
 
     def dense(self, value: str, weight: str, bias: str) -> str:
-        """Multiply by a matrix and add a bias. Shapes (..., in), (in, out), (out,) give (..., out)."""
+        """Multiply by a matrix and add a bias.
+
+        Args:
+            value: Name of the input. Shape (..., in).
+            weight: Name of the matrix. Shape (in, out).
+            bias: Name of the bias. Shape (out,).
+
+        Returns:
+            Name of the output. Shape (..., out).
+        """
         return self.add("Add", self.add("MatMul", value, weight), bias)
 
     def gelu(self, value: str) -> str:
-        """Spell the exact GELU out: as one operator it needs opset 20."""
+        """Add the exact GELU as several operators; as a single one it needs opset 20."""
         inner = self.add("Erf", self.add("Div", value, self.floats("root_2", np.sqrt(2.0))))
         raised = self.add("Mul", value, self.add("Add", inner, self.floats("one", 1.0)))
         return self.add("Mul", raised, self.floats("half", 0.5))
@@ -130,7 +147,17 @@ class Nodes:
     def unless_out_of_range(
         self, values: str, lowest_budget: float, highest_budget: float, *, name: str
     ) -> str:
-        """Put NaN in place of values where the input `budget` is NaN or out of range, compared in float32."""
+        """Replace values by NaN if the input `budget` is NaN or out of range, compared in float32.
+
+        Args:
+            values: Name of the values, float32, any shape.
+            lowest_budget: Smallest budget accepted.
+            highest_budget: Largest budget accepted.
+            name: Name of the output.
+
+        Returns:
+            Name of the output, of the shape of `values`.
+        """
         reachable = self.add(
             "And",
             self.add("GreaterOrEqual", "budget", self.floats("lowest_budget", lowest_budget)),
@@ -139,7 +166,16 @@ class Nodes:
         return self.add("Where", reachable, values, self.floats("nan", np.nan), name=name)
 
     def tensor_info(self, name: str, kind: int, shape: Sequence[int | str]) -> Any:
-        """Describe an input or output of the graph; text in a shape is a size that may vary."""
+        """Describe an input or output of the graph.
+
+        Args:
+            name: Name of the input or output.
+            kind: Its element type, as numbered in `onnx.TensorProto`.
+            shape: Its shape; a text is the name of a size that may vary.
+
+        Returns:
+            An `onnx.ValueInfoProto`.
+        """
         return self._onnx.helper.make_tensor_value_info(name, kind, shape)
 
     def file(
@@ -148,10 +184,10 @@ class Nodes:
         """Return the ONNX file of the graph.
 
         Args:
-            name: Of the graph.
-            inputs: `tensor_info` of each.
-            outputs: `tensor_info` of each.
-            facts: JSON-able metadata; their names get the prefix of dynadepth.
+            name: Name of the graph.
+            inputs: The `tensor_info` of each input.
+            outputs: The `tensor_info` of each output.
+            facts: Metadata, values that JSON can hold; their names are prefixed with that of dynadepth.
 
         Returns:
             A serialised model, checked by onnx.
@@ -184,10 +220,10 @@ class Nodes:
 
 
 class PooledPrompt:
-    """Pools `hidden_states` over the tokens that `attention_mask` says are real, as `dynadepth.routers` does.
+    """Pools `hidden_states` over the real tokens of `attention_mask`, as `dynadepth.policies.pooling` does.
 
     Args:
-        nodes: Of the graph that has these two inputs.
+        nodes: The nodes of the graph that has these two inputs.
     """
 
     def __init__(self, nodes: Nodes) -> None:
@@ -203,7 +239,7 @@ class PooledPrompt:
     def window_means(self, num_windows: int) -> str:
         """Average over windows; see `policies.pooling.window_means`. Shape (batch, num_windows, hidden), float32."""
         nodes, add = self._nodes, self._nodes.add
-        # A graph may have heads of several numbers of windows.
+        # Heads of one graph may differ in their number of windows.
         suffix = f"of_{num_windows}"
         number = nodes.integers(f"windows_{suffix}", num_windows)
         window = nodes.integers(f"window_{suffix}", np.arange(num_windows)[None])
@@ -225,15 +261,15 @@ class PooledPrompt:
     def last_mean(self) -> str:
         """Average over the last real token alone, as `policies.router_heads.pool` does. Shape (batch, 1, hidden).
 
-        Like there, NaN at any real token shows.
+        As there, NaN at any real token makes the result NaN.
         """
         ending = self._nodes.add("Equal", self._rank, self._total)
         return self._average(self._nodes.add("Unsqueeze", ending, self._axis_1))
 
     def last_state(self) -> str:
-        """Take the last real token's state, and read no other. Shape (batch, hidden), float32; zeros without one."""
+        """Take the last real token's state and read no other. Shape (batch, hidden), float32; zeros without one."""
         add = self._nodes.add
-        # The rank stops rising at the last real token, and of equals ArgMax takes the first.
+        # The rank stops rising at the last real token, and ArgMax takes the first of equal values.
         last = add("ArgMax", self._rank, axis=1, keepdims=1)
         state = add("GatherND", "hidden_states", last, batch_dims=1)
         return add("Where", add("Cast", self._total, to=self._nodes.kinds.BOOL), state, self._zero)

@@ -1,6 +1,6 @@
 """The ONNX graph of a menu, node by node.
 
-Written by hand for the reasons that `dynadepth.onnx.router_graph` gives. Knows nothing of files or runtimes.
+It is written by hand for the reasons given in `dynadepth.onnx.router_graph`.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from dynadepth.policies.menu import Menu, MenuHead
 
 __all__ = ["MIX_FORMULA", "ExportableMenu", "build_menu_onnx", "menu_digest"]
 
-# `dynadepth.policies.prompt_batch.prompt_mix`, for those who write a runtime of their own.
+# `dynadepth.policies.prompt_batch.prompt_mix`, for authors of other runtimes.
 MIX_FORMULA = (
     "t_0 .. t_(n-1) are the ids of the prompt's n real tokens, p = 2^31 - 1; "
     "h = sum over i of (t_i + 1) * 1103515245^(i+1) mod p; mix = floor((48271 * h mod p) / 2^7) / 2^24"
@@ -32,7 +32,7 @@ MIX_FORMULA = (
 
 
 class ExportableMenu(Protocol):
-    """What the graph is made of; `dynadepth.checkpoints.trained_policy.TrainedMenu` is one."""
+    """What the graph is built from, such as a `dynadepth.checkpoints.trained_policy.TrainedMenu`."""
 
     @property
     def menu(self) -> Menu:
@@ -41,7 +41,7 @@ class ExportableMenu(Protocol):
 
     @property
     def calibration(self) -> Calibration:
-        """From budget to penalties."""
+        """The table from budget to penalties."""
         ...
 
     @property
@@ -51,7 +51,7 @@ class ExportableMenu(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """Of the base model."""
+        """The fingerprint of the base model."""
         ...
 
 
@@ -61,25 +61,25 @@ def build_menu_onnx(trained: ExportableMenu) -> bytes:
     Inputs:
 
     - `hidden_states` float[batch, tokens, hidden]: the states entering the layer of the step's head; the metadata's
-      `layers` has one for each step.
+      `layers` names one layer for each step.
     - `attention_mask` int64[batch, tokens]: 1 for the prompt's real tokens.
     - `budget` float[]: a mean depth over prompts.
     - `mix` float[batch]: the number in [0, 1) of each prompt, by the formula in the metadata's `mix`.
-    - `step` int64[], `earlier` int64[batch], only if the menu has several heads: the number of the step, and the plan
-      chosen in the step before; at step 0 `earlier` may hold anything.
+    - `step` int64[], `earlier` int64[batch], only if the menu has several heads: the index of the step, and the plan
+      chosen in the previous step; at step 0 `earlier` may hold anything.
 
     Outputs:
 
-    - `plan` int64[batch]: the index of the plan with the highest score less penalty * depth, ties to the lowest, of
-      those that agree with the earlier one up to the step's layer. The penalty is `deep` where mix < share, else
-      `shallow`, as `Calibration.mix_for` gives them for the budget in float32. -1 where scores are NaN, the budget is
-      out of the calibrated range, or `earlier` is no plan at a later step.
-    - `scores` float[batch, K]: unpriced and of all plans; NaN if the budget is out of range.
+    - `plan` int64[batch]: among the plans that agree with the earlier one up to the step's layer, the index of the plan
+      with the highest score - penalty * depth, ties to the lowest index. The penalty is `deep` where mix < share, else
+      `shallow`, as `Calibration.mix_for` gives them for the budget in float32. -1 where scores are NaN, where the
+      budget is out of the calibrated range, or where `earlier` is not the index of a plan at a later step.
+    - `scores` float[batch, K]: the scores of all plans, without the price; NaN if the budget is out of range.
     - `actions` uint8[batch, num_layers]: the row of the initializer `plans` uint8[K, num_layers] that was chosen; where
-      `plan` is -1 it is that of plan 0 and means nothing. Layers before the step's are as they were decided.
+      `plan` is -1, the row of plan 0, to be ignored. Layers before the step's are as they were decided.
 
-    No plan edits a layer that `protect` names, so it stands in the metadata alone. A step beyond the last is an error
-    of the runtime (-1 is the last, as `Gather` has it).
+    No plan edits a layer that `protect` names, so `protect` is only in the metadata. A step beyond the last is an error
+    of the runtime (-1 is the last, by the rules of `Gather`).
 
     Args:
         trained: The menu and its calibration.
@@ -88,7 +88,7 @@ def build_menu_onnx(trained: ExportableMenu) -> bytes:
         A serialised model of opset 18, checked by onnx.
 
     Raises:
-        ExportError: A plan edits a protected layer; or onnx is not installed, refuses the graph, or cannot put it into
+        ExportError: A plan edits a protected layer; or onnx is not installed, refuses the graph, or cannot write it as
             one file.
     """
     menu = trained.menu
@@ -125,7 +125,7 @@ def build_menu_onnx(trained: ExportableMenu) -> bytes:
 
 
 def menu_digest(trained: ExportableMenu) -> str:
-    """Return 16 hexadecimal digits that change with anything that changes a decision."""
+    """Return a digest of 16 hexadecimal digits over everything that affects a decision."""
     menu = trained.menu
     rest = [
         [plan_text(plan) for plan in menu.plans],
@@ -144,7 +144,7 @@ def _scores(nodes: Nodes, menu: Menu) -> str:
         for number in sorted({head.num_windows for head in menu.heads})
     }
     flat = {number: nodes.add("Flatten", views, axis=1) for number, views in read.items()}
-    # Heads are too small for it to matter that all of them are computed and one is used.
+    # All heads are computed and one is used; they are too small for that to matter.
     every = [
         _head(nodes, f"heads.{step}", head, flat[head.num_windows])
         for step, head in enumerate(menu.heads)
@@ -195,7 +195,7 @@ def _choice(nodes: Nodes, menu: Menu, scores: str, prices: str) -> None:
     undecided = add("Cast", add("IsNaN", scores), to=nodes.kinds.INT64)
     undecided = add("Cast", add("ReduceMax", undecided, axis_1, keepdims=0), to=nodes.kinds.BOOL)
     if len(menu.heads) > 1:
-        # At step 0 all plans agree, so that what `earlier` holds there does not matter.
+        # At step 0 all plans agree, so the content of `earlier` does not matter.
         opened = np.stack([menu.open_plans(step, menu.plans) for step in range(len(menu.heads))])
         known = add(
             "Min",

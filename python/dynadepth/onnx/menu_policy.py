@@ -1,7 +1,4 @@
-"""A menu as one ONNX file, and the policy that runs it in onnxruntime.
-
-Knows nothing of folders or base models.
-"""
+"""A menu as one ONNX file, and the policy that runs it in onnxruntime."""
 
 import os
 from collections.abc import Sequence
@@ -34,14 +31,14 @@ _NEEDED_FACTS = ("calibration", "hidden_size", "layers", "num_layers", "plans")
 
 
 def export_menu_onnx(trained: ExportableMenu, path: str | os.PathLike[str]) -> None:
-    """Write a menu as one ONNX file, after checking that it decides as the menu does.
+    """Write a menu as one ONNX file, after checking that the file decides as the menu does.
 
     Args:
         trained: The menu and its calibration.
-        path: The file; written whole or not at all.
+        path: The file; it is written whole or not at all.
 
     Raises:
-        ExportError: A package is missing, the graph is too large for one file, or it does not do what the menu does.
+        ExportError: A package is missing, the graph is too large for one file, or it does not decide as the menu does.
             No file is written then.
     """
     data = build_menu_onnx(trained)
@@ -93,7 +90,7 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         self._mixes = mix.shallow != mix.deep
 
     def initial_plans(self, num_rows: int) -> Plans:
-        """Return what all plans of the menu begin with, and EXECUTE from the first decision on."""
+        """Return the layers that all plans of the menu share, and EXECUTE from the first decision on."""
         plans = np.full((num_rows, self.num_layers), int(EXECUTE), dtype=np.uint8)
         first = self.decision_layers[0]
         plans[:, :first] = self.plans[0, :first]
@@ -104,7 +101,15 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         return self.plans
 
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Choose a plan for each prompt and return it up to the next decision.
+        """Choose a plan for each prompt and return its actions up to the next decision.
+
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch, with their plans as decided so far.
+
+        Returns:
+            Actions, on the host. Shape (batch, layers up to the next of `decision_layers`), uint8.
 
         Raises:
             ConfigError: The states have another width than the heads, or hold NaN at a prompt's token; or two penalties
@@ -127,7 +132,7 @@ class OnnxMenuPolicy(SessionHolder, Policy):
             attention_mask=prompts.mask.detach().to("cpu", torch.int64).numpy(),
             budget=self.budget,
             mix=host_array(numbers),
-            # Any plan that agrees stands for all of them.
+            # Any plan that agrees will do.
             step_and_earlier=(step, agreeing.argmax(axis=1)),
         )[0]
         if (rows == INVALID).any():
@@ -137,7 +142,7 @@ class OnnxMenuPolicy(SessionHolder, Policy):
         return decided
 
     def _agreeing(self, layer_idx: int, so_far: Plans) -> npt.NDArray[np.bool_]:
-        """Return which plans agree with what was decided before a later step; at the first, all. Shape (batch, K)."""
+        """Return which plans agree with what was decided before; at the first step, all. Shape (batch, K), bool."""
         layer_idx = layer_idx if layer_idx > self.decision_layers[0] else 0
         same: npt.NDArray[np.bool_] = (
             self.plans[None, :, :layer_idx] == so_far[:, None, :layer_idx]
@@ -163,7 +168,7 @@ def _run(
         "step": np.asarray(step_and_earlier[0], dtype=np.int64),
         "earlier": np.asarray(step_and_earlier[1], dtype=np.int64),
     }
-    # A menu with one head asks for neither step nor earlier plan.
+    # The graph of a menu with one head has neither of the inputs `step` and `earlier`.
     names = [item.name for item in session.get_inputs()]
     plan, scores = session.run(["plan", "scores"], {name: feed[name] for name in names})
     return plan, scores

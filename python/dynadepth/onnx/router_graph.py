@@ -1,8 +1,7 @@
 """The ONNX graph of routers, node by node.
 
-Written by hand instead of traced: the result is the same for every version of torch, carries no
-trace of the machine that made it, and is a second reading of the routers that torch's is tested
-against. Knows nothing of files or runtimes.
+It is written by hand instead of being traced: the result is the same for every version of torch, does
+not depend on the machine that made it, and is a second implementation that torch's is tested against.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ __all__ = ["ExportableRouters", "build_onnx", "routers_digest"]
 
 
 class ExportableRouters(Protocol):
-    """What the graph is made of; `dynadepth.checkpoints.save_load.Routers` is one."""
+    """What the graph is built from, such as a `dynadepth.checkpoints.trained_policy.Routers`."""
 
     @property
     def config(self) -> RouterConfig:
@@ -52,7 +51,7 @@ class ExportableRouters(Protocol):
 
     @property
     def calibration(self) -> Calibration:
-        """From budget to penalty."""
+        """The table from budget to penalty."""
         ...
 
     @property
@@ -62,7 +61,7 @@ class ExportableRouters(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """Of the base model."""
+        """The fingerprint of the base model."""
         ...
 
 
@@ -76,8 +75,8 @@ def build_onnx(routers: ExportableRouters) -> bytes:
     `action` int64[batch], their argmax, ties to the lowest, but EXECUTE on protected layers.
 
     A budget outside the calibrated range gives NaN logits; wherever logits are NaN the action is
-    -1. A layer beyond the last is an error of the runtime (-1 is the last, as `Gather` has it).
-    What the graph cannot know is left to its caller: at least one layer of a prompt must run.
+    -1. A layer beyond the last is an error of the runtime (-1 is the last, by the rules of `Gather`).
+    The caller has to ensure what the graph cannot: that at least one layer runs for every prompt.
 
     Args:
         routers: The routers.
@@ -86,7 +85,7 @@ def build_onnx(routers: ExportableRouters) -> bytes:
         A serialised model of opset 18, checked by onnx.
 
     Raises:
-        ExportError: onnx is not installed, refuses the graph, or cannot put it into one file.
+        ExportError: onnx is not installed, refuses the graph, or cannot write it as one file.
     """
     nodes = Nodes()
     _actions(nodes, routers, _logits(nodes, routers))
@@ -176,7 +175,7 @@ def _facts(routers: ExportableRouters) -> dict[str, Any]:
         "last_token": config.last_token,
         "action_order": [action.name.lower() for action in Action],
         "shrinkage": routers.shrinkage,
-        # Layers whose decision depends on the prompt at all.
+        # The layers whose decision depends on the prompt.
         "varying_layers": list(routers.heads.varying_layers()),
         "protect": list(routers.protect),
         "calibration": routers.calibration.to_dict(),

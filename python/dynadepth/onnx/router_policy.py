@@ -1,8 +1,7 @@
 """Routers as one ONNX file, and the policy that runs it in onnxruntime.
 
 The file holds everything a decision needs (pooling, the heads of all layers, protected layers, the
-calibration of the budget), so that a runtime without Python decides the same. Knows nothing of
-folders or base models.
+calibration of the budget), so that a runtime without Python makes the same decisions.
 """
 
 import os
@@ -31,16 +30,15 @@ _NEEDED_FACTS = ("calibration", "hidden_size", "num_layers", "shrinkage", "varyi
 
 
 def export_onnx(routers: ExportableRouters, path: str | os.PathLike[str]) -> None:
-    """Write routers as one ONNX file, after checking that it decides as they do.
+    """Write routers as one ONNX file, after checking that the file decides as they do.
 
     Args:
         routers: The routers.
-        path: The file; written whole or not at all.
+        path: The file; it is written whole or not at all.
 
     Raises:
-        ExportError: A package is missing, the graph is too large for one file, or it does not do
-            what the routers do.
-            No file is written then.
+        ExportError: A package is missing, the graph is too large for one file, or it does not decide
+            as the routers do. No file is written then.
     """
     data = build_onnx(routers)
     _verify(routers, data)
@@ -91,7 +89,15 @@ class OnnxRouterPolicy(SessionHolder, LayerwisePolicy):
         )
 
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Return the actions of one layer. Shape (batch,), uint8.
+        """Return the actions of one layer.
+
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch.
+
+        Returns:
+            Actions, on the host. Shape (batch,), uint8.
 
         Raises:
             ConfigError: The states have another width than the routers, or hold NaN at a prompt's

@@ -1,7 +1,6 @@
 """Sessions of onnxruntime over dynadepth's ONNX files, and the metadata of those files.
 
-Owns the errors of a file that is missing, damaged, newer, of another kind or of other weights. Knows nothing of what a
-graph decides.
+Raises the errors of a file that is missing, damaged, newer, of another kind or of other weights.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from dynadepth.onnx.graph_builder import (
 __all__ = ["SessionHolder", "graph_digest", "open_session", "read_facts", "source_name"]
 
 Source = str | os.PathLike[str] | bytes
-# Files of the first version, of routers all, did not say so.
+# Files of the first version all held routers and did not say so.
 _FIRST_KIND = "routers"
 
 
@@ -100,14 +99,14 @@ def read_facts(
         session: Opened by `open_session`.
         source: What it was opened from, for messages.
         kind: Kind of graph expected, `routers` or `menu`.
-        needed: Names that must be there besides.
-        digest: `graph_digest` of the graph that it must hold, if that is known.
+        needed: Names of the metadata that must be present.
+        digest: `graph_digest` of the graph that it must hold; None if that is unknown.
 
     Returns:
         Name, without dynadepth's prefix, to value.
 
     Raises:
-        CheckpointError: The file has damaged metadata or none, is newer, of another kind, or of another digest.
+        CheckpointError: The metadata are damaged or missing, or the file is newer, of another kind or digest.
     """
     found = session.get_modelmeta().custom_metadata_map
     name = source_name(source)
@@ -134,7 +133,7 @@ def read_facts(
     missing = sorted({f"{kind}_digest", *needed} - set(facts))
     if missing:
         raise CheckpointError(f"{name} lacks the property {missing[0]!r}; export it again")
-    # Computed: metadata says what the writer wanted it to say.
+    # Computed from the graph: the writer of a file can put anything into its metadata.
     if digest is not None and graph_digest(source) != digest:
         raise CheckpointError(
             f"{name} was made from other routers than those beside it, or by another version of dynadepth; write it "
@@ -149,7 +148,17 @@ class SessionHolder:
     def open(
         self, source: Source, budget: float, providers: Sequence[str], digest: str | None
     ) -> Any:
-        """Return the session, and remember the arguments of the class for pickles; raises as `open_session`."""
+        """Open the session and keep the arguments of the class for pickling; raises as `open_session` does.
+
+        Args:
+            source: The file, or its content.
+            budget: Mean depth over prompts, as a fraction of the number of layers.
+            providers: Execution providers of onnxruntime, in order of preference.
+            digest: Digest of the graph that the file must hold; None if that is unknown.
+
+        Returns:
+            An `onnxruntime.InferenceSession`.
+        """
         place = source if isinstance(source, bytes) else Path(source).resolve()
         self._made_from = (place, budget), {"providers": tuple(providers), "digest": digest}
         return open_session(source, providers)

@@ -1,6 +1,6 @@
 """The interface of policies, which turn a prompt into a plan, and what all kinds of them share.
 
-The controller drives a policy, and enforces protected layers, the cap on depth and that at least one layer runs.
+The controller drives a policy; it enforces protected layers, the limit on depth, and that at least one layer runs.
 """
 
 from abc import ABC, abstractmethod
@@ -28,13 +28,13 @@ __all__ = [
 
 
 class Policy(ABC):
-    """What turns a prompt into a plan, layer by layer or at once.
+    """Turns a prompt into a plan, layer by layer or at once.
 
-    A policy holds no state of a prompt: one instance serves all batches, and a deep copy of it decides alike.
+    A policy keeps no state about a prompt: one instance serves all batches, and a deep copy decides in the same way.
 
     Attributes:
-        num_layers: Decoder layers of the model it is for.
-        decision_layers: Layers whose entering state it reads, ascending; empty if it reads none.
+        num_layers: Number of decoder layers of the model that it is for.
+        decision_layers: Layers whose entering states it reads, ascending; empty if it reads none.
     """
 
     num_layers: int
@@ -48,7 +48,7 @@ class Policy(ABC):
             num_rows: Rows of the batch.
 
         Returns:
-            Shape (num_rows, num_layers), uint8, a fresh array.
+            The plans, as a new array. Shape (num_rows, num_layers), uint8.
         """
 
     def known_plans(self) -> Plans | None:
@@ -57,12 +57,12 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Decide the actions of a layer, and perhaps of layers right after it.
+        """Decide the actions of a layer, and possibly of layers right after it.
 
         Args:
             layer_idx: One of `decision_layers`.
             hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
-            prompts: Which tokens are the prompt's, and what has been decided before.
+            prompts: Which tokens belong to the prompts, and what has been decided before.
 
         Returns:
             Actions of the layers layer_idx .. layer_idx + k - 1, on the host. Shape (batch, k), uint8.
@@ -99,7 +99,12 @@ class StaticPolicy(Policy):
         return np.tile(self.plan, (num_rows, 1))
 
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:  # noqa: ARG002
-        """Raise: a static policy has nothing to decide.
+        """Raise an error: a static policy has nothing to decide.
+
+        Args:
+            layer_idx: Any layer.
+            hidden_states: Not read.
+            prompts: Not read.
 
         Raises:
             PlanError: Always.
@@ -110,10 +115,10 @@ class StaticPolicy(Policy):
 
 
 class LayerwisePolicy(Policy):
-    """Decides some layers one by one, each from the states that enter it; the others' actions are fixed.
+    """Decides some layers one by one, each from the states that enter it; the actions of the others are fixed.
 
     Args:
-        static_plan: Actions of the layers that no prompt can change; other entries are not used. Shape (num_layers,),
+        static_plan: Actions of the layers that are not decided; the other entries are ignored. Shape (num_layers,),
             uint8.
         decision_layers: Layers that are decided, ascending.
     """
@@ -125,10 +130,19 @@ class LayerwisePolicy(Policy):
 
     @abstractmethod
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Return the actions of one layer, on the host. Shape (batch,), uint8."""
+        """Return the actions of one layer.
+
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch, with their plans as decided so far.
+
+        Returns:
+            Actions, on the host. Shape (batch,), uint8.
+        """
 
     def initial_plans(self, num_rows: int) -> Plans:
-        """Return the fixed actions; layers that are decided later run once."""
+        """Return the fixed actions, and EXECUTE for the layers that are decided later."""
         plans: Plans = np.tile(self._static_plan, (num_rows, 1))
         plans[:, list(self.decision_layers)] = int(EXECUTE)
         return plans
@@ -136,7 +150,13 @@ class LayerwisePolicy(Policy):
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
         """Return the actions of one layer and the fixed ones up to the next decision.
 
-        Shape (batch, layers up to the next of `decision_layers`), uint8.
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch, with their plans as decided so far.
+
+        Returns:
+            Actions, on the host. Shape (batch, layers up to the next of `decision_layers`), uint8.
         """
         end = next((layer for layer in self.decision_layers if layer > layer_idx), self.num_layers)
         decided: Plans = np.tile(self._static_plan[layer_idx:end], (len(hidden_states), 1))
@@ -145,10 +165,10 @@ class LayerwisePolicy(Policy):
 
 
 def decision_step(decision_layers: Sequence[int], layer_idx: int) -> int:
-    """Return the number of a menu's step that decides at a layer.
+    """Return the index of the step of a menu that decides at a layer.
 
     Raises:
-        PlanError: None does.
+        PlanError: No step decides there.
     """
     if layer_idx not in decision_layers:
         raise PlanError(
@@ -158,14 +178,14 @@ def decision_step(decision_layers: Sequence[int], layer_idx: int) -> int:
 
 
 def check_open(still_open: npt.NDArray[np.bool_], layer_idx: int) -> None:
-    """Refuse to choose for prompts that no plan of a menu is open to any more.
+    """Refuse to choose for a prompt that can no longer take any plan of a menu.
 
     Args:
-        still_open: Which plans agree with what each prompt has run. Shape (batch, K), bool.
-        layer_idx: Where the choice is.
+        still_open: Which plans agree with what each prompt has run so far. Shape (batch, K), bool.
+        layer_idx: The layer at which to choose.
 
     Raises:
-        PlanError: None does for some prompt.
+        PlanError: For some prompt, no plan agrees.
     """
     stuck = np.flatnonzero(~still_open.any(axis=1)).tolist()
     if stuck:
@@ -188,11 +208,11 @@ def actions_of(logits: Tensor, penalty: float) -> Tensor:
     """Return argmax over actions a of `logits[..., a] - penalty * a`, ties to the lowest action.
 
     Args:
-        logits: Shape (..., 3), float32.
+        logits: Order SKIP, EXECUTE, REPEAT. Shape (..., 3), float32.
         penalty: The price of a visit, in logits.
 
     Returns:
-        Shape (...), int64.
+        Actions. Shape (...), int64.
     """
     visits = torch.arange(NUM_ACTIONS, device=logits.device, dtype=logits.dtype)
     return (logits - penalty * visits).argmax(dim=-1)

@@ -1,8 +1,7 @@
 """Budgets: which penalty on running a layer gives which mean depth.
 
-A policy is steered by one number, the penalty lambda of `argmax_a logits(a) - lambda * a`; a user
-asks for a mean depth over prompts. A calibration is the measured table between the two. Knows
-nothing of models: the mean depth is a function that it is given.
+A policy is controlled by one number, the penalty lambda of `argmax_a logits(a) - lambda * a`; a user
+asks for a mean depth over prompts. A calibration is the measured table that relates the two.
 """
 
 import math
@@ -19,20 +18,20 @@ from dynadepth.errors import BudgetError, ConfigError
 
 __all__ = ["Calibration", "PenaltyMix", "calibrate"]
 
-# Lambdas this close, relative to the larger or to a thousandth, count as the same.
+# Lambdas count as equal if they differ by less than this, relative to the larger one or to a thousandth.
 _LAMBDA_TOLERANCE = 1e-4
-# Logits are of order 1 to 100; a policy that a penalty of this size cannot move cannot be moved.
+# Logits are of order 1 to 100; a policy that a penalty of this size does not change is never changed.
 _LARGEST_LAMBDA = 4.0**8
 
 
 @dataclass(frozen=True, slots=True)
 class PenaltyMix:
-    """Two neighbouring penalties, one for each prompt.
+    """Two neighbouring penalties, of which each prompt is given one.
 
     Args:
-        shallow: The larger penalty, of the lower mean depth.
+        shallow: The larger penalty, which gives the lower mean depth.
         deep: The smaller penalty.
-        share: Prompts whose number in [0, 1) is below this take `deep`, the others `shallow`.
+        share: Prompts whose number in [0, 1) (see `prompt_mix`) is below this take `deep`, the others `shallow`.
     """
 
     shallow: float
@@ -45,8 +44,8 @@ class Calibration:
     """The measured table from penalty to mean depth.
 
     Attributes:
-        lambdas: Penalties, falling.
-        depths: Mean depth of the calibration prompts under each penalty, rising.
+        lambdas: Penalties, descending.
+        depths: Mean depth of the calibration prompts under each penalty, ascending.
         lowest: Smallest budget accepted.
         highest: Largest budget accepted.
     """
@@ -85,7 +84,7 @@ class Calibration:
         """Return the penalty whose measured mean depth is nearest to a budget.
 
         The nearest entry is chosen in float32 and ties go to the lower depth, so that every runtime
-        of the exported graph chooses the same one.
+        of the exported graph chooses the same entry.
 
         Args:
             budget: Mean depth over prompts, as a fraction of the layers (1.0 is the base model's).
@@ -99,15 +98,15 @@ class Calibration:
         return self.lambdas[self._entry(budget)]
 
     def mix_for(self, budget: Any) -> PenaltyMix:
-        """Return the two penalties, and their shares of the prompts, that have the budget as their mean depth.
+        """Return the two penalties, and their shares of the prompts, whose mean depth is the budget.
 
-        Computed in float32, as the exported graph does it.
+        The shares are computed in float32, as in the exported graph.
 
         Args:
             budget: As in `penalty_for`.
 
         Returns:
-            Neighbours of the table; twice the same penalty for an entry's own depth at the lower end.
+            Neighbouring entries of the table; at the lowest depth, the same penalty twice.
 
         Raises:
             BudgetError: As in `penalty_for`.
@@ -126,17 +125,18 @@ class Calibration:
         return PenaltyMix(self.lambdas[before], self.lambdas[after], share)
 
     def steady(self, spread_at: Callable[[float], float], most: float) -> "Calibration":
-        """Return the table without the entries whose depth cannot be trusted; what lies between others is mixed.
+        """Return the table without the entries whose depth is unreliable; depths between the others are mixed.
 
-        Where many prompts change plans at about one penalty, the depth there says little of other prompts: a little
-        to one side all of them have changed, to the other none. Mixing the penalties around gives the depths between.
+        Where many prompts change plans at nearly the same penalty, the depth measured there says little about other
+        prompts: slightly to one side all of them have changed, to the other none. Mixing the penalties on either side
+        gives the depths in between.
 
         Args:
-            spread_at: By how much the mean depth under a penalty may be wrong.
-            most: Largest such number that is accepted.
+            spread_at: Returns the standard deviation of the mean depth under a penalty.
+            most: Largest standard deviation that is accepted.
 
         Returns:
-            A table of the same range; both ends stay.
+            A table of the same range; both ends are kept.
         """
         last = len(self.lambdas) - 1
         kept = [
@@ -157,8 +157,7 @@ class Calibration:
             budget: As in `penalty_for`.
 
         Returns:
-            A mean depth; it differs from the budget by half a step of the table at most, if the
-            steps are fine.
+            A mean depth; it differs from the budget by at most half the gap between two entries.
 
         Raises:
             BudgetError: As in `penalty_for`.
@@ -166,7 +165,7 @@ class Calibration:
         return self.depths[self._entry(budget)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table as JSON-able data."""
+        """Return the table as values that JSON can hold."""
         return config_to_dict(self)
 
     @classmethod
@@ -174,7 +173,7 @@ class Calibration:
         """Read what `to_dict` wrote.
 
         Raises:
-            ConfigError: A key is missing or unknown, or the table is not one.
+            ConfigError: A key is missing or unknown, or the values do not form a calibration.
         """
         return config_from_dict(cls, content)
 
@@ -184,8 +183,8 @@ class Calibration:
         return int(np.argmin(distances))
 
     def _checked(self, budget: Any) -> float:
-        # ComparedRun and written in float32, as the exported graph compares, so that the ends named
-        # here are budgets that both accept.
+        # Compared and printed in float32, as the exported graph compares, so that the ends named here are
+        # budgets that both accept.
         lowest, highest = np.float32(self.lowest), np.float32(self.highest)
         wanted = (
             f"expected a mean depth within the calibrated range, {lowest!s} to {highest!s} "
@@ -213,27 +212,26 @@ def calibrate(
 ) -> Calibration:
     """Measure which penalties give the mean depths from `lowest` to `highest`.
 
-    Every call of `mean_depth_at` is taken to be dear (one pass over the calibration prompts), so
-    none is repeated, and the widest gap in depth is always halved next: fewer evaluations give a
-    coarser table that is as true. A policy that reads hidden states may break the fall of depth
-    with lambda here and there; entries out of order are left out.
+    Calls of `mean_depth_at` are expensive (one pass over the calibration prompts), so none is repeated,
+    and the interval with the widest gap in depth is always bisected next: fewer evaluations give a
+    coarser table that is just as correct. With a policy that reads hidden states, depth may not always
+    fall as lambda grows; entries that break the order are left out.
 
     Args:
-        mean_depth_at: Mean depth over the calibration prompts under a penalty: steps that fall as
-            the penalty grows.
-        lowest: Smallest budget wanted.
-        highest: Largest budget wanted.
-        resolution: Neighbouring depths nearer than this need nothing between them.
-        max_evaluations: Calls of `mean_depth_at` at most.
+        mean_depth_at: Returns the mean depth over the calibration prompts under a penalty, a step function
+            that falls as the penalty grows.
+        lowest: Smallest budget wanted, as a fraction of the number of layers.
+        highest: Largest budget wanted, in the same unit.
+        resolution: Gaps in depth up to this size are not bisected.
+        max_evaluations: Maximum number of calls of `mean_depth_at`.
 
     Returns:
         The table, from the last entry at or below `lowest` to the first at or above `highest`; it
-        accepts the budgets asked for as far as the policy can reach them.
+        accepts those of the wanted budgets that the policy can reach.
 
     Raises:
-        ConfigError: An argument is out of its range, or `mean_depth_at` gave a number that is none,
-            or the policy
-            reaches no depth between `lowest` and `highest`.
+        ConfigError: An argument is out of range, `mean_depth_at` returned a number that is not finite, or
+            the policy reaches no depth between `lowest` and `highest`.
     """
     if not 0.0 < lowest <= highest <= 2.0 or not resolution > 0.0 or max_evaluations < 3:
         raise ConfigError(
@@ -266,7 +264,7 @@ def _bracket(
     highest: float,
     max_evaluations: int,
 ) -> None:
-    """Measure ever larger penalties until depths on both sides of the wanted range are known."""
+    """Measure penalties of growing size until depths on both sides of the wanted range are known."""
     measure(0.0)
     for sign, end in ((1.0, lowest), (-1.0, highest)):
         penalty = 1.0
@@ -285,11 +283,11 @@ def _next_penalty(
     for left, right in pairwise(sorted(known)):
         high, low = max(known[left], known[right]), min(known[left], known[right])
         close = right - left <= _LAMBDA_TOLERANCE * max(1e-3, abs(left), abs(right))
-        # An interval that ends where the range begins has nothing to find.
+        # An interval that ends where the range begins holds no wanted depth.
         wanted = low < highest and high > lowest
         if wanted and not close and high - low >= resolution:
             inside = min(high, highest) - max(low, lowest)
-            # Of gaps equal but for rounding the one over more penalties hides a step more likely.
+            # Of gaps that are equal up to rounding, the one over more penalties is more likely to hide a step.
             gap = round(inside, 6), round(high - low, 6), right - left
             gaps.append((gap, (left + right) / 2.0))
     return max(gaps)[1] if gaps else None
@@ -315,7 +313,7 @@ def _table(known: Mapping[float, float], lowest: float, highest: float) -> Calib
 
 def _falling_chain(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the longest run of points, in their order, whose depths strictly fall."""
-    # One point stands for a step: its middle one, away from the jumps at both ends.
+    # Each step is represented by its middle point, away from the jumps at both ends.
     steps = [list(group) for _, group in groupby(points, key=lambda point: point[1])]
     points = [step[len(step) // 2] for step in steps]
     lengths: list[int] = []

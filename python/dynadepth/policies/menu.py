@@ -1,6 +1,6 @@
-"""Menus: a few plans to choose from, and heads that say what each would keep of the base model's answer.
+"""Menus: a few plans to choose from, and heads that predict how much of the base model's answer each one keeps.
 
-Owns the plans and weights of a menu and what its heads read. Knows nothing of budgets, files or how heads are trained.
+The plans and weights of a menu, and what its heads read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,15 +28,16 @@ class MenuHead:
 
     Args:
         layer_idx: The layer whose entering states it reads.
-        num_windows: Windows W that it reads besides the last prompt token's state; 0 for that alone.
-        weight: Shape (K, V d), float32, where V = W + 1 views of width d lie end to end, the last token's last; for a
-            perceptron (K, inner).
+        num_windows: Number W of windows that it reads in addition to the last prompt token's state; 0 for that state
+            alone.
+        weight: Shape (K, V d), float32, for V = W + 1 concatenated views of width d, the last token's view last; for
+            a perceptron (K, inner).
         bias: Shape (K,), float32.
         inner_weight: Hidden layer of a perceptron. Shape (inner, V d), float32; None for a linear head.
         inner_bias: Shape (inner,), float32; None for a linear head.
 
     Raises:
-        ConfigError: Tensors whose shapes or dtypes do not belong together, or that are not finite.
+        ConfigError: The tensors have shapes or dtypes that do not fit together, or are not finite.
     """
 
     layer_idx: int
@@ -80,7 +81,7 @@ class MenuHead:
 
     @property
     def num_views(self) -> int:
-        """Vectors that it reads of a prompt."""
+        """Number of vectors that it reads of a prompt."""
         return self.num_windows + 1
 
     @property
@@ -90,7 +91,7 @@ class MenuHead:
         return int(read.shape[1]) // self.num_views
 
     def read(self, hidden_states: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Return what the head reads of a batch.
+        """Return the views of a batch that the head reads.
 
         Args:
             hidden_states: States entering the layer. Shape (batch, tokens, hidden), any floating dtype.
@@ -138,16 +139,16 @@ class MenuHead:
 def score_states(
     head: MenuHead, views: Tensor, prefixes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Return the score of every plan for prompts whose states are kept, each by the states under its own prefix.
+    """Return the score of every plan from stored states, each plan scored from the states under its own prefix.
 
     Args:
         head: The head.
-        views: What is kept of the states entering its layer under each prefix, its own views last. Shape (N, prefixes,
-            views, hidden), any floating dtype.
-        prefixes: The prefix of each plan there. Shape (K,).
+        views: Stored views of the states entering its layer under each prefix; the views that the head reads are the
+            last ones. Shape (N, prefixes, views, hidden), any floating dtype.
+        prefixes: The index of each plan's prefix before that layer. Shape (K,), int64.
 
     Returns:
-        Shape (N, K), float64.
+        Scores. Shape (N, K), float64.
     """
     scores = np.empty((len(views), len(prefixes)))
     for number in np.unique(prefixes).tolist():
@@ -161,15 +162,15 @@ def score_states(
 class Menu:
     """K plans and the heads that choose among them, in one step or in several.
 
-    Every head scores all plans; a later head chooses only among those that agree with what has run by then.
+    Every head scores all plans; a later head chooses only among those that agree with what has already run.
 
     Args:
-        plans: All different. Shape (K, num_layers), uint8.
-        heads: By ascending layer. No two plans may differ before the first one's layer.
+        plans: The plans, all different. Shape (K, num_layers), uint8.
+        heads: The heads, by ascending layer. The plans must agree before the layer of the first head.
 
     Raises:
-        ConfigError: No heads, heads in another order, or heads of another number of plans or width.
-        PlanError: The plans are not different plans, or differ before the first head reads.
+        ConfigError: There are no heads, they are not in ascending order, or they have another number of plans or width.
+        PlanError: A plan is invalid or occurs twice, or plans differ before the first head reads.
 
     Example:
         >>> head = MenuHead(1, 0, torch.zeros(2, 4), torch.tensor([1.0, 0.9]))
@@ -212,7 +213,7 @@ class Menu:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the model it is for."""
+        """Number of decoder layers of the model that it is for."""
         return int(self.plans.shape[1])
 
     @property
@@ -238,11 +239,11 @@ class Menu:
         """Return which plans agree with what has been decided before a step.
 
         Args:
-            step: Number of the head.
-            so_far: Plans of the batch, whose layers before the head's are decided. Shape (batch, num_layers), uint8.
+            step: Index of the head.
+            so_far: Plans of the batch, decided up to the head's layer. Shape (batch, num_layers), uint8.
 
         Returns:
-            Shape (batch, K), bool.
+            True for the plans that agree. Shape (batch, K), bool.
         """
         layer = self.heads[step].layer_idx
         same: npt.NDArray[np.bool_] = (self.plans[None, :, :layer] == so_far[:, None, :layer]).all(
@@ -267,13 +268,13 @@ class Menu:
         Args:
             plans: Its plans. Shape (K, num_layers), whole numbers.
             shapes: Layer and number of windows of each head.
-            tensors: Name to tensor, exactly those of `state_dict`.
+            tensors: Name to tensor, exactly the names of `state_dict`.
 
         Returns:
             The menu.
 
         Raises:
-            ConfigError: A tensor is missing or unknown, or does not fit.
+            ConfigError: A tensor is missing, unknown or of the wrong shape.
             PlanError: As for `Menu`.
         """
         left = dict(tensors)

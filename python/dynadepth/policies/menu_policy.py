@@ -19,19 +19,19 @@ __all__ = [
 
 
 class MenuPolicy(Policy):
-    """Gives each prompt one of a few plans: the one whose score less the price of its depth is highest.
+    """Gives each prompt one of a few plans: the one whose score minus the price of its depth is highest.
 
-    Rows of a batch that get equal plans run together, and there are few plans. A prompt's own number says which of two
-    neighbouring penalties it is charged, so that a budget is met exactly on the prompts it was calibrated on, and no
-    prompt's plan depends on its batch. One small product for each head, and one transfer to the host: that of the
-    chosen plans.
+    Rows of a batch that get the same plan run together, and there are few plans. Each prompt is charged one of two
+    neighbouring penalties, selected by a number that depends on its tokens alone. So a budget is met exactly on the
+    prompts that it was calibrated on, and no prompt's plan depends on its batch. A decision costs one small matrix
+    product and one transfer to the host, of the chosen plans.
 
     Args:
         menu: The plans and the heads that score them.
-        penalty: What a depth of 1 costs, in scores; one number for all prompts, or two and their shares.
+        penalty: What a depth of 1 costs, in units of the score; one number for all prompts, or two and their shares.
 
     Raises:
-        ConfigError: A penalty that is not finite.
+        ConfigError: A penalty is not finite.
 
     Example:
         >>> from dynadepth.policies.menu import Menu, MenuHead
@@ -54,7 +54,7 @@ class MenuPolicy(Policy):
         self._on_device: dict[torch.device, tuple[Menu, Tensor]] = {}
 
     def initial_plans(self, num_rows: int) -> Plans:
-        """Return what all plans of the menu begin with, and EXECUTE from the first decision on."""
+        """Return the layers that all plans of the menu share, and EXECUTE from the first decision on."""
         plans = np.full((num_rows, self.num_layers), int(EXECUTE), dtype=np.uint8)
         first = self.decision_layers[0]
         plans[:, :first] = self.menu.plans[0, :first]
@@ -66,13 +66,21 @@ class MenuPolicy(Policy):
 
     @torch.no_grad()
     def decide(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Choose a plan for each prompt and return it up to the next decision.
+        """Choose a plan for each prompt and return its actions up to the next decision.
+
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch, with their plans as decided so far.
+
+        Returns:
+            Actions, on the host. Shape (batch, layers up to the next of `decision_layers`), uint8.
 
         Raises:
             ConfigError: The states have another width than the heads, or hold NaN at a prompt's token; or two penalties
                 are mixed and the prompts' tokens are not known.
             PlanError: It does not decide at this layer; or no plan agrees with what a prompt has run, because the
-                wrapper's limits changed that.
+                limits of the wrapped model changed it.
         """
         if hidden_states.shape[-1] != self.menu.hidden_size:
             raise ConfigError(
@@ -86,13 +94,13 @@ class MenuPolicy(Policy):
             scores = head.scores(head.read(hidden_states, prompts.mask))
             priced = scores - self._prices(prompts).unsqueeze(-1) * depths
         if step:
-            # Known on the host, and small: it goes to the device without anyone waiting.
+            # Known on the host, and small: copying it to the device does not wait.
             still_open = menu.open_plans(step, prompts.plans)
             check_open(still_open, layer_idx)
             closed = torch.from_numpy(~still_open)
             priced = priced.masked_fill(closed.to(priced.device), -math.inf)
         chosen = priced.argmax(dim=-1)
-        # One transfer tells both; argmax alone would turn NaN into a plan.
+        # One transfer for both; argmax alone would turn NaN into a plan.
         chosen = chosen.masked_fill(scores.isnan().any(dim=-1), -1)
         rows = chosen.cpu().numpy()
         if (rows < 0).any():

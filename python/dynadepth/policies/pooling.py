@@ -16,13 +16,13 @@ def window_means(hidden_states: Tensor, prompt_mask: Tensor, num_windows: int) -
     """Average the prompt's real tokens over contiguous windows.
 
     Of n real tokens, window w holds the tokens floor(w n / W) up to max(floor(w n / W) + 1, floor((w + 1) n / W)), so
-    that a prompt shorter than W repeats tokens instead of leaving windows empty. Padding may stand anywhere and its
+    that a prompt shorter than W repeats tokens instead of leaving windows empty. Padding may be anywhere and its
     values never matter. Nothing waits for the device.
 
     Args:
         hidden_states: States. Shape (batch, tokens, hidden), any floating dtype.
         prompt_mask: Non-zero for real tokens. Shape (batch, tokens), bool or integer.
-        num_windows: W.
+        num_windows: Number W of windows.
 
     Returns:
         Means; zeros for a row without real tokens. Shape (batch, num_windows, hidden), float32.
@@ -54,13 +54,13 @@ def last_token_state(hidden_states: Tensor, prompt_mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pooling:
-    """What `pool` needs of a batch's mask, made once for all layers that read the batch.
+    """The pooling of one batch, computed from its mask once for all layers that read the batch.
 
     Args:
-        weights: Of each token in each view. Shape (batch, views, tokens), float32.
-        padding: True for tokens that are no prompt's. Shape (batch, tokens, 1), bool.
-        spans: The tokens of each view, from one up to another, if the host knows them and no row is padded; means over
-            these are cheaper than products with mostly zeros.
+        weights: The weight of each token in each view. Shape (batch, views, tokens), float32.
+        padding: True for tokens that belong to no prompt. Shape (batch, tokens, 1), bool.
+        spans: First token and end of each view, if the host knows them and no row is padded; means over spans are
+            cheaper than products with mostly zeros.
     """
 
     weights: Tensor
@@ -69,12 +69,12 @@ class Pooling:
 
     @classmethod
     def of(cls, prompt_mask: Tensor, num_windows: int, *, last_token: bool) -> "Pooling":
-        """Return that of the window means and, if wanted, of the last token's state.
+        """Return the pooling for the window means and, if wanted, the last token's state.
 
         Args:
             prompt_mask: Non-zero for real tokens. Shape (batch, tokens), bool or integer.
-            num_windows: Windows W.
-            last_token: Whether the last real token's state is a view of its own, behind the windows.
+            num_windows: Number W of windows.
+            last_token: Whether the last real token's state is an additional view, after the windows.
         """
         members = _window_members(prompt_mask, num_windows)
         if last_token:
@@ -83,13 +83,13 @@ class Pooling:
 
     @classmethod
     def averaging(cls, prompt_mask: Tensor, members: Tensor) -> "Pooling":
-        """Return that of the means over some members of each row. Shape of `members` as `weights`, bool."""
+        """Return the pooling for means over some tokens of each row. Shape (batch, views, tokens), bool."""
         weights = members.to(torch.float32)
         weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1.0)
         return cls(weights, prompt_mask.to(torch.bool).logical_not().unsqueeze(2))
 
     def unpadded(self) -> "Pooling":
-        """Return the pooling for rows of which none is padded; this waits for the device."""
+        """Return the pooling for a batch in which no row is padded; this waits for the device."""
         held = self.weights[0] > 0
         first = held.int().argmax(dim=1)
         bounds = torch.stack([first, first + held.sum(dim=1)], dim=1).tolist()

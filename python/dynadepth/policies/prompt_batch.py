@@ -1,7 +1,7 @@
-"""What a policy is told of the prompts besides their states.
+"""What a policy is told about the prompts besides their states.
 
-Owns the number in [0, 1) that stands for a prompt: it depends on the prompt's token ids alone, so that two penalties
-can be mixed over prompts without a draw and without regard to who shares a batch.
+This includes a number in [0, 1) for each prompt. It depends on the prompt's token ids alone, so that two penalties can
+be mixed over prompts without drawing random numbers and independently of the batch.
 """
 
 from dataclasses import dataclass, field
@@ -28,13 +28,13 @@ class PromptBatch:
 
     Args:
         mask: True for the prompt's real tokens. Shape (batch, tokens), bool, on the states' device.
-        plans: What has been decided so far; layers that are not decided yet hold a policy's initial plans. Shape
-            (batch, num_layers), uint8, on the host. Not to be written to.
-        tokens: What the model was given: token ids (batch, tokens) or embeddings (batch, tokens, hidden); None if
+        plans: What has been decided so far; layers that are not decided yet hold the policy's initial plans. Shape
+            (batch, num_layers), uint8, on the host. Must not be written to.
+        tokens: The model's input: token ids (batch, tokens) or embeddings (batch, tokens, hidden); None if
             neither is known.
 
     Attributes:
-        notes: What a policy keeps of these prompts from one decision to the next.
+        notes: What a policy stores about these prompts between decisions.
     """
 
     mask: Tensor
@@ -45,10 +45,10 @@ class PromptBatch:
 
     @property
     def mix(self) -> Tensor:
-        """A number for each prompt, see `prompt_mix`. Shape (batch,), float32, on the states' device.
+        """A number in [0, 1) for each prompt, see `prompt_mix`. Shape (batch,), float32, on the states' device.
 
         Raises:
-            ConfigError: The model was given neither token ids nor embeddings in a form that is known.
+            ConfigError: The forward received neither token ids nor embeddings in a known form.
         """
         if self._mix is None:
             if self.tokens is None:
@@ -69,7 +69,7 @@ def prompt_mix(tokens: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         tokens: Token ids, shape (batch, tokens), integer; or embeddings, shape (batch, tokens, hidden), whose bfloat16
-            bits are summed up in the same way to one number for each token.
+            bits are combined in the same way into one number for each token.
         mask: True for real tokens. Shape (batch, tokens), bool.
 
     Returns:
@@ -96,7 +96,7 @@ def _powers(count: int, device: torch.device) -> Tensor:
     powers = np.empty(count, dtype=np.int64)
     power = 1
     for index in range(count):
-        # From the first power on: the zeroth would leave the first token where it is.
+        # The first power comes first: the zeroth would leave the first token unchanged.
         power = power * _BASE % _PRIME
         powers[index] = power
     return torch.from_numpy(powers).to(device)

@@ -41,7 +41,7 @@ class RouterConfig:
         preset: The recipe that trained them: `"dynadepth"` or `"drllm"` (windows only).
 
     Raises:
-        ConfigError: A value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
 
     Example:
         >>> RouterConfig(num_layers=4, hidden_size=32).num_views
@@ -70,11 +70,11 @@ class RouterConfig:
 
     @property
     def num_views(self) -> int:
-        """Vectors V that a router reads: the windows, then the last token's state if it is used."""
+        """Number V of vectors that a router reads: the windows, then the last token's state if it is used."""
         return self.num_windows + int(self.last_token)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
+        """Return all settings as values that JSON can hold."""
         return config_to_dict(self)
 
     @classmethod
@@ -82,7 +82,7 @@ class RouterConfig:
         """Make the configuration from what `to_dict` wrote.
 
         Raises:
-            ConfigError: An unknown or missing key, or a value of the wrong type or size.
+            ConfigError: A key is unknown or missing, or a value has the wrong type or size.
         """
         return config_from_dict(cls, content)
 
@@ -110,6 +110,11 @@ class RouterConfig:
 
 
 def check_preset(preset: Any) -> None:
+    """Check the name of a preset.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
     if preset not in PRESETS:
         raise ConfigError(
             f"preset is {preset!r}; expected one of {', '.join(PRESETS)}"
@@ -118,7 +123,7 @@ def check_preset(preset: Any) -> None:
 
 
 def pool(hidden_states: Tensor, prompt_mask: Tensor, config: RouterConfig) -> Tensor:
-    """Return everything a router reads of a prompt: the window means, then the last token's state if it is used.
+    """Return everything that a router reads of a prompt: the window means, then the last token's state if it is used.
 
     Args:
         hidden_states: States entering a layer. Shape (batch, tokens, hidden), any floating dtype.
@@ -159,7 +164,7 @@ class Bottleneck:
             Shape (batch, 3), float32.
         """
         inner = functional.gelu(views @ self.first_weight[layer_idx] + self.first_bias[layer_idx])
-        # The mean passes through the second linear layer, so it is taken where there is less to multiply.
+        # The mean commutes with the second linear layer, so it is taken before, where there is less to multiply.
         return inner.mean(dim=1) @ self.second_weight[layer_idx] + self.second_bias[layer_idx]
 
     def all_logits(self, views: Tensor) -> Tensor:
@@ -196,7 +201,7 @@ class RouterHeads:
         last: Weights of the perceptron over the last token's state, added to the former; None if not used.
 
     Raises:
-        ConfigError: A tensor has another shape or dtype than the configuration asks for, or is not finite.
+        ConfigError: A tensor does not have the shape or dtype that the configuration demands, or is not finite.
 
     Source:
         Router of Dr.LLM (arXiv 2510.12773): Linear-GELU-Linear for each layer, logits averaged over windows;
@@ -246,8 +251,8 @@ class RouterHeads:
         """Return the logits of all layers for cached features.
 
         Args:
-            features: What `pool` made of the states entering each layer. Shape (prompts, num_layers, views, hidden),
-                float32; views beyond the configured ones must not be there.
+            features: What `pool` made of the states entering each layer, with exactly the configured views. Shape
+                (prompts, num_layers, views, hidden), float32.
 
         Returns:
             Shape (prompts, num_layers, 3), float32.
@@ -255,7 +260,7 @@ class RouterHeads:
         return all_logits(self.windows, self.last, self.config.num_windows, features)
 
     def varying_layers(self) -> tuple[int, ...]:
-        """Return the layers whose logits depend on the prompt, ascending; training leaves the others constant."""
+        """Return the layers whose logits depend on the prompt, ascending; those of the others are constant."""
         varying = torch.zeros(self.config.num_layers, dtype=torch.bool)
         for part in (self.windows, self.last):
             if part is not None:
@@ -263,7 +268,7 @@ class RouterHeads:
         return tuple(varying.nonzero().squeeze(1).tolist())
 
     def constant_logits(self) -> Tensor:
-        """Return the logits of layers that do not depend on the prompt. Shape (num_layers, 3), float32, on the host."""
+        """Return the logits of the layers that ignore the prompt. Shape (num_layers, 3), float32, on the host."""
         logits = self.windows.second_bias
         if self.last is not None:
             logits = logits + self.last.second_bias
@@ -329,7 +334,17 @@ class RouterHeads:
 def all_logits(
     windows: Bottleneck, last: Bottleneck | None, num_windows: int, features: Tensor
 ) -> Tensor:
-    """Return what `RouterHeads.all_logits` returns, of weights that are no checked routers yet."""
+    """Return what `RouterHeads.all_logits` returns, for weights that have not been checked.
+
+    Args:
+        windows: Weights of the perceptron whose logits are averaged over the windows.
+        last: Weights of the perceptron over the last token's state; None if not used.
+        num_windows: Number of windows, which are the first views.
+        features: Views of the states entering each layer. Shape (prompts, num_layers, views, hidden), float32.
+
+    Returns:
+        Logits. Shape (prompts, num_layers, 3), float32.
+    """
     by_layer = features.transpose(0, 1)
     logits = windows.all_logits(by_layer[:, :, :num_windows])
     if last is not None:

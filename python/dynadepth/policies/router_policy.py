@@ -1,4 +1,4 @@
-"""The policy of one router for each layer, decided as the prefill goes."""
+"""The policy that has one router for each layer, which decides during the prefill."""
 
 import math
 
@@ -20,21 +20,21 @@ _UNDECIDED = 255
 
 
 class RouterPolicy(LayerwisePolicy):
-    """A router for each layer, decided as the prefill goes.
+    """Decides each layer by its own router, during the prefill.
 
     The action of layer l for prompt x is argmax over a of `bias[l, a] + shrinkage * h_l(x)_a - penalty * a`, ties to
-    the lowest action. With shrinkage 0 it reads no state and has one plan for all prompts; nor is a layer read whose
-    router is constant. Follows the states to their
-    device; one transfer to the host for each decision.
+    the lowest action. With shrinkage 0 it reads no states and has one plan for all prompts; layers whose router is
+    constant are not read either. The weights are moved to the device of the states; each decision takes one transfer
+    to the host.
 
     Args:
         heads: The trained routers h.
         bias: The static part b. Shape (num_layers, 3), float32; None means zeros.
         shrinkage: s, how far prompts may deviate from the static part; 0 to 1.
-        penalty: lambda, the price of a visit in logits; any finite number.
+        penalty: lambda, the price of a visit, in logits; any finite number.
 
     Raises:
-        ConfigError: A bias of another shape, or a number that is not finite or out of range.
+        ConfigError: The bias has another shape, or a number is not finite or out of range.
     """
 
     def __init__(
@@ -71,7 +71,15 @@ class RouterPolicy(LayerwisePolicy):
 
     @torch.no_grad()
     def actions_at(self, layer_idx: int, hidden_states: Tensor, prompts: PromptBatch) -> Plans:
-        """Return the actions of one layer by the formula above. Shape (batch,), uint8.
+        """Return the actions of one layer by the formula above.
+
+        Args:
+            layer_idx: One of `decision_layers`.
+            hidden_states: States entering that layer. Shape (batch, tokens, hidden), model dtype, any device.
+            prompts: The prompts of the batch, with their plans as decided so far.
+
+        Returns:
+            Actions, on the host. Shape (batch,), uint8.
 
         Raises:
             ConfigError: The states hold NaN at a prompt's token.
@@ -88,7 +96,7 @@ class RouterPolicy(LayerwisePolicy):
                 prompts.notes[config] = pooling
             logits = heads.logits(layer_idx, pooling(hidden_states))
             actions = actions_of(bias[layer_idx] + self.shrinkage * logits, self.penalty)
-            # One transfer tells both; argmax alone would turn NaN into SKIP.
+            # One transfer for both; argmax alone would turn NaN into SKIP.
             actions = actions.masked_fill(logits.isnan().any(dim=-1), _UNDECIDED)
         host: Plans = actions.to(torch.uint8).cpu().numpy()
         if (host == _UNDECIDED).any():

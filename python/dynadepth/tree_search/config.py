@@ -1,7 +1,4 @@
-"""Settings of the search for plans, and what it knows of single edits beforehand.
-
-Owns their checks and their way to JSON and back. Knows nothing of the search itself.
-"""
+"""Settings of the search for plans and its prior over single edits, with their checks and their JSON form."""
 
 import math
 from dataclasses import dataclass
@@ -37,28 +34,29 @@ _RANGES: dict[str, tuple[float, float]] = {
 class SearchConfig:
     """Settings of the search.
 
-    `exploration` and `virtual_loss` are in units of the tree's spread (the median distance of its told plans from the
-    identity plan, in value), `temperature` in units of the prior's (the median size of its effects), so that they mean
-    the same for rewards of any scale. With `"drllm"`, `exploration` is in units of the reward, as in the paper.
+    `exploration` and `virtual_loss` are in units of the tree's spread (the median difference in value between its
+    told plans and the identity plan), `temperature` in units of the prior's spread (the median size of its effects),
+    so that they do not depend on the scale of the rewards. With `"drllm"`, `exploration` is in units of the reward, as
+    in the paper.
 
     Args:
-        max_evaluations: Plans evaluated for each tree, the identity plan included; the probe's are not counted.
+        max_evaluations: Plans evaluated for each tree, including the identity plan but not those of the probe.
         depth_penalty: What a depth of 1 costs, in units of reward: value = reward - depth_penalty * depth.
         exploration: Weight c of the exploration bonus.
-        selection: Rule of descent: `"puct"`, or `"drllm"` for the paper's.
+        selection: Rule of descent: `"puct"`, or `"drllm"` for that of the Dr.LLM paper.
         protect: Layers that stay at EXECUTE.
         max_depth: Largest depth of a plan, 1 to 2. At 1 a REPEAT needs a SKIP in the same plan.
-        max_repeats: Most REPEATs in a plan.
-        max_edits: Most layers of a plan that are not EXECUTE.
-        virtual_loss: How far an open ticket lowers the score of what lies on its path.
-        probe_trees: Trees that open with every single edit, if the forest is given no prior; 0 for no probe.
-        round_size: Plans of one tree that are asked before any of them is told.
+        max_repeats: Maximum number of REPEATs in a plan.
+        max_edits: Maximum number of layers of a plan that are not EXECUTE.
+        virtual_loss: By how much an open ticket lowers the scores of the nodes on its path.
+        probe_trees: Number of trees that start with every single edit if the forest is given no prior; 0: no probe.
+        round_size: Number of plans of one tree that are asked before any of them is told.
         temperature: Flatness of the prior probabilities of the edits.
-        prior_weight: How many of a tree's own measurements of an edit the prior counts for.
-        random_child: Chance that a step of a descent takes any child rather than the best.
+        prior_weight: Weight of the prior, in units of a tree's own measurements of an edit.
+        random_child: Probability that a step of a descent takes a random child instead of the best.
 
     Raises:
-        ConfigError: A value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
 
     Example:
         >>> SearchConfig(max_evaluations=50).selection
@@ -93,7 +91,7 @@ class SearchConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
+        """Return all settings as values that JSON can hold."""
         return config_to_dict(self)
 
     @classmethod
@@ -101,22 +99,22 @@ class SearchConfig:
         """Make the settings from what `to_dict` wrote.
 
         Raises:
-            ConfigError: An unknown key, or a value of the wrong type or size.
+            ConfigError: A key is unknown, or a value has the wrong type or size.
         """
         return config_from_dict(cls, content)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EditPrior:
-    """What single edits do to the reward, over the prompts that a probe measured.
+    """The effects of single edits on the reward, over the prompts that a probe measured.
 
     Edit l skips layer l; edit num_layers + l repeats it.
 
     Args:
-        mean: Mean change of reward against the identity plan; NaN for an edit that was not measured.
+        mean: Mean difference in reward from the identity plan; NaN for an edit that was not measured.
             Shape (2 * num_layers,), float64.
         variance: Sample variance over the prompts (0 for one prompt). Shape (2 * num_layers,), float64.
-        count: Prompts measured.
+        count: Number of prompts measured.
     """
 
     mean: _Floats
@@ -124,7 +122,7 @@ class EditPrior:
     count: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the prior as values that JSON knows; an edit that was not measured is None."""
+        """Return the prior as values that JSON can hold; an edit that was not measured is None."""
         return {
             "mean": [None if math.isnan(entry) else entry for entry in self.mean.tolist()],
             "variance": [None if math.isnan(entry) else entry for entry in self.variance.tolist()],
@@ -136,7 +134,7 @@ class EditPrior:
         """Make the prior from what `to_dict` wrote.
 
         Raises:
-            ConfigError: A key is missing or unknown, or a value is not what it must be.
+            ConfigError: A key is missing or unknown, or a value is invalid.
         """
         if not isinstance(content, dict) or set(content) != {"mean", "variance", "count"}:
             raise ConfigError(
@@ -150,7 +148,7 @@ class EditPrior:
                 for name in ("mean", "variance")
             )
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"EditPrior holds something else than numbers: {error}") from error
+            raise ConfigError(f"EditPrior holds something other than numbers: {error}") from error
         if mean.ndim != 1 or mean.shape != variance.shape or not isinstance(content["count"], int):
             raise ConfigError(
                 f"EditPrior has mean {mean.shape}, variance {variance.shape} and count "

@@ -1,7 +1,7 @@
 """The search for plans: one tree for each prompt, driven by ask and tell.
 
-A typed face of the Rust core's forest. Owns the arrays that go in and out. Knows nothing of models, prompts or rewards:
-the caller evaluates the plans that `ask` hands out and tells what they earned.
+A typed interface to the Rust core's forest. The caller evaluates the plans that `ask` hands out and reports their
+rewards with `tell`.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class AskBatch:
 
     Args:
         tree: Tree of each plan, ascending. Shape (rows,), uint32.
-        plans: Shape (rows, num_layers), uint8.
-        ticket: What `tell` takes with the reward. Shape (rows,), uint64.
+        plans: The plans. Shape (rows, num_layers), uint8.
+        ticket: The ticket of each plan, to be given to `tell` with its reward. Shape (rows,), uint64.
     """
 
     tree: npt.NDArray[np.uint32]
@@ -42,11 +42,11 @@ class BestPlan:
     """An evaluated plan.
 
     Args:
-        plan: Shape (num_layers,), uint8.
-        reward: As told.
+        plan: The plan. Shape (num_layers,), uint8.
+        reward: Its reward, as told.
         value: reward - depth_penalty * depth.
         depth: Visits as a fraction of the number of layers.
-        visits: Layer executions.
+        visits: Number of layer executions.
     """
 
     plan: Plans
@@ -61,10 +61,10 @@ class Evaluated:
     """All told plans of a tree, in the order in which the search chose them.
 
     Args:
-        plans: Shape (evaluations, num_layers), uint8.
-        rewards: Shape (evaluations,), float64.
-        depths: Shape (evaluations,), float64.
-        visits: Shape (evaluations,), uint32.
+        plans: The plans. Shape (evaluations, num_layers), uint8.
+        rewards: The reward of each. Shape (evaluations,), float64.
+        depths: The depth of each, as a fraction of the number of layers. Shape (evaluations,), float64.
+        visits: The number of layer executions of each. Shape (evaluations,), uint32.
     """
 
     plans: Plans
@@ -79,33 +79,33 @@ class Evaluated:
 class Forest:
     """A search over plans for many prompts at once.
 
-    Each tree starts from the identity plan and adds one edit (skip or repeat a layer) at a time; orders of the same
-    edits meet in one node, so every plan within the caps can be reached and none is asked twice. A tree chooses
-    `round_size` plans at once and learns from them together, so what it asks depends on its own rewards, the settings,
-    the prior, the seed and its key alone: not on the other trees, the size of the batches or the order of the tells.
+    Each tree starts from the identity plan and adds one edit (skip or repeat a layer) at a time. The same edits in
+    another order lead to the same node, so every plan within the caps can be reached and none is asked twice. A tree
+    chooses `round_size` plans at once and learns from them together, so what it asks depends only on its own rewards,
+    the settings, the prior, the seed and its key: not on the other trees, the batch sizes or the order of the tells.
 
     Without a prior, and with `probe_trees` above 0, the forest first asks the identity plan and every single edit on
-    some trees that the seed chooses, and searches on with what these do on average. The probe also asks a lone REPEAT
-    that `max_depth` forbids by itself, since a SKIP may make room for it; `best` and `pareto` leave such plans out.
+    some trees that the seed chooses, and takes their mean effects as the prior. This probe also asks a single REPEAT
+    that `max_depth` forbids on its own, since a SKIP may make room for it; `best` and `pareto` leave such plans out.
 
-    May be used from several threads; the GIL is released while Rust works.
+    A forest may be used from several threads; the GIL is released while Rust works.
 
     Args:
         num_layers: Decoder layers of the model.
         num_trees: Prompts, one tree each.
         config: Settings of the search.
         seed: Seed of everything random, 0 to 2**64 - 1.
-        prior: What single edits do to the reward; given one, there is no probe.
-        tree_keys: Whatever names the prompts: randomness about a tree follows from the seed and its key.
-            Shape (num_trees,), uint64; None for 0, 1, 2 and so on.
+        prior: The effects of single edits on the reward; if it is given, the forest does not run a probe.
+        tree_keys: A number that identifies each prompt; the randomness of a tree follows from the seed and its key.
+            Shape (num_trees,), uint64; None: 0, 1, 2 and so on.
 
     Raises:
         ConfigError: A setting, the seed, the keys or the prior do not fit.
 
     Source:
         The rule `"puct"` is that of AlphaZero (Silver et al., Science 2018) on a graph of plans; deviations: a child
-        not yet asked has its prior mean, and the bonus is in units of the tree's own spread. `"drllm"` is the rule of
-        Dr.LLM (arXiv 2510.12773) on the same graph.
+        that has not been asked has its prior mean, and the bonus is in units of the tree's own spread. `"drllm"` is the
+        rule of Dr.LLM (arXiv 2510.12773) on the same graph.
 
     Example:
         >>> config = SearchConfig(max_evaluations=8, probe_trees=0)
@@ -162,7 +162,7 @@ class Forest:
 
     @property
     def finished(self) -> bool:
-        """Whether every tree has spent its evaluations or run out of plans, and has been told all rewards."""
+        """Whether every tree has used up its evaluations or plans and has been told all rewards."""
         return self._core.finished
 
     def tree_finished(self, tree: int) -> bool:
@@ -176,14 +176,14 @@ class Forest:
     def ask(self, max_plans: int) -> AskBatch:
         """Hand out plans to evaluate, never one that has been handed out before.
 
-        Trees that have plans waiting get equally many, give or take one; when there is not one for each, they take
-        turns. Rows of one tree lie together, so that they share prefixes in a sweep.
+        Trees with waiting plans get the same number of rows, up to a difference of one; if there are fewer rows than
+        trees, the trees take turns. Rows of one tree are adjacent, so that they share prefixes in a sweep.
 
         Args:
-            max_plans: Most plans to hand out, at least 1.
+            max_plans: Maximum number of plans to hand out, at least 1.
 
         Returns:
-            The plans; none if all trees are finished or wait for tells.
+            The plans; none if all trees are finished or wait for their rewards.
 
         Raises:
             SearchError: `max_plans` is below 1.
@@ -193,14 +193,14 @@ class Forest:
         return AskBatch(*self._core.ask(max_plans))
 
     def tell(self, ticket: npt.ArrayLike, rewards: npt.ArrayLike) -> None:
-        """Note the rewards of plans, in any order; all of them, or on an error none.
+        """Report the rewards of plans, in any order; if it raises, none of them is recorded.
 
         Args:
             ticket: Tickets that `ask` handed out. Shape (rows,), whole numbers.
             rewards: Reward of each plan. Shape (rows,), finite.
 
         Raises:
-            SearchError: A ticket that is unknown or told before, a reward that is not finite, or not one reward for
+            SearchError: A ticket is unknown or was already told, a reward is not finite, or there is not one reward for
                 each ticket.
         """
         tickets, numbers = np.asarray(ticket), np.asarray(rewards)
@@ -218,17 +218,17 @@ class Forest:
         self._core.tell(tickets.astype(np.uint64), numbers.astype(np.float64))
 
     def best(self, tree: int) -> BestPlan:
-        """Return the evaluated plan of highest value within the caps.
+        """Return the evaluated plan with the highest value within the caps.
 
         Ties go to the lower depth, then to the lower plan.
 
         Raises:
-            SearchError: No such tree, or none of its plans has been told.
+            SearchError: There is no such tree, or none of its plans has been told.
         """
         return BestPlan(*self._core.best(self._checked(tree)))
 
     def pareto(self, tree: int) -> list[BestPlan]:
-        """Return the evaluated plans within the caps that no other beats in depth and reward, by ascending depth.
+        """Return the Pareto front in depth and reward of the evaluated plans within the caps, by ascending depth.
 
         Raises:
             SearchError: No such tree.
@@ -236,7 +236,7 @@ class Forest:
         return [BestPlan(*plan) for plan in self._core.pareto(self._checked(tree))]
 
     def evaluated(self, tree: int) -> Evaluated:
-        """Return every told plan of a tree, the probe's included.
+        """Return every told plan of a tree, including those of the probe.
 
         Raises:
             SearchError: No such tree.
@@ -244,10 +244,10 @@ class Forest:
         return Evaluated(*self._core.evaluated(self._checked(tree)))
 
     def prior(self) -> EditPrior:
-        """Return the prior that was given or that the probe measured.
+        """Return the prior that was given to the forest or measured by its probe.
 
         Raises:
-            SearchError: The probe has not been told yet, or there is none.
+            SearchError: The rewards of the probe have not been told yet, or there is neither a prior nor a probe.
         """
         return EditPrior(*self._core.prior())
 

@@ -1,7 +1,7 @@
 """Bake a plan into an ordinary model: its layers are the plan's visits.
 
-The baked model knows nothing of dynadepth, so it is the independent reference of every parity test, and a way to ship
-one fixed plan to engines that know nothing of us.
+The baked model does not need dynadepth, so it is the independent reference of every parity test, and a way to ship
+one fixed plan to other inference engines.
 """
 
 import copy
@@ -22,9 +22,9 @@ from dynadepth.plans import check_plans, plan_text
 
 __all__ = ["bake", "save_baked"]
 
-# Config fields with one entry for each decoder layer. A field that is missed would show in the check of `save_baked`.
+# Config fields with one entry for each decoder layer. If one is missing here, the check of `save_baked` fails.
 _PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
-# Kernels that a checkpoint does not name: the comparison runs the same ones.
+# A checkpoint does not record these kernels; the comparison must run the same ones.
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 
 
@@ -32,8 +32,8 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
     """Return an ordinary model of the same class that always runs one plan.
 
     Args:
-        model: An unwrapped, supported causal language model; left as it is.
-        plan: Shape (num_layers,), uint8 or digits read by `parse_plan`.
+        model: An unwrapped, supported causal language model; not changed.
+        plan: The plan. Shape (num_layers,), uint8, or a text that `parse_plan` reads.
 
     Returns:
         A copy whose decoder layers are the plan's visits, in order, each with its own weights and `layer_idx`.
@@ -81,14 +81,14 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
 
 
 def _set_config(config: Any, visits: list[int], num_layers: int) -> None:
-    """Let a config describe the layers that are visited, in that order."""
+    """Make a config describe the visited layers, in that order."""
     for field in _PER_LAYER_FIELDS:
         values = getattr(config, field, None)
         if isinstance(values, (list, tuple)) and len(values) == num_layers:
             setattr(config, field, [values[layer_idx] for layer_idx in visits])
     dense = getattr(config, "mlp_only_layers", None)
     if dense is not None:
-        # Layers without experts are listed, or come at every other step: after baking all of them are listed.
+        # A config lists the layers without experts or gives their period; after baking they are listed.
         step = config.decoder_sparse_step
         config.mlp_only_layers = [
             place
@@ -100,17 +100,17 @@ def _set_config(config: Any, visits: list[int], num_layers: int) -> None:
 
 
 def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]) -> None:
-    """Bake a plan and save the result as a plain checkpoint that has been loaded again and compared.
+    """Bake a plan, save the result as a plain checkpoint, load that again and compare its logits.
 
     Args:
-        model: An unwrapped, supported causal language model; left as it is.
-        plan: Shape (num_layers,), uint8.
-        folder: Where the checkpoint goes; must not exist, or be empty.
+        model: An unwrapped, supported causal language model; not changed.
+        plan: The plan. Shape (num_layers,), uint8.
+        folder: Where to write the checkpoint; it must be empty or not exist yet.
 
     Raises:
-        FileExistsError: The folder holds something already.
-        UnsupportedModelError: The saved checkpoint does not give the same logits: the family has a per-layer setting
-            that is not known here. Nothing is left in `folder` then.
+        FileExistsError: The folder is not empty.
+        UnsupportedModelError: The saved checkpoint does not give the same logits, because the family has a per-layer
+            setting that is unknown here. Nothing is left in `folder` then.
         PlanError: The plan is not one of this model.
         WrapError: The model is wrapped.
     """

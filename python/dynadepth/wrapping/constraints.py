@@ -1,6 +1,6 @@
-"""Limits: what no plan of a wrapped model may break, whoever made it.
+"""Limits that every plan of a wrapped model must respect, whoever made it.
 
-Given plans that break them are refused; a policy's actions are changed to fit. Knows nothing of policies or models.
+A plan that the caller gives is refused if it breaks them; a policy's actions are changed to fit.
 """
 
 import math
@@ -20,11 +20,11 @@ class Limits:
 
     Args:
         num_layers: Decoder layers of the model.
-        max_depth: Most visits of a prompt as a fraction of the layers, at least 1; None: no limit.
+        max_depth: Maximum visits of a prompt, as a fraction of the number of layers, at least 1; None: no limit.
         protect: Layers that always run once.
 
     Attributes:
-        max_visits: Most visits of a prompt.
+        max_visits: Maximum visits of a prompt.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Limits:
         )
 
     def check(self, plans: Plans) -> None:
-        """Refuse given plans that break the limits the model was wrapped with.
+        """Refuse plans that break the limits that the model was wrapped with.
 
         Raises:
             PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.
@@ -58,13 +58,13 @@ class Limits:
     def apply(self, actions: Plans, first: int, visits: npt.NDArray[np.int64]) -> Plans:
         """Apply protection, `max_depth` and "at least one layer runs" to the actions of consecutive layers.
 
-        A repeat is taken away where the rest of the plan, run once, would no longer fit: what later layers would gain
-        from it is not known yet.
+        A repeat is removed if the remaining layers, each run once, would no longer fit: how many visits they will make
+        is not known yet.
 
         Args:
-            actions: Shape (rows, layers decided), uint8; written.
+            actions: The actions decided. Shape (rows, layers decided), uint8; changed in place.
             first: The first of these layers.
-            visits: Visits of each row before it. Shape (rows,).
+            visits: Visits of each row in the layers before it. Shape (rows,), int64.
 
         Returns:
             `actions`.
@@ -81,16 +81,16 @@ class Limits:
         return actions
 
     def check_menu(self, menu: Plans, decision_layers: Sequence[int]) -> None:
-        """Refuse limits that change what a menu chose at one step so that no plan is left to a later one.
+        """Refuse limits that can change a menu's choice at one step so that no plan is left for a later step.
 
-        Goes through all choices, each cut to the limits, as they could be made for some prompt.
+        All choices that could be made for some prompt are tried, each changed to fit the limits.
 
         Args:
             menu: The plans. Shape (K, num_layers), uint8.
             decision_layers: The layers at which the menu chooses, ascending.
 
         Raises:
-            ConfigError: A later step can be left without a plan.
+            ConfigError: Some step can be left without a plan.
         """
         ends = [*decision_layers[1:], self.num_layers]
         none_yet = np.zeros(1, dtype=np.int64)

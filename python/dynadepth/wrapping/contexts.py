@@ -1,6 +1,6 @@
-"""ContextMethods: what the caller can say of the forwards inside a `with model.dynadepth....:`.
+"""ContextMethods: what the caller can set for the forwards inside a `with model.dynadepth....:`.
 
-Checks what is said and keeps it in a context, where the controller finds it. Knows nothing of policies or hooks.
+Checks the settings and keeps them in a context, where the controller finds them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ __all__ = ["ContextMethods"]
 
 
 class ContextMethods:
-    """The `with` blocks of a controller, which derives from it: contexts belong to the controller itself.
+    """The `with` blocks of a controller; a base class, so that contexts belong to the controller itself.
 
     Args:
-        limits: What given plans may not break.
-        stats: Where the figures of a generation go.
+        limits: The limits that given plans must respect.
+        stats: Where the memory of a generation's cache is recorded.
         budgets: The policies of the budgets that can be asked for.
     """
 
@@ -37,18 +37,18 @@ class ContextMethods:
 
     @contextmanager
     def plans(self, plans: Any) -> Iterator[None]:
-        """Run fixed plans in place of the policy's, for the forwards and generations inside the block.
+        """Run fixed plans instead of the policy's, for the forwards and generations inside the block.
 
-        The block is this thread's: a thread started inside it runs the policy's plans.
+        The block applies to this thread: a thread started inside it runs the policy's plans.
 
         Args:
             plans: One plan for all rows, or one for each row. Shape (num_layers,) or (rows, num_layers), uint8; or
-                texts that `parse_plan` reads: one, or a list of one for each row. A batch of k times as many rows
-                (beams, return sequences) repeats each plan k times.
+                texts that `parse_plan` reads: one for all rows, or a list with one for each row. In a batch of k times
+                as many rows (beams, return sequences) each plan is used for k consecutive rows.
 
         Raises:
-            PlanError: A plan is not one of this model, skips a protected layer, or exceeds `max_depth`; or, at the
-                forward, the batch is not a multiple of the rows.
+            PlanError: A plan does not fit this model, changes a protected layer, or exceeds `max_depth`; or, at the
+                forward, the number of rows of the batch is not a multiple of the number of plans.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,15 +89,16 @@ class ContextMethods:
     ) -> Iterator[None]:
         """Call a function at every visit of a decoder layer, for the forwards and generations inside the block.
 
-        The block is this thread's. What a callback raises leaves the forward; the model can be used again, the cache of
-        that forward cannot. A callback must not run the model itself. Without a block, nothing is spent on this.
+        The block applies to this thread. An exception raised by a callback ends the forward; the model can be used
+        again, but the cache of that forward cannot. A callback must not run the model itself. Outside such a block,
+        callbacks cost nothing.
 
         Args:
             before: Called with a `VisitEvent` before each visit.
             after: Called with a `VisitEvent` after each visit.
 
         Raises:
-            ConfigError: There is no callback, or it cannot be called.
+            ConfigError: No callback is given, or one is not callable.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,7 +124,7 @@ class ContextMethods:
 
     @contextmanager
     def prompt(self, lengths: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Say how many tokens of each row are the prompt, for plain forwards of prompt and continuation together.
+        """Set how many tokens of each row form the prompt, for plain forwards of prompt and continuation together.
 
         Args:
             lengths: Real tokens of the prompt at the start of each row, padding not counted. Shape (rows,), integer.
@@ -141,10 +142,10 @@ class ContextMethods:
 
     @contextmanager
     def generation(self, prompt_width: int | None) -> Iterator[None]:
-        """Mark the forwards inside as one `generate` call: drafts and later tokens are not the prompt.
+        """Mark the forwards inside as one `generate` call, so that drafts and later tokens do not count as prompt.
 
         Args:
-            prompt_width: Columns of the batch that `generate` was given, padding included; None if unknown.
+            prompt_width: Number of columns of the batch passed to `generate`, padding included; None if unknown.
         """
         context = Context(self, prompt_width=prompt_width, in_generate=True)
         with open_context(context):
@@ -155,7 +156,7 @@ class ContextMethods:
                     self._stats.measure(context.cache)
 
     def check_limits(self, plans: Plans) -> None:
-        """Refuse given plans that break the limits the model was wrapped with.
+        """Refuse plans that break the limits that the model was wrapped with.
 
         Raises:
             PlanError: A protected layer does not run once, or a plan has more visits than `max_depth` allows.

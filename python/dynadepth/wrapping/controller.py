@@ -2,7 +2,7 @@
 
 The stack's forward pre-hook opens a `PlanScope`; the first layers of the first forward on an empty cache plan the
 prompts (the policy sees prompt tokens only); the plans are kept on the cache, or by `generate` if there is none.
-`model.dynadepth` is the controller. Knows nothing of files, budgets or how policies are made.
+`model.dynadepth` is the controller.
 """
 
 import inspect
@@ -41,15 +41,15 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
-# Where the stack of layers and the model keep their controller.
+# The attribute in which the stack of layers and the model keep their controller.
 _CONTROLLER = "_dynadepth_controller"
 _ATTRIBUTE = "dynadepth"
 
 
 class Controller(ContextMethods):
-    """What `model.dynadepth` is: the policy of a wrapped model, what it planned and what that came to.
+    """The object `model.dynadepth`: a wrapped model's policy, what it has planned, and the resulting depth and memory.
 
-    Of several threads that run the model, the batch planned last counts for everything called `last`.
+    If several threads run the model, everything called `last` refers to the batch that was planned last in any of them.
 
     Attributes:
         num_layers: Decoder layers of the model.
@@ -87,7 +87,7 @@ class Controller(ContextMethods):
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
         self._handles: list[Any] = []
-        # Weak: a layer that was thrown away is not kept.
+        # Weak, so that a discarded layer is freed.
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._list_name = ""
         self._stack: ref[nn.Module] | None = None
@@ -209,7 +209,7 @@ class Controller(ContextMethods):
 
     @property
     def last_depths(self) -> npt.NDArray[np.float64] | None:
-        """The depth of each row of that batch, 1.0 being the plain model's. Shape (rows,); None before the first."""
+        """The depth of each of its rows, 1.0 being the plain model's. Shape (rows,), float64; None before the first."""
         plans = self.last_plans
         return None if plans is None else plan_depth(plans)
 
@@ -223,8 +223,8 @@ class Controller(ContextMethods):
     def last_kv(self) -> KvBytes | None:
         """Bytes of key and value states of that batch, and what the plain model would hold.
 
-        Those of this moment while its cache lives; after `generate`, those at its end. None if there is no cache, or if
-        a plain forward's cache is gone.
+        They are current for as long as the cache exists; after `generate`, they are those at its end. None if there is
+        no cache, or if the cache of a plain forward no longer exists.
         """
         return self._stats.last_kv
 
@@ -234,11 +234,16 @@ class Controller(ContextMethods):
         return self._stats.totals
 
     def reset_totals(self) -> None:
-        """Let `totals` begin at zero again; the last batch stays known."""
+        """Set `totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
-        """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
+        """Return the plans of a batch as far as they are known before its first layer, and whether they are new.
+
+        Raises:
+            PlanError: The cache was planned for another number of rows, or the rows are not a multiple of the plans
+                that the caller gave.
+        """
         contexts = contexts_of(self)
         asking = next((context for context in contexts if context.only_plans), None)
         if asking is not None:
@@ -257,7 +262,7 @@ class Controller(ContextMethods):
         if known.num_rows != num_rows:
             raise PlanError(
                 f"the cache holds {known.num_rows} planned rows, but the batch has {num_rows}; "
-                "a cache goes on with the sequences it began with"
+                "a cache can only be continued with the sequences that it was begun with"
             )
         if keeper is not None:
             keeper.row_plans = known
@@ -274,7 +279,7 @@ class Controller(ContextMethods):
             self._limits.check_menu(menu, self.policy.decision_layers)
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Count a forward that has run to its end."""
+        """Record a forward that has completed."""
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
@@ -313,10 +318,13 @@ class Controller(ContextMethods):
         """Ask the policy for the actions of the layers from `layer_idx` to its next decision.
 
         Args:
-            plans: The plans of the batch; written.
+            plans: The plans of the batch; the decided actions are written into it.
             layer_idx: The layer that the states enter.
-            hidden_states: Shape (rows, tokens, hidden).
-            prompts: The prompts; its plans are those written here.
+            hidden_states: Shape (rows, tokens, hidden), model dtype and device.
+            prompts: The prompts of the batch, which see the same plans.
+
+        Raises:
+            PlanError: The policy gave actions of a wrong shape, or other than 0, 1 and 2.
         """
         reads = self.policy.decision_layers
         end = next((layer for layer in reads if layer > layer_idx), self.num_layers)
@@ -328,7 +336,7 @@ class Controller(ContextMethods):
         self._note_plans(plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
-        """Return a policy's actions as a fresh array, refused before the cast to uint8 could change them."""
+        """Return a policy's actions as a new array; refuse wrong ones before the cast to uint8 could change them."""
         array = np.asarray(actions)
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         if array.dtype.kind not in "iu" or array.shape != shape or low < 0 or high > int(REPEAT):
@@ -351,14 +359,18 @@ class Controller(ContextMethods):
         )
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
-        """Return which of the real tokens are the prompt. Shape (rows, tokens), bool, as `real`."""
+        """Return which of the real tokens belong to the prompt. Shape (rows, tokens), bool, like `real`.
+
+        Raises:
+            PlanError: The number of prompt lengths is not the number of rows.
+        """
         mask, (rows, tokens) = real, real.shape
         contexts = contexts_of(self)
         lengths = self._prompt_lengths(contexts)
         generation = next((context for context in contexts if context.in_generate), None)
         width = None
         if generation is not None:
-            # The width is that of the prompt planned first; the negative prompt of guidance is all its own.
+            # The width is that of the prompt planned first; guidance's negative prompt is prompt tokens throughout.
             width, generation.prompt_width = generation.prompt_width, None
         if lengths is not None:
             if lengths.numel() != rows:
@@ -375,12 +387,12 @@ class Controller(ContextMethods):
         """Refuse a stack whose layers are no longer those that were wrapped.
 
         Raises:
-            WrapError: They were changed since.
+            WrapError: They were changed after wrapping.
         """
         check_installed(getattr(stack, self._list_name), self, self.num_layers)
 
     def attach(self, model: nn.Module) -> None:
-        """Put executor and hooks on a model; changes nothing if it raises."""
+        """Put the executor and the hooks on a model; if it raises, nothing is changed."""
         stack = layer_stack(model)
         install_executor(stack, self)
         self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
@@ -392,11 +404,11 @@ class Controller(ContextMethods):
         ]
 
     def detach(self, model: nn.Module) -> None:
-        """Take everything that `attach` put on off again."""
+        """Remove everything that `attach` put on the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        # Other libraries may have moved, copied or replaced layers since.
+        # Other libraries may have moved, copied or replaced layers since wrapping.
         modules = list(model.modules())
         for module in modules:
             if module.__dict__.get(_CONTROLLER) is self:
@@ -411,8 +423,8 @@ def _summary(what: str, rows: int, depth: float) -> str:
     return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
 
 
-# Hooks find the controller through the module that they sit on: the closure of a deep-copied model would feed the
-# original's controller.
+# Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
+# controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     controller, config = module.__dict__[_CONTROLLER], module.config
     controller.check_layers(module)
@@ -421,7 +433,7 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    # What transformers makes of these fits no batch in which a layer runs for some of the rows.
+    # transformers combines these into a tensor that assumes every layer to run for all rows.
     experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
     padding = None if given is not None else SpecialTokens.of(config)
     enter_scope(

@@ -1,7 +1,7 @@
 """The stats of a wrapped model: what was planned last, and totals since wrapping.
 
-Entries are integers of the host, made once for each batch and each forward, so keeping it costs no time that could be
-measured and waits for no device. Several threads may write and read. Knows nothing of policies or hooks.
+They are integers on the host, updated once for each batch and each forward, so they cost no measurable time and never
+wait for the device. Several threads may read and write them.
 """
 
 import weakref
@@ -23,11 +23,11 @@ class Totals:
 
     Attributes:
         prompts: Rows planned; a prompt with three beams or three return sequences is three rows.
-        planned_visits: Visits of their plans, each row counted once.
-        plain_planned_visits: What they would be if every layer ran once.
+        planned_visits: Visits in their plans, each row counted once.
+        plain_planned_visits: What that would be if every layer ran once.
         prefill_forwards: Forwards that planned their rows.
-        decode_forwards: Forwards that went on with planned rows: steps of decoding, later turns, later chunks.
-        visits: Executions of a layer for a row, in all these forwards.
+        decode_forwards: Forwards that continued planned rows: decoding steps, later turns, later chunks.
+        visits: Executions of a layer for a row, over all these forwards.
         plain_visits: What the plain model would have made in the same forwards.
 
     Example:
@@ -45,12 +45,12 @@ class Totals:
 
     @property
     def mean_depth(self) -> float | None:
-        """Mean depth over the prompts, which is what a budget asks for; None before the first."""
+        """Mean depth over the prompts, the quantity that a budget limits; None before the first."""
         return self.planned_visits / self.plain_planned_visits if self.prompts else None
 
 
 class Stats:
-    """Keeps the figures of one controller.
+    """The stats of one controller.
 
     Attributes:
         last_plans: The plans of the batch planned last. Shape (rows, num_layers), uint8; None before the first.
@@ -58,14 +58,14 @@ class Stats:
 
     def __init__(self) -> None:
         self.last_plans: Plans | None = None
-        # The cache itself is its user's: a reference from here would keep its memory.
+        # The cache belongs to its user: a strong reference from here would keep its memory alive.
         self._last_cache: weakref.ref[DepthCache] | None = None
         self._last_kv: KvBytes | None = None
         self._lock = Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Let the totals begin at zero again."""
+        """Set the totals back to zero."""
         with self._lock:
             self._prompts = self._planned_visits = self._plain_planned_visits = 0
             self._prefill_forwards = self._decode_forwards = 0
@@ -73,7 +73,7 @@ class Stats:
 
     @property
     def totals(self) -> Totals:
-        """The totals at one moment."""
+        """The current totals."""
         with self._lock:
             return Totals(
                 self._prompts,
@@ -87,25 +87,25 @@ class Stats:
 
     @property
     def last_kv(self) -> KvBytes | None:
-        """Bytes of the cache of the batch planned last; None if it has none, or if it is gone and was not measured."""
+        """Bytes of the cache of the batch planned last; None if there is none, or it is gone and was not measured."""
         with self._lock:
             cache = None if self._last_cache is None else self._last_cache()
             measured = self._last_kv
         return measured if cache is None else kv_bytes(cache)
 
     def begin(self, cache: DepthCache | None) -> None:
-        """Enter that a batch is about to be planned, and where its states go."""
+        """Record that a batch is about to be planned, and which cache will hold its states."""
         with self._lock:
             self._last_cache = None if cache is None else weakref.ref(cache)
             self._last_kv = None
 
     def planned(self, plans: RowPlans) -> None:
-        """Enter the plans of a batch, all layers of which are decided."""
+        """Record the plans of a batch, in which all layers are decided."""
         with self._lock:
             self.last_plans = plans.plans.copy()
 
     def ran(self, plans: RowPlans, *, is_prefill: bool) -> None:
-        """Enter a forward that has run to its end; one that failed may be tried again, so it does not count."""
+        """Record a forward that has completed; one that failed may be tried again, so it does not count."""
         visits, plain = plans.num_visits, plans.plans.size
         with self._lock:
             if is_prefill:
@@ -118,13 +118,13 @@ class Stats:
             self._plain_visits += plain
 
     def measure(self, cache: DepthCache) -> None:
-        """Enter what a cache holds, if it is that of the batch planned last, for when it is gone."""
+        """Record what a cache holds, so that it is known when the cache is gone; only for the batch planned last."""
         measured = kv_bytes(cache)
         with self._lock:
             if self._last_cache is not None and self._last_cache() is cache:
                 self._last_kv = measured
 
-    # A deep copy of a wrapped model goes on with its own stats; locks and weak references stay behind.
+    # A deep copy of a wrapped model continues with its own stats; locks and weak references are not copied.
     def __getstate__(self) -> dict[str, Any]:
         kv = self.last_kv
         with self._lock:

@@ -1,4 +1,4 @@
-"""`wrap_model` and `unwrap_model`: put dynamic depth on a model and take it off without a trace."""
+"""`wrap_model` and `unwrap_model`: give a model a dynamic depth and remove it without a trace."""
 
 import copy
 import math
@@ -34,19 +34,20 @@ def wrap_model(
 ) -> Any:
     """Give a causal language model a dynamic depth; its weights, names and classes stay as they are.
 
-    Everything is checked before the model is touched. Inside, each prompt is planned once, from its own tokens; the
-    plan is kept on the cache. `unwrap_model` takes all of it off again.
+    Everything is checked before the model is touched. Each prompt is planned once, from its own tokens, and the plan is
+    kept on the cache. `unwrap_model` undoes it all.
 
     Args:
         model: A supported transformers causal language model, bare or inside a PEFT or a `torch.compile` model.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
         routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
-        policy: Any other policy.
-        max_depth: Hard limit of each prompt's depth, at least 1; takes repeats away. A layer is decided before the
-            later ones are known, so a repeat stays only if the rest of the plan, run once, still fits.
-        protect: Layers that always run once. With `budget` only layers that the routers never skip.
-        router_backend: What runs the routers: torch, or onnxruntime on `routers.onnx`.
+        policy: Any other policy, made for a model of as many layers.
+        max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
+            removed. A layer is decided before the later ones are known, so a repeat is kept only if the remaining
+            layers, each run once, still fit.
+        protect: Layers that always run once. With `budget`, only layers that the routers never skip.
+        router_backend: What runs the routers: "torch", or "onnx" (onnxruntime on `routers.onnx`).
 
     Returns:
         The same model, changed in place; `model.dynadepth` is its controller.
@@ -57,9 +58,9 @@ def wrap_model(
         ConfigError: Not exactly one of budget, plan and policy, or settings that do not go together, such as limits
             that a menu of several steps cannot keep.
         FileNotFoundError: There are no routers beside the base model.
-        PlanError: The plan is not one of this model.
+        PlanError: The plan does not fit this model.
         UnsupportedModelError: The model's family is not supported.
-        WrapError: The model is wrapped already.
+        WrapError: The model is already wrapped, or another library has replaced one of its methods.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -142,7 +143,7 @@ def wrap_model(
 
 
 def unwrap_model(model: Any) -> Any:
-    """Take everything that `wrap_model` put on off again.
+    """Remove everything that `wrap_model` put on a model.
 
     Args:
         model: A wrapped model, bare or inside a PEFT or a `torch.compile` model, whichever came first.
@@ -161,14 +162,14 @@ def unwrap_model(model: Any) -> Any:
 
 
 def _causal_lm(model: Any) -> Any:
-    """Return the model that has the layers and the generate, from inside what torch.compile and PEFT put around it."""
+    """Return the model that has the layers and `generate`, unwrapping what torch.compile and PEFT put around it."""
     check_not_parallel(model)
     inner = getattr(model, "_orig_mod", model)
     get_base_model = getattr(inner, "get_base_model", None)
     return inner if get_base_model is None else get_base_model()
 
 
-# Ways into continuous batching, whose worker thread would swallow an error raised in a layer.
+# Entry points of continuous batching, whose worker thread would swallow an error raised in a layer.
 _PACKED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -180,24 +181,25 @@ def _refuse_packed(name: str, *_: Any, **__: Any) -> None:
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's own generate, uncompiled, with the prompt's width known to the controller."""
+    """Run the model's own `generate`, uncompiled, and tell the controller the width of the prompt."""
     controller: Controller = model.__dict__["dynadepth"]
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
     def setting(name: str) -> Any:
         if name in kwargs:
             return kwargs[name]
-        # What a given config leaves open, generate takes from the model's own.
+        # What the given config leaves open, `generate` takes from the model's own.
         values = (getattr(config, name, None) for config in (given, model.generation_config))
         return next((value for value in values if value is not None), None)
 
     if setting("assistant_early_exit"):
         raise UnsupportedModelError(
-            "assistant_early_exit lowers the number of layers under the plan; use assistant_model= or no assistant"
+            "assistant_early_exit changes the number of layers that the plan was made for; use assistant_model= or no "
+            "assistant"
         )
     if setting("prefill_chunk_size") and controller.policy.decision_layers:
         raise UnsupportedModelError(
-            f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy a part of the prompt only; "
+            f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy only a part of the prompt; "
             "leave it out, or wrap with plan="
         )
     if (
@@ -229,7 +231,7 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if given is None:
         kwargs["disable_compile"] = True
     else:
-        # Settings beside a config are deprecated, so this one goes into the config, which stays the caller's.
+        # Passing settings beside a config is deprecated, so this one goes into a copy: the config is the caller's.
         given = copy.copy(given)
         given.disable_compile = True
         if kwargs.get("generation_config") is None:
@@ -251,7 +253,7 @@ def _check_max_depth(given: Any) -> float | None:
         return None
     if type(max_depth) not in (int, float) or not 1 <= max_depth < math.inf:
         raise ConfigError(
-            f"max_depth is {given!r}; expected a number of at least 1 (1 takes all repeats away)"
+            f"max_depth is {given!r}; expected a number of at least 1 (1 removes all repeats)"
         )
     return float(max_depth)
 

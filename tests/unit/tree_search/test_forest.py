@@ -202,7 +202,7 @@ def test_a_forest_says_what_it_was_made_from():
     [
         ([], "expected an object with mean, variance and count"),
         ({"mean": [0.0], "variance": [0.0]}, "expected an object with mean, variance and count"),
-        ({"mean": ["x"], "variance": [0.0], "count": 1}, "something else than numbers"),
+        ({"mean": ["x"], "variance": [0.0], "count": 1}, "something other than numbers"),
         ({"mean": [0.0], "variance": [0.0, 1.0], "count": 1}, "expected two lists of one length"),
         ({"mean": [0.0], "variance": [0.0], "count": "1"}, "and a whole number"),
     ],
