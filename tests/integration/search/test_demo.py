@@ -20,6 +20,7 @@ from dynadepth_search.progress import silent
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
 from dynadepth_search.storage.labels import read_labels
+from dynadepth_search.storage.sealed import read_sealed, write_sealed
 from tests.tiny_folder import save_tiny_base
 
 
@@ -274,10 +275,10 @@ def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
     out, whole = finished
     run = tmp_path / "run"
     shutil.copytree(out, run)
-    steps = json.loads((run / "steps.json").read_text())
+    steps = read_sealed(run / "steps.json", LabelError, make_again="")
     for later in ("write the model card", "generate"):
         del steps["steps"][later]
-    (run / "steps.json").write_text(json.dumps(steps))
+    write_sealed(run / "steps.json", steps)
     # What a kill between the two renames of a replacement leaves.
     (run / "menu").rename(run / ".menu.replaced")
     result = run_demo(config(tiny_deep_base, questions, run))
