@@ -26,8 +26,9 @@ from dynadepth_search.scoring.objectives import check_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec, PromptSearchSummary
 from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
-from dynadepth_search.storage.labels import Manifest, label_row
+from dynadepth_search.storage.labels import label_row
 from dynadepth_search.storage.locking import locked
 
 __all__ = ["probe_penalty", "search_prompts"]

@@ -16,17 +16,14 @@ from typing import Any
 from dynadepth.errors import LabelError
 from dynadepth.files import sha256_file, write_bytes_atomic, write_json_atomic
 from dynadepth_search.storage.journal import Journal
-from dynadepth_search.storage.labels import (
-    JOURNAL,
+from dynadepth_search.storage.label_manifest import (
     MANIFEST,
     Manifest,
     Shard,
-    check_shard,
     read_manifest,
-    read_unfinished,
-    shard_bytes,
     shard_name,
 )
+from dynadepth_search.storage.labels import JOURNAL, check_shard, read_unfinished, shard_bytes
 
 __all__ = ["LabelStore"]
 

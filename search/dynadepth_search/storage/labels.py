@@ -1,4 +1,4 @@
-"""Labels on disk: what they were made with, how they are read, and what a damaged file looks like.
+"""Labels on disk: how they are read, and what a damaged file looks like.
 
 A folder holds `manifest.json`, Parquet shards `part-00000.parquet` and so on, and, while a search is
 unfinished, `journal.jsonl` with the prompts that no shard holds yet. Writing is `label_store`. Knows
@@ -8,7 +8,7 @@ nothing of how labels are found.
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dynadepth.errors import ConfigError, LabelError
-from dynadepth.files import read_versioned_json, sha256_file
+from dynadepth.errors import LabelError
+from dynadepth.files import sha256_file
 from dynadepth.models.fingerprint import check_base_model
 from dynadepth.plans import Plans, plan_depth
-from dynadepth.tree_search.forest import EditPrior, Evaluated, SearchConfig
+from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.storage.compatibility import (
-    check_stored_fingerprint,
-    check_stored_task,
-    stored_config,
-)
 from dynadepth_search.storage.journal import read_journal
+from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, read_manifest
 from dynadepth_search.storage.row_checks import check_label_row, read_parquet
 from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "JOURNAL",
-    "MANIFEST",
-    "SCHEMA_VERSION",
     "Labels",
-    "Manifest",
-    "Shard",
     "check_shard",
     "label_row",
     "read_labels",
-    "read_manifest",
     "read_shard",
     "read_unfinished",
     "shard_bytes",
-    "shard_name",
 ]
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 
 _SCHEMA = pa.schema(
@@ -70,67 +58,6 @@ _SCHEMA = pa.schema(
         pa.field("label_value", pa.float64(), nullable=False),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A finished file of labels.
-
-    Args:
-        name: Within the folder.
-        sha256: Of its bytes.
-        prompts: Rows.
-    """
-
-    name: str
-    sha256: str
-    prompts: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a folder of labels was made with; written once, but for the list of shards.
-
-    Args:
-        base_model: Fingerprint of the base model.
-        num_layers: Its decoder layers.
-        dtype: In which it ran.
-        task: `name`, `kind`, `scoring`, `sha256` and `prompts`.
-        search: The search spec as it was asked for, see `searching.PromptSearchSpec`.
-        depth_penalty: Lambda of the labels' value, as asked for or as the probe chose it.
-        prior: What the probe measured.
-        versions: Of the libraries that took part.
-        shards: Finished ones, in order.
-    """
-
-    base_model: dict[str, Any]
-    num_layers: int
-    dtype: str
-    task: dict[str, Any]
-    search: dict[str, Any]
-    depth_penalty: float
-    prior: EditPrior
-    versions: dict[str, str]
-    shards: tuple[Shard, ...] = ()
-
-    @property
-    def objective(self) -> str:
-        """What the search maximised."""
-        return str(self.search["objective"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the manifest as values that JSON knows."""
-        content = {item.name: getattr(self, item.name) for item in fields(self)}
-        shards = [
-            {item.name: getattr(shard, item.name) for item in fields(Shard)}
-            for shard in self.shards
-        ]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **content,
-            "prior": self.prior.to_dict(),
-            "shards": shards,
-        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,11 +135,6 @@ def label_row(
     }
 
 
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"part-{number:05d}.parquet"
-
-
 def shard_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Return rows as a Parquet file; equal rows give equal bytes for one version of pyarrow."""
     buffer = io.BytesIO()
@@ -270,84 +192,6 @@ def read_unfinished(folder: Path, manifest: Manifest) -> tuple[list[dict[str, An
 
     advice = "remove that line and run the same search again; only its prompt is searched again"
     return read_journal(path, check, advice=advice)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read what a folder of labels was made with.
-
-    Raises:
-        FileNotFoundError: There is no manifest.
-        LabelError: It is damaged, or of a newer schema.
-    """
-    path = folder / MANIFEST
-    content = read_versioned_json(
-        path, SCHEMA_VERSION, error=LabelError, make_again="run the search again in a new folder"
-    )
-    del content["schema_version"]
-    stored = Stored(content, str(path), "run the search in a new folder")
-    found = stored.fields(item.name for item in fields(Manifest))
-    check_stored_fingerprint(found["base_model"])
-    check_stored_task(found["task"], named=True)
-    _check_search(found["search"])
-    for version in found["versions"].mapping().values():
-        version.text()
-    num_layers = found["num_layers"].whole(1)
-    return Manifest(
-        base_model=content["base_model"],
-        num_layers=num_layers,
-        dtype=found["dtype"].text(),
-        task=content["task"],
-        search=content["search"],
-        depth_penalty=found["depth_penalty"].number(0),
-        prior=_read_prior(found["prior"], num_layers),
-        versions=content["versions"],
-        shards=_read_shards(found["shards"], content["task"]["prompts"]),
-    )
-
-
-def _check_search(stored: Stored) -> None:
-    """Check the settings of a search; those that are newer than the folder are missing."""
-    numbers = ("seed", "block_size", "blocks_per_shard", "max_logit_bytes")
-    found = stored.fields(["objective", "config"], ["depth_penalty", *numbers])
-    found["objective"].one_of(["preserve", "reward"])
-    stored_config(found["config"], SearchConfig)
-    for name in numbers:
-        if name in found:
-            found[name].whole(int(name != "seed"))
-    if "depth_penalty" in found:
-        found["depth_penalty"].optional(lambda item: item.number(0))
-
-
-def _read_prior(stored: Stored, num_layers: int) -> EditPrior:
-    found = stored.fields(["mean", "variance", "count"])
-    for name, lowest in (("mean", None), ("variance", 0.0)):
-        for item in found[name].entries(2 * num_layers):
-            if item.value is not None:
-                item.number(lowest)
-    found["count"].whole(1)
-    try:
-        return EditPrior.from_dict(stored.value)
-    except ConfigError as error:
-        stored.damaged(str(error))
-
-
-def _read_shards(stored: Stored, prompts: int) -> tuple[Shard, ...]:
-    """Return the shards that a manifest names: files of its own folder, each once, with prompts of its task."""
-    shards: list[Shard] = []
-    known = {shard_name(number) for number in range(prompts)}
-    for item in stored.entries():
-        found = item.fields(["name", "sha256", "prompts"])
-        name = found["name"].text()
-        if name not in known:
-            found["name"].wrong(f"a file of the folder, such as {shard_name(0)}")
-        if name in {shard.name for shard in shards}:
-            item.damaged(f"{name} is named twice; expected each shard once")
-        shards.append(
-            Shard(name, found["sha256"].hexadecimal(64), found["prompts"].whole(1, prompts))
-        )
-    if sum(shard.prompts for shard in shards) > prompts:
-        stored.damaged(f"its shards hold more prompts than the {prompts} of its task")
-    return tuple(shards)
 
 
 def _check_row(row: Stored, manifest: Manifest) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from dynadepth_search.scoring.objectives import plan_values
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
 from dynadepth_search.scoring.score_table import score_prompts
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.storage.labels import Labels, Manifest
+from dynadepth_search.storage.label_manifest import Manifest
+from dynadepth_search.storage.labels import Labels
 from dynadepth_search.training import router_fit, training_prompts
 from dynadepth_search.training.router_fit import (
     fit_imitation,

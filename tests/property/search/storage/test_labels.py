@@ -16,9 +16,9 @@ from dynadepth_search.data.tasks import Example
 from dynadepth_search.storage import journal, label_store
 from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.journal import Journal, read_journal
+from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import (
-    Manifest,
     label_row,
     read_labels,
     read_shard,
