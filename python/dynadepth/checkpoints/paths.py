@@ -41,7 +41,7 @@ def find_routers(model: nn.Module) -> Path:
     """Find the routers beside a base model, where `from_pretrained` found the model itself.
 
     On the hub they are the main branch's, whatever revision the model is of: transformers notes it on no model (where
-    a configuration has `_commit_hash`, that commit is asked). `load_routers` takes a revision.
+    a configuration has `_commit_hash`, that commit is asked). `load_policy` takes a revision.
 
     Args:
         model: A transformers model.

@@ -78,9 +78,9 @@ def _export(
         raise typer.BadParameter(f"--routers {routers} is not a folder, so --out is needed")
 
     from dynadepth.checkpoints.paths import ONNX_NAME
-    from dynadepth.checkpoints.save_load import export_policy, load_routers
+    from dynadepth.checkpoints.save_load import export_policy, load_policy
 
-    loaded = load_routers(routers)
+    loaded = load_policy(routers)
     # The folder where the routers were found: `routers/` if the folder of a base model was given.
     target = (loaded.folder or Path(routers)) / ONNX_NAME if out is None else out
     export_policy(loaded, target)
@@ -118,9 +118,9 @@ def _push(
     if not routers.is_dir():
         raise typer.BadParameter(f"--routers {routers} is not a folder")
 
-    from dynadepth.checkpoints.hub import push_routers
+    from dynadepth.checkpoints.hub import push_policy
 
-    url = push_routers(
+    url = push_policy(
         routers,
         repo,
         beside_model=beside_model,

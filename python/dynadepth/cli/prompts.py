@@ -69,7 +69,7 @@ class AnswerFile:
         settings: What the answers depend on, JSON-able; a run that was killed goes on with the same ones only.
 
     Raises:
-        ConfigError: The file exists, another run is writing it, or a run with other settings began it.
+        ConfigError: The file exists.
 
     Attributes:
         answers: Those that are there, by the number of their prompt.
@@ -84,7 +84,11 @@ class AnswerFile:
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
-        """Hold the file for one run, which goes on with what an earlier one has left."""
+        """Hold the file for one run, which goes on with what an earlier one has left.
+
+        Raises:
+            ConfigError: Another process holds it, or what an earlier run left is damaged or of other settings.
+        """
         from filelock import FileLock, Timeout
 
         self._out.parent.mkdir(parents=True, exist_ok=True)
