@@ -5,7 +5,7 @@ inside the verbs.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -167,7 +167,7 @@ def score(
     plans: Annotated[Path, typer.Option("--plans", help="Folder that `search static` wrote")],
     out: _Out,
     policy: Annotated[
-        str,
+        Literal["menu", "routers"],
         typer.Option(
             "--policy",
             help="menu: the menu's plans; routers: those that routers of all layers learn from",
@@ -191,8 +191,6 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score prompts under plans: what each plan does to the base model's answers; can be killed and started again."""
-    if policy not in ("menu", "routers"):
-        raise typer.BadParameter(f"--policy is {policy!r}; expected menu or routers")
     wanted = layer_numbers(layers, "--layers")
 
     from dynadepth.training.menu.fit import decision_layers
