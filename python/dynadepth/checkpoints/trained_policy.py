@@ -29,7 +29,7 @@ from dynadepth.policies.menu_policy import MenuPolicy
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.policies.router_policy import RouterPolicy
 
-__all__ = ["Routers", "TrainedMenu", "TrainedPolicy"]
+__all__ = ["Backend", "Routers", "TrainedMenu", "TrainedPolicy"]
 
 Backend = Literal["torch", "onnx"]
 

@@ -14,6 +14,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.execution.callbacks import VisitCallback, VisitCallbacks
 from dynadepth.plans import Plans
+from dynadepth.policies.base import Policy
 
 __all__ = ["Context", "callbacks_of", "contexts_of", "open_context"]
 
@@ -25,11 +26,13 @@ class Context:
     Attributes:
         owner: The controller whose forwards the context governs.
         plans: Plans to run instead of the policy's. Shape (rows, num_layers), uint8.
+        policy: Another policy to use instead of the model's.
         prompt_lengths: Real tokens at the start of each row that form the prompt. Shape (rows,), int64, on the host.
         prompt_width: Number of columns of the batch passed to `generate`, padding included; None once the prompt is
             planned.
         row_plans: The plans of a generation that has no cache to keep them on.
         in_generate: Whether the block is one `generate`.
+        only_plans: Whether the forward inside is made for the plans alone, which go to `row_plans`.
         cache: The cache of a generation, kept alive until its memory has been measured.
         before: Called before each visit.
         after: Called after each visit.
@@ -38,10 +41,12 @@ class Context:
 
     owner: object
     plans: Plans | None = None
+    policy: Policy | None = None
     prompt_lengths: torch.Tensor | None = None
     prompt_width: int | None = None
     row_plans: RowPlans | None = None
     in_generate: bool = False
+    only_plans: bool = False
     cache: DepthCache | None = None
     before: VisitCallback | None = None
     after: VisitCallback | None = None

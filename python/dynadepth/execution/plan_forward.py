@@ -32,6 +32,10 @@ class Planner(Protocol):
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
         ...
 
+    def only_plans(self) -> bool:
+        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        ...
+
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
         """Record a forward that has completed."""
         ...
@@ -101,7 +105,7 @@ class PlanScope:
         self._num_tokens = 0
         # The caller of the forward holds its cache. An interrupt (Ctrl-C) runs no hook, so this scope may outlive it.
         self._cache_ref: weakref.ref[DepthCache] | None = None
-        self._is_prefill = False
+        self._is_prefill = self._only_plans = False
         self._callbacks: VisitCallbacks | None = None
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -121,6 +125,9 @@ class PlanScope:
                 self._prompts = self._read_prompts(call, plans)
             self._planner.decide(plans, layer_idx, states, self._prompts)
             self._look_ahead(plans)
+        if self._only_plans and plans.num_decided == self._planner.num_layers:
+            self.dispatch = (SKIPPED,) * plans.num_decided
+            return states
         cache = self._cache
         num_rows, callbacks = plans.num_rows, self._callbacks
         for visit in (0, 1):
@@ -151,7 +158,7 @@ class PlanScope:
 
     def finish(self) -> None:
         """Record that the forward has completed."""
-        if self._plans is None:
+        if self._plans is None or self._only_plans:
             return
         if (cache := self._cache) is not None:
             cache.advance(self._num_tokens)
@@ -201,7 +208,8 @@ class PlanScope:
             cache = adopt_cache(call.cache, self._planner.num_layers)
             cache.check_ready(states.shape[1])
             self._cache_ref = weakref.ref(cache)
-        self._callbacks = callbacks_of(self._planner)
+        self._only_plans = self._planner.only_plans()
+        self._callbacks = None if self._only_plans else callbacks_of(self._planner)
         plans, self._is_prefill = self._planner.start(states.shape[0], cache)
         if cache is not None:
             # From here on the cache has the plans, and soon states of some layers.

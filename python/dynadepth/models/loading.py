@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -15,13 +16,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dynadepth.errors import AssetError, UnsupportedModelError
+from dynadepth.config import did_you_mean
+from dynadepth.errors import AssetError, ConfigError, UnsupportedModelError
 from dynadepth.files import lfs_hint
 from dynadepth.models.names import is_path_like
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["check_device", "check_dtype", "load_model", "load_tokenizer"]
 
 _SHOWN_WEIGHTS = 3
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load_model(
@@ -32,15 +35,18 @@ def load_model(
     Args:
         name_or_path: A folder with `config.json` and weights, or a Hugging Face Hub id.
         device: The torch device that the model is moved to, such as "cuda:0".
-        dtype: "auto" keeps the checkpoint's own dtype; otherwise the name of a torch dtype, such as "float32".
+        dtype: "auto" keeps the checkpoint's own dtype; otherwise "float32", "bfloat16", "float16" or "float64".
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         AssetError: There is no such model, one of its files is damaged, or weights are missing.
+        ConfigError: There is no such device or dtype; nothing was loaded.
         UnsupportedModelError: It is not a causal language model that transformers knows.
     """
+    check_device(device)
+    check_dtype(dtype)
     name = _local_or_hub(name_or_path, "model")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -64,6 +70,46 @@ def load_model(
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that a model cannot run on here, before anything is loaded.
+
+    Args:
+        device: As torch names it.
+
+    Raises:
+        ConfigError: Torch knows no such device, or there is none on this machine.
+    """
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"device {device!r} is none that torch knows; expected a name such as cpu, cuda, cuda:1 or mps"
+        ) from error
+    try:
+        # Reading back fails on the device that holds no values.
+        torch.zeros(1, device=place).item()
+    except Exception as error:  # what torch raises differs from device to device
+        raise ConfigError(
+            f"device {device!r} cannot be used here ({type(error).__name__}: {_first_line(error)}); give one that this "
+            "machine has, such as cpu"
+        ) from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that a model cannot be loaded in.
+
+    Args:
+        dtype: Its name.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(
+            f"dtype {dtype!r} is unknown{did_you_mean(str(dtype), _DTYPES)}; expected one of {', '.join(_DTYPES)}"
+        )
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ One batched loop trains the routers of all layers together; the base model is ne
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.errors import ConfigError
+from dynadepth.evaluation.folds import hold_out
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans
 from dynadepth.policies.router_heads import Bottleneck, RouterConfig, RouterHeads, all_logits
 from dynadepth.training.losses import Goal, Imitation, Regression
@@ -32,6 +33,7 @@ def train_heads(
     training: TrainConfig,
     *,
     seed: int,
+    groups: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
@@ -47,6 +49,7 @@ def train_heads(
         config: Shape of the routers.
         training: The recipe.
         seed: Seed of the initial weights, the held-out prompts and their order.
+        groups: What identifies each prompt, such as its text; equal prompts are held out together. None: all differ.
         device: The device to train on; features on another device are copied batch by batch. None: that of the
             features.
         progress: Called as `progress(epoch, epochs)` after each epoch.
@@ -55,14 +58,18 @@ def train_heads(
         The routers, without gradients, on that device.
 
     Raises:
-        ConfigError: The features have another shape or dtype or are not finite, or there are fewer than two prompts.
+        ConfigError: The features have another shape or dtype or are not finite, there are fewer than two distinct
+            prompts, or there is not one group for each.
         PlanError: The actions have another shape or are out of range.
     """
     _check_features(features, config)
+    names = _names(features, groups)
     plans = check_plans(actions, config.num_layers, num_rows=len(features))
     place = features.device if device is None else torch.device(device)
     goal = Imitation(torch.from_numpy(plans.astype(np.int64)).to(place), training)
-    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+    return _train(
+        features, goal, config, training, names=names, seed=seed, place=place, progress=progress
+    )
 
 
 def train_skip_cost_heads(
@@ -72,6 +79,7 @@ def train_skip_cost_heads(
     training: TrainConfig,
     *,
     seed: int,
+    groups: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
@@ -87,6 +95,7 @@ def train_skip_cost_heads(
         config: Shape of the routers.
         training: The recipe.
         seed: As in `train_heads`.
+        groups: As in `train_heads`.
         device: As in `train_heads`.
         progress: As in `train_heads`.
 
@@ -97,6 +106,7 @@ def train_skip_cost_heads(
         ConfigError: As for `train_heads`, or the costs have another shape or are not finite.
     """
     _check_features(features, config)
+    names = _names(features, groups)
     given = np.asarray(skip_costs, dtype=np.float64)
     shape = (len(features), config.num_layers)
     if given.shape != shape or not np.isfinite(given).all():
@@ -106,7 +116,9 @@ def train_skip_cost_heads(
         )
     place = features.device if device is None else torch.device(device)
     goal = Regression(torch.from_numpy(given).to(place, torch.float32))
-    return _train(features, goal, config, training, seed=seed, place=place, progress=progress)
+    return _train(
+        features, goal, config, training, names=names, seed=seed, place=place, progress=progress
+    )
 
 
 @torch.enable_grad()
@@ -116,14 +128,15 @@ def _train(
     config: RouterConfig,
     training: TrainConfig,
     *,
+    names: Sequence[Hashable],
     seed: int,
     place: torch.device,
     progress: Callable[[int, int], None] | None,
 ) -> RouterHeads:
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(features))
-    count = round(training.held_out * len(features))
-    held_out, used = np.sort(order[:count]), np.sort(order[count:])
+    held = hold_out(names, training.held_out, rng)
+    held_out, used = np.flatnonzero(held), np.flatnonzero(~held)
+    count = len(held_out)
 
     learnable, constant = goal.begin(used)
     spread = _spread(features, used, config, enabled=training.standardise)
@@ -244,16 +257,27 @@ def _check_features(features: Tensor, config: RouterConfig) -> None:
             f"features are {features.dtype} of shape {tuple(features.shape)}; expected torch.float32 of shape "
             f"(prompts, {shape[0]}, {shape[1]} views or more, {shape[2]}) for these routers"
         )
-    if len(features) < 2:
-        raise ConfigError(
-            f"{len(features)} prompts were given to train routers; expected 2 or more"
-        )
     finite = torch.stack([torch.isfinite(row).all() for row in features])
     if not bool(finite.all()):
         raise ConfigError(
             f"the features of prompt {int((~finite).nonzero()[0])} are not finite; the base model overflows on it: "
             "compute features in a wider dtype, or leave the prompt out"
         )
+
+
+def _names(features: Tensor, groups: Sequence[str] | None) -> Sequence[Hashable]:
+    """Return what identifies each prompt."""
+    if groups is not None and len(groups) != len(features):
+        raise ConfigError(
+            f"groups has {len(groups)} entries for {len(features)} prompts; expected one for each"
+        )
+    names: Sequence[Hashable] = range(len(features)) if groups is None else groups
+    different = len(set(names))
+    if different < 2:
+        raise ConfigError(
+            f"{different} prompts were given to train routers; expected 2 or more that differ"
+        )
+    return names
 
 
 def _rate(step: int, steps: int, training: TrainConfig) -> float:

@@ -13,6 +13,7 @@ from dynadepth.errors import ConfigError, PlanError
 from dynadepth.execution.callbacks import VisitCallback
 from dynadepth.execution.context_stack import Context, open_context
 from dynadepth.plans import Plans, check_plans
+from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.stats import Stats
 
@@ -25,12 +26,14 @@ class ContextMethods:
     Args:
         limits: The limits that given plans must respect.
         stats: Where the memory of a generation's cache is recorded.
+        budgets: The policies of the budgets that can be asked for.
     """
 
-    def __init__(self, limits: Limits, stats: Stats) -> None:
+    def __init__(self, limits: Limits, stats: Stats, budgets: Budgets) -> None:
         self.num_layers = limits.num_layers
         self._limits = limits
         self._stats = stats
+        self._budgets = budgets
 
     @contextmanager
     def plans(self, plans: Any) -> Iterator[None]:
@@ -61,6 +64,23 @@ class ContextMethods:
         fixed = check_plans(plans, self.num_layers)
         self.check_limits(fixed)
         with open_context(Context(self, plans=fixed)):
+            yield
+
+    @contextmanager
+    def at_budget(self, budget: float) -> Iterator[None]:
+        """Keep another budget, for the prompts that are planned inside the block.
+
+        The block is this thread's, so each request of a server can have a budget of its own. Caches that hold planned
+        prompts go on with the plans that these have.
+
+        Args:
+            budget: Mean depth over prompts, each counting once, as a fraction of the full depth.
+
+        Raises:
+            BudgetError: The budget is not a number or outside the calibrated range.
+            ConfigError: The model was not wrapped with a budget.
+        """
+        with open_context(Context(self, policy=self._budgets.policy(budget))):
             yield
 
     @contextmanager

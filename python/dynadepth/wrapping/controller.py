@@ -5,9 +5,10 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 `model.dynadepth` is the controller.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ from torch import nn
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
-from dynadepth.errors import PlanError, WrapError
-from dynadepth.execution.context_stack import Context, contexts_of
+from dynadepth.errors import ConfigError, PlanError, WrapError
+from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.execution.executor import (
     check_installed,
     enter_scope,
@@ -33,6 +34,7 @@ from dynadepth.models.families import layer_stack
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.contexts import ContextMethods
 from dynadepth.wrapping.stats import Stats, Totals
@@ -50,7 +52,6 @@ class Controller(ContextMethods):
     If several threads run the model, everything called `last` refers to the batch that was planned last in any of them.
 
     Attributes:
-        policy: Turns prompts into plans.
         num_layers: Decoder layers of the model.
 
     Example:
@@ -79,24 +80,113 @@ class Controller(ContextMethods):
         *,
         max_depth: float | None = None,
         protect: Iterable[int] = (),
+        budget: float | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
-        super().__init__(Limits(num_layers, max_depth=max_depth, protect=protect), Stats())
-        self.policy = policy
+        limits = Limits(num_layers, max_depth=max_depth, protect=protect)
+        super().__init__(limits, Stats(), budgets or Budgets(None))
+        self._default, self._budget = policy, budget
         self._handles: list[Any] = []
         # Weak, so that a discarded layer is freed.
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._list_name = ""
+        self._stack: ref[nn.Module] | None = None
 
+    # A copy of the model has a stack of its own, and no layers but those that stand in it.
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has only the layers that are in it.
-        return {name: value for name, value in self.__dict__.items() if name != "_wrapped"}
+        return {
+            **self.__dict__,
+            "_wrapped": None,
+            "_stack": None if self._stack is None else self._stack(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._wrapped = WeakSet()
+        self._stack = None if state["_stack"] is None else ref(state["_stack"])
+
+    @property
+    def policy(self) -> Policy:
+        """What turns prompts into plans here and now: that of an `at_budget` block, else the model's own."""
+        given = next((each.policy for each in contexts_of(self) if each.policy is not None), None)
+        return self._default if given is None else given
+
+    @property
+    def budget(self) -> float | None:
+        """The mean depth asked for, as a fraction of the full depth; None if the model was wrapped without a budget.
+
+        Can be set while the model is wrapped: prompts planned from then on are planned with it, in all threads; caches
+        under way keep their plans.
+
+        Raises:
+            BudgetError: On setting: it is not a number or outside the calibrated range. Nothing has changed then.
+            ConfigError: On setting: the model was wrapped without a budget.
+        """
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: float) -> None:
+        self._default = self._budgets.policy(budget)
+        self._budget = float(budget)
+
+    def plan_prompts(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> Plans:
+        """Return the plans that `generate` would give prompts, without generating.
+
+        Runs the layers up to the policy's last decision, and nothing of it counts: so that a server can put prompts
+        of equal plans into one batch, which is faster than plans that differ, and run it inside `plans(...)`.
+
+        Args:
+            input_ids: Token ids of the prompts. Shape (batch, tokens), int64, on the model's device.
+            attention_mask: 1 for real tokens. Shape (batch, tokens).
+            **inputs: What else the model's forward takes, such as `inputs_embeds` in place of token ids.
+
+        Returns:
+            Shape (batch, num_layers), uint8.
+
+        Raises:
+            ConfigError: There are no prompts.
+            UnsupportedModelError: The padding of the prompts cannot be told.
+            WrapError: The model is not wrapped any more.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from dynadepth import wrap_model
+            >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+            >>> model = wrap_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape)), plan="0,2")
+            >>> model.dynadepth.plan_prompts(torch.tensor([[5, 6, 7], [8, 9, 5]]))
+            array([[1, 0, 1],
+                   [1, 0, 1]], dtype=uint8)
+        """
+        stack = None if self._stack is None else self._stack()
+        if stack is None or stack.__dict__.get(_CONTROLLER) is not self:
+            raise WrapError("this model is not wrapped any more; call wrap_model(model, ...) first")
+        if input_ids is None and inputs.get("inputs_embeds") is None:
+            raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
+        # As `generate` numbers them; families that have no such argument read the mask by themselves.
+        takes_positions = "position_ids" in inspect.signature(type(stack).forward).parameters
+        if attention_mask is not None and takes_positions and inputs.get("position_ids") is None:
+            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        context = Context(self, only_plans=True)
+        with torch.no_grad(), open_context(context):
+            stack(**{**inputs, **given})
+        planned = context.row_plans
+        if planned is None:
+            raise WrapError(
+                "the forward passed no decoder layer; unwrap the model and wrap it again"
+            )
+        plans: Plans = planned.plans.copy()
+        return plans
 
     def __repr__(self) -> str:
         policy = type(self.policy).__name__
+        if self.budget is not None:
+            policy += f" at budget {self.budget:g}"
         if isinstance(self.policy, StaticPolicy):
             policy += f" {plan_ranges(self.policy.plan)}"
         parts = [f"{self.num_layers} layers", policy]
@@ -155,6 +245,10 @@ class Controller(ContextMethods):
                 that the caller gave.
         """
         contexts = contexts_of(self)
+        asking = next((context for context in contexts if context.only_plans), None)
+        if asking is not None:
+            asking.row_plans = self._fresh_plans(num_rows, contexts)
+            return asking.row_plans, True
         generation = next((context for context in contexts if context.in_generate), None)
         # Without a cache, only `generate` knows that a longer input is the same prompt again.
         keeper = generation if cache is None else cache
@@ -189,7 +283,8 @@ class Controller(ContextMethods):
         self._stats.ran(plans, is_prefill=is_prefill)
 
     def _fresh_plans(self, num_rows: int, contexts: list[Context]) -> RowPlans:
-        fixed = next((context.plans for context in contexts if context.plans is not None), None)
+        said = next((each for each in contexts if each.plans is not None or each.policy), None)
+        fixed = None if said is None else said.plans
         if fixed is not None:
             if num_rows % len(fixed):
                 raise PlanError(
@@ -202,9 +297,16 @@ class Controller(ContextMethods):
             initial = self._limits.apply(initial, 0, np.zeros(num_rows, dtype=np.int64))
             reads = self.policy.decision_layers
             plans = RowPlans(initial, num_decided=reads[0] if reads else self.num_layers)
-        if plans.num_decided == self.num_layers:
-            self._stats.planned(plans)
+        self._note_plans(plans)
         return plans
+
+    def _note_plans(self, plans: RowPlans) -> None:
+        if plans.num_decided == self.num_layers and not self.only_plans():
+            self._stats.planned(plans)
+
+    def only_plans(self) -> bool:
+        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        return any(context.only_plans for context in contexts_of(self))
 
     def decide(
         self,
@@ -231,8 +333,7 @@ class Controller(ContextMethods):
         actions = self._checked(given, (plans.num_rows, end - layer_idx), layer_idx)
         visits = plans.plans[:, :layer_idx].sum(axis=1, dtype=np.int64)
         plans.decide(layer_idx, self._limits.apply(actions, layer_idx, visits))
-        if end == self.num_layers:
-            self._stats.planned(plans)
+        self._note_plans(plans)
 
     def _checked(self, actions: Any, shape: tuple[int, int], layer_idx: int) -> Plans:
         """Return a policy's actions as a new array; refuse wrong ones before the cast to uint8 could change them."""
@@ -295,6 +396,7 @@ class Controller(ContextMethods):
         stack = layer_stack(model)
         install_executor(stack, self)
         self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
+        self._stack = ref(stack.stack)
         stack.stack.__dict__[_CONTROLLER] = self
         self._handles = [
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),

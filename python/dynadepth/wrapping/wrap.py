@@ -15,6 +15,7 @@ from dynadepth.execution.executor import is_installed
 from dynadepth.models.families import LayerStack, check_not_parallel, layer_stack
 from dynadepth.plans import check_plans
 from dynadepth.policies.base import Policy, StaticPolicy
+from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.controller import Controller, controller_of
 
 __all__ = ["unwrap_model", "wrap_model"]
@@ -98,9 +99,11 @@ def wrap_model(
     protected = _check_protect(protect, stack)
     max_depth = _check_max_depth(max_depth)
 
+    budgets = None
     if budget is not None:
         loaded = _resolve_routers(inner, routers)
-        chosen: Policy = loaded.policy(budget, backend=router_backend)
+        budgets = Budgets(loaded, router_backend)
+        chosen: Policy = budgets.policy(budget)
         movable = sorted(set(protected) - set(loaded.protect))
         if movable:
             raise ConfigError(
@@ -119,7 +122,14 @@ def wrap_model(
             f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
             "use a policy made for this model"
         )
-    controller = Controller(stack.num_layers, chosen, max_depth=max_depth, protect=protected)
+    controller = Controller(
+        stack.num_layers,
+        chosen,
+        max_depth=max_depth,
+        protect=protected,
+        budget=None if budget is None else float(budget),
+        budgets=budgets,
+    )
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()

@@ -43,7 +43,7 @@ from dynadepth_search.training.router_fit import (
     write_routers,
 )
 
-__all__ = ["card_table", "run_demo"]
+__all__ = ["card_table", "run_demo", "show_answer"]
 
 _ANSWER_TOKENS = 40
 # Of the prompts that train the menu, those that the dearer comparisons learn from.
@@ -122,7 +122,7 @@ class _Demo:
                 if key not in ("trials", "learning curve")
             },
             "seconds of each step": steps.seconds,
-            "an answer": _show_answer(answered),
+            "an answer": show_answer(answered),
         }
         page = write_report(self._out, evaluation, run)
         return {
@@ -183,14 +183,15 @@ class _Demo:
         }
 
     def _score(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        menu = read_static(self._out / "plans").menu
+        found = read_static(self._out / "plans")
         table = score_prompts(
             model,
             tokenizer,
             train,
-            menu,
+            found.menu,
             self._out / "scores",
-            layers=decision_layers(menu),
+            layers=decision_layers(found.menu),
+            plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
         return {"prompts scored": len(table), "mean agreement": float(table.agreement.mean())}
@@ -216,22 +217,23 @@ class _Demo:
         }
 
     def _train_routers(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        front = read_static(self._out / "plans").front
+        found = read_static(self._out / "plans")
         part = self._part(train, _ROUTER_SHARE)
         table = score_prompts(
             model,
             tokenizer,
             part,
-            router_plans(front),
+            router_plans(found.front),
             self._out / "router-scores",
             layers=(),
+            plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
         routers = fit_routers(
             model,
             tokenizer,
             table,
-            front,
+            found.front,
             objective=self._config.objective,
             seed=self._config.seed,
             progress=self._progress,
@@ -290,6 +292,7 @@ class _Demo:
             folder=self._out / "evaluation",
             presets=presets,
             unseen=self._unseen(),
+            seen={f"the plans in {self._out / 'plans'}": static.prompt_hashes},
             config=self._config.evaluation,
             progress=self._progress,
         )
@@ -372,9 +375,14 @@ def _drift_texts(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _show_answer(answered: Mapping[str, Any]) -> str:
+def show_answer(answered: Mapping[str, Any]) -> str:
+    """Write the generated answer below its question, with the plan that it took.
+
+    Args:
+        answered: `answer` of what `run_demo` returned.
+    """
     return (
-        f"{answered['prompt']} {answered['text']}\n\n"
+        f"{answered['prompt']} {answered['text'] or '(no text)'}\n\n"
         f"(budget {answered['budget']:.2f}, this prompt's depth {answered['depth']:.3f}, "
         f"plan {answered['plan']})"
     )

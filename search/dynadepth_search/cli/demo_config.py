@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth._core import __version__
+from dynadepth.errors import ConfigError
 from dynadepth.files import sha256_file
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.downloads import SMOLLM2
@@ -50,6 +51,10 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
+        if self.task is not None and self.task.exists() and not self.task.is_file():
+            raise ConfigError(
+                f"task {self.task} is no file; a demo reads its task again when it goes on: write it to a file first"
+            )
 
     @property
     def budgets(self) -> tuple[float, ...]:

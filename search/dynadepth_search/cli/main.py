@@ -68,7 +68,7 @@ def _demo(
 ) -> None:
     """Go the whole way on one small model: search, train, evaluate, report, generate; goes on if it was killed."""
     from dynadepth.files import write_json_atomic
-    from dynadepth_search.cli.demo import run_demo
+    from dynadepth_search.cli.demo import run_demo, show_answer
     from dynadepth_search.cli.demo_config import DemoConfig
     from dynadepth_search.data.downloads import default_cache
 
@@ -90,9 +90,5 @@ def _demo(
         result = run_demo(config, progress=progress)
     if json_path is not None:
         write_json_atomic(json_path, result)
+    typer.echo(f"{show_answer(result['answer'])}\n")
     print_evaluation(result["evaluation"], Path(result["report"]), as_json=False)
-    answer = result["answer"]
-    typer.echo(
-        f"\nbudget {answer['budget']:.2f}, depth {answer['depth']:.3f}, plan {answer['plan']}"
-    )
-    typer.echo(f"{answer['prompt']} {answer['text']}")

@@ -26,9 +26,9 @@ __all__ = [
     "Scoring",
     "Seed",
     "display",
+    "in_chat",
     "layer_numbers",
     "load",
-    "load_task",
     "print_evaluation",
     "print_result",
     "quiet",
@@ -37,7 +37,7 @@ __all__ = [
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the base model")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random")]
 Scoring = Annotated[
     str,
     typer.Option(
@@ -81,25 +81,10 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     return load_model(model, device=device), load_tokenizer(model)
 
 
-def load_task(
-    path: Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    scoring: str = "raw",
-    limit: int | None = None,
-    chat: bool = False,
-) -> "Task":
-    """Read a task, as turns of a chat if asked for.
-
-    A file that does not end in `.jsonl` or `.json` is taken for a text with one prompt a line.
-    """
+def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":
+    """Return a task, as turns of a chat if asked for."""
     from dynadepth_search.data.chat_template import as_chat
-    from dynadepth_search.data.tasks import read_task, read_text_task
 
-    if path.suffix in (".jsonl", ".json"):
-        task = read_task(path, scoring=scoring, limit=limit)
-    else:
-        task = read_text_task(path, limit=limit)
     return as_chat(task, tokenizer) if chat else task
 
 
@@ -119,28 +104,32 @@ def display() -> Any:
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """Print a result: a line for each value, or JSON."""
+    from dynadepth_search.report.tables import show_value
+
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, allow_nan=False))
         return
     for name, value in result.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        typer.echo(f"{name.replace('_', ' ')}: {shown}")
+        typer.echo(f"{name.replace('_', ' ')}: {show_value(value)}")
 
 
 def print_evaluation(content: Mapping[str, Any], page: Path, *, as_json: bool) -> None:
-    """Print an evaluation: the tables, what they say, and where the page is."""
-    from dynadepth_search.report.tables import as_text, evaluation_tables
+    """Print an evaluation: verdict, notes, a short table, and where the page is; or the whole of it as JSON.
+
+    Args:
+        content: Content of `evaluation.json`.
+        page: The report.
+        as_json: Print JSON.
+    """
+    from dynadepth_search.report.terminal import print_summary, result_console
 
     if as_json:
         typer.echo(
             json.dumps({"evaluation": content, "report": str(page)}, indent=2, sort_keys=True)
         )
         return
-    for table in evaluation_tables(content):
-        typer.echo(as_text(*table) + "\n")
-    for finding in content["findings"]:
-        typer.echo(f"- {finding}")
-    typer.echo(f"\nreport: {page}")
+    print_summary(content, result_console())
+    typer.echo(f"report: {page}")
 
 
 def scalar_values(values: Mapping[str, Any]) -> dict[str, Any]:

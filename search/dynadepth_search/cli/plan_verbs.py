@@ -20,9 +20,9 @@ from dynadepth_search.cli.options import (
     Scoring,
     Seed,
     display,
+    in_chat,
     layer_numbers,
     load,
-    load_task,
     print_result,
 )
 
@@ -62,6 +62,7 @@ def search_static(
     as_json: Json = False,
 ) -> None:
     """Search plans that suit all prompts, and a menu of them; a killed run goes on."""
+    from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.objectives import check_objective
     from dynadepth_search.search import static
     from dynadepth_search.search.static_spec import StaticSpec
@@ -75,8 +76,9 @@ def search_static(
         protect=layer_numbers(protect, "--protect"),
         seed=seed,
     )
+    prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
-    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
         found = static.search_static(base, tokenizer, prompts, out, spec, progress=progress)
     result: dict[str, Any] = {
@@ -121,6 +123,7 @@ def search_prompts(
 ) -> None:
     """Search the best plan of each prompt, its label; a killed run goes on."""
     from dynadepth.tree_search.config import SearchConfig
+    from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.objectives import check_objective
     from dynadepth_search.search import per_prompt
     from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
@@ -135,8 +138,9 @@ def search_prompts(
     spec = PromptSearchSpec(
         config=forest, objective=check_objective(objective), depth_penalty=depth_penalty, seed=seed
     )
+    prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
-    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
         summary = per_prompt.search_prompts(base, tokenizer, prompts, out, spec, progress=progress)
     labels = read_labels(out, model=base)
@@ -192,13 +196,15 @@ def score(
     wanted = layer_numbers(layers, "--layers")
 
     from dynadepth.training.menu.fit import decision_layers
+    from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.score_table import score_prompts
     from dynadepth_search.search.static import read_static
     from dynadepth_search.training.router_fit import router_plans
 
+    prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
     found = read_static(plans, model=base)
-    prompts = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
+    prompts = in_chat(prompts, tokenizer, chat=chat)
     rows = found.menu if policy == "menu" else router_plans(found.front)
     if not wanted and policy == "menu":
         wanted = decision_layers(found.menu)
@@ -211,6 +217,7 @@ def score(
             out,
             layers=wanted,
             num_windows=windows,
+            plan_prompts=found.prompt_hashes or (),
             progress=progress,
         )
     print_result(

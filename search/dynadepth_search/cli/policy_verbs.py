@@ -20,9 +20,9 @@ from dynadepth_search.cli.options import (
     Scoring,
     Seed,
     display,
+    in_chat,
     layer_numbers,
     load,
-    load_task,
     print_evaluation,
     print_result,
     scalar_values,
@@ -60,6 +60,12 @@ def train(
     ] = "menu",
     objective: Objective = "preserve",
     protect: Protect = "",
+    accept_partial: Annotated[
+        bool,
+        typer.Option(
+            "--accept-partial", help="Learn from what an unfinished scoring or search has so far"
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -82,17 +88,19 @@ def train(
     from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
 
     base, tokenizer = load(model, device)
+    if scores is not None and policy != "drllm":
+        table = read_scores(scores, model=base, accept_partial=accept_partial)
     with display() as progress:
         trained: TrainedPolicy
         if policy == "drllm" and labels is not None:
-            found = read_labels(labels, model=base)
+            found = read_labels(labels, model=base, accept_partial=accept_partial)
             trained = fit_imitation(base, tokenizer, found, seed=seed, progress=progress)
         elif policy == "routers" and scores is not None and plans is not None:
             front = read_static(plans, model=base).front
             trained = fit_routers(
                 base,
                 tokenizer,
-                read_scores(scores, model=base),
+                table,
                 front,
                 objective=objective,
                 protect=protected,
@@ -101,7 +109,7 @@ def train(
             )
         elif scores is not None:
             trained = fit_trained_menu(
-                read_scores(scores, model=base),
+                table,
                 objective=objective,
                 protect=protected,
                 seed=seed,
@@ -116,6 +124,7 @@ def train(
         "highest_budget": highest,
         "train_prompts": trained.training["train_prompts"],
         "validation_prompts": trained.training["validation_prompts"],
+        "prompts_of_task": trained.training["prompts_of_task"],
     }
     recipe = trained.training.get("recipe", {})
     if policy == "menu":
@@ -135,7 +144,7 @@ def evaluate_policy(
         Path, typer.Option("--scores", help="Folder that `score` wrote: the training prompts")
     ],
     task: Annotated[Path, typer.Option("--task", help="The held-out prompts")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of figures and report")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of results and report")],
     budget: Annotated[
         list[float] | None,
         typer.Option(
@@ -159,20 +168,24 @@ def evaluate_policy(
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoints.save_load import load_routers
-    from dynadepth_search.data.tasks import Task
+    from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
     from dynadepth_search.report.report import write_report
     from dynadepth_search.scoring.score_table import read_scores
     from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.compatibility import chat_form
 
     others = _named(against or [])
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
+    heldout = read_task(task, scoring=scoring, limit=limit)
+    other = None if unseen is None else read_task(unseen)
     base, tokenizer = load(model, device)
     static = read_static(plans, model=base)
-    table = read_scores(scores, model=base)
-    heldout = load_task(task, tokenizer, scoring=scoring, limit=limit, chat=chat)
-    other = None if unseen is None else load_task(unseen, tokenizer, chat=chat)
+    # Prompts that are not scored yet trained nothing, and the table knows them all.
+    table = read_scores(scores, model=base, accept_partial=True)
+    heldout = in_chat(heldout, tokenizer, chat=chat)
+    other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
     given = load_routers(routers, model=base)
     presets = {name: load_routers(path, model=base) for name, path in others.items()}
@@ -182,13 +195,18 @@ def evaluate_policy(
             base,
             tokenizer,
             heldout=heldout,
-            train=Task(asked["name"], table.examples, asked["scoring"]),
+            train=Task(asked["name"], table.examples, asked["scoring"], chat_form(asked)),
             routers=given,
             front=Front(static.pool, static.pool_values),
             objective=static.objective,
             folder=out,
             presets=presets,
             unseen=other,
+            seen={
+                f"the plans in {plans}": static.prompt_hashes,
+                f"the scores in {scores}": table.prompt_hashes,
+                f"the plans scored in {scores}": table.plan_prompt_hashes,
+            },
             config=config,
             progress=progress,
         )
@@ -203,21 +221,22 @@ def report(
         Path | None, typer.Option("--out", help="Folder of the report [default: that of --run]")
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the tables in Markdown and write nothing")
+        bool,
+        typer.Option(
+            "--markdown",
+            help="Print the verdict, all tables and all findings in Markdown and write nothing",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the report of an evaluation again, or print its tables."""
+    """Draw the report of an evaluation again and print its summary, or print its tables."""
     from dynadepth_search.evaluation.evaluating import EVALUATION_NAME, read_evaluation
-    from dynadepth_search.report.report import read_run, write_report
-    from dynadepth_search.report.tables import as_markdown, evaluation_tables
+    from dynadepth_search.report.report import read_run, report_markdown, write_report
 
     inner = run / "evaluation"
     content = read_evaluation(inner if (inner / EVALUATION_NAME).is_file() else run)
     if markdown:
-        tables = [as_markdown(*table) for table in evaluation_tables(content)]
-        findings = "\n".join(f"- {finding}" for finding in content["findings"])
-        typer.echo("\n\n".join([*tables, findings]))
+        typer.echo(report_markdown(content))
         return
     page = write_report(out or run, content, read_run(run))
     print_evaluation(content, page, as_json=as_json)

@@ -1,23 +1,23 @@
-"""Prompts as turns of a chat, in the form that a base model was tuned on.
+"""Tasks as turns of a chat, in the form that a base model was tuned on.
 
-Owns the use of the tokenizer's chat template. A task in chat form is an ordinary task: whoever scores it need not know.
+Owns the check that a tokenizer's chat template fits a task. The prompts stay as they are: the template is applied where
+they become tokens, so that what is remembered of prompts, and compared, is what the user wrote.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from dynadepth.errors import TaskError
-from dynadepth_search.data.encoding import letters, prompt_text
-from dynadepth_search.data.tasks import Example, Task
+from dynadepth.files import sha256_text
+from dynadepth.models.encoding import chat_text
+from dynadepth_search.data.encoding import prompt_text
+from dynadepth_search.data.tasks import ChatForm, Task, located
 
-__all__ = ["as_chat"]
+__all__ = ["as_chat", "check_template", "template_hash"]
 
 
 def as_chat(task: Task, tokenizer: Any, *, system: str | None = None) -> Task:
     """Return a task whose prompts are the user's turn of a chat, up to where the model answers.
-
-    With letter scoring the options are listed inside the turn and the letters become the choices, scored raw, which is
-    the same. The template's own beginning-of-text token is left to the tokenizer, which adds it to every text.
 
     Args:
         task: The task.
@@ -25,33 +25,33 @@ def as_chat(task: Task, tokenizer: Any, *, system: str | None = None) -> Task:
         system: What the system's turn says; None leaves it to the template.
 
     Returns:
-        The task in chat form.
+        The task in chat form, with the same examples.
 
     Raises:
-        TaskError: The tokenizer has no chat template, or it cannot be applied.
+        TaskError: The tokenizer has no chat template, or it cannot be applied to a prompt.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    for example in task.examples:
+        with located(example):
+            chat_text(tokenizer, prompt_text(example, task.scoring), system=system)
+    return replace(task, chat=ChatForm(template=template_hash(tokenizer), system=system))
+
+
+def check_template(tokenizer: Any, chat: ChatForm) -> None:
+    """Refuse a tokenizer whose chat template is not the one that a task was put into.
+
+    Raises:
+        TaskError: It is another one, or there is none.
+    """
+    given = template_hash(tokenizer)
+    if given != chat.template:
         raise TaskError(
-            "the tokenizer has no chat template; leave the chat form out, or give a model tuned for chat"
+            f"the tokenizer's chat template (sha256 {given[:12]}) is not the one that the prompts were put into "
+            f"({chat.template[:12]}); give the tokenizer that they were scored with, or score them again"
         )
-    examples = tuple(_turn(example, task, tokenizer, system) for example in task.examples)
-    return replace(
-        task, examples=examples, scoring="raw" if task.scoring == "letter" else task.scoring
-    )
 
 
-def _turn(example: Example, task: Task, tokenizer: Any, system: str | None) -> Example:
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt_text(example, task.scoring)})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise whatever they like
-        raise TaskError(
-            f"the chat template cannot be applied to {example.prompt[:40]!r}: {error}"
-        ) from error
-    start = tokenizer.bos_token
-    if start and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        text = text.removeprefix(start)
-    if task.scoring == "letter" and example.choices is not None:
-        return replace(example, prompt=text, choices=tuple(letters(len(example.choices))))
-    return replace(example, prompt=text)
+def template_hash(tokenizer: Any) -> str:
+    """Return the hash of a tokenizer's chat template, hexadecimal; that of an empty text if there is none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    # A tokenizer may have several, by name.
+    return sha256_text(template if isinstance(template, str) else repr(sorted(template.items())))

@@ -1,8 +1,8 @@
 """From an example to tokens: what the model reads, and where its answer is scored.
 
 Owns the text of lettered prompts and the border between prompt and answer. Knows nothing of plans or
-rewards. The prompt's tokens are those that a user's `tokenizer(prompt)` gives, special tokens
-included, so a policy sees in scoring what it sees in use.
+rewards. The prompt's tokens are those of `dynadepth.models.encoding`, as they are in use, so a policy
+sees in scoring what it sees there.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.errors import TaskError
-from dynadepth_search.data.tasks import Example, Scoring
+from dynadepth.models.encoding import chat_text, encode_prompt, encode_text
+from dynadepth_search.data.tasks import ChatForm, Example, Scoring
 
 __all__ = ["EncodedExample", "check_tokenizer", "encode_example", "letters", "prompt_text"]
 
@@ -63,7 +64,7 @@ def letters(count: int) -> list[str]:
 
 
 def prompt_text(example: Example, scoring: Scoring) -> str:
-    r"""Return the text that the model is given before it answers.
+    r"""Return the text that the model is given before it answers: in a chat, what the user says.
 
     With letter scoring the choices are part of it, one a line, and `Answer:` ends it:
 
@@ -90,7 +91,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     Raises:
         TaskError: The tokenizer ends every text with the end-of-sequence token.
     """
-    ids = tokenizer("a")["input_ids"]
+    ids = encode_text(tokenizer, "a")
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         raise TaskError(
             f"the tokenizer ends every text with {tokenizer.eos_token!r}, so no answer can follow a "
@@ -98,41 +99,51 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def encode_example(tokenizer: Any, example: Example, scoring: Scoring) -> EncodedExample:
+def encode_example(
+    tokenizer: Any, example: Example, scoring: Scoring, chat: ChatForm | None = None
+) -> EncodedExample:
     """Turn an example into token rows.
 
-    The prompt is tokenised alone. An answer follows it after one space, unless the prompt ends or
-    the answer begins with white space. The answer's tokens are those of prompt and answer together
-    where these begin with the prompt's own tokens, else those of the answer alone: so the prompt is
-    a prefix of every row whatever the tokenizer merges across the border.
+    The prompt is tokenised alone, or is the user's turn of a chat, in which the choices of letter
+    scoring are listed; the answer is then how the model's turn begins. An answer follows after one
+    space, unless the prompt ends or the answer begins with white space. Its tokens are those of
+    prompt and answer together where these begin with the prompt's own tokens, else those of the
+    answer alone: so the prompt is a prefix of every row whatever the tokenizer merges across the
+    border.
 
     Args:
         tokenizer: Of the base model.
         example: The example.
         scoring: How its choices are scored.
+        chat: The chat that the prompt is a turn of; None: it stands alone.
 
     Returns:
         The rows, and where they are read.
 
     Raises:
-        TaskError: A prompt or an answer has no tokens, or a letter is not one token.
+        TaskError: A prompt or an answer has no tokens or cannot be tokenised, the chat template cannot be applied, or
+            a letter is not one token.
 
     Source:
         lm-evaluation-harness divides by characters for `acc_norm`; deviation: `normalized` divides by
         UTF-8 bytes (the same for ASCII), so that no script is favoured. It also moves white space from
         the end of a prompt to its answer; here the prompt keeps its own tokens.
     """
-    text = prompt_text(example, scoring)
-    prompt = tokenizer(text)["input_ids"]
-    if not prompt:
-        raise TaskError(f"the prompt {_short(text)} has no tokens; give a prompt that has")
+    said = prompt_text(example, scoring)
+    system = None if chat is None else chat.system
+    prompt = encode_prompt(tokenizer, said, chat=chat is not None, system=system)
+    text = said if chat is None else chat_text(tokenizer, said, system=system)
     answers: list[str] = []
     if example.choices is not None:
         lettered = scoring == "letter"
         answers = letters(len(example.choices)) if lettered else list(example.choices)
     elif example.completion is not None:
         answers = [example.completion]
-    tails = [_answer_ids(tokenizer, text, prompt, answer) for answer in answers]
+    # A template writes its own special tokens.
+    special = chat is None
+    tails = [
+        _answer_ids(tokenizer, text, prompt, answer, special_tokens=special) for answer in answers
+    ]
     if scoring == "letter" and example.choices is not None:
         _check_letters(answers, tails)
     divisors = np.ones(len(answers))
@@ -143,15 +154,17 @@ def encode_example(tokenizer: Any, example: Example, scoring: Scoring) -> Encode
     return _tree(prompt, tails, divisors)
 
 
-def _answer_ids(tokenizer: Any, text: str, prompt: list[int], answer: str) -> list[int]:
-    joined = answer if text[-1].isspace() or answer[0].isspace() else f" {answer}"
-    whole = tokenizer(text + joined)["input_ids"]
+def _answer_ids(
+    tokenizer: Any, text: str, prompt: list[int], answer: str, *, special_tokens: bool
+) -> list[int]:
+    joined = answer if text[-1:].isspace() or answer[0].isspace() else f" {answer}"
+    whole = encode_text(tokenizer, text + joined, special_tokens=special_tokens)
     if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
-        return list(whole[len(prompt) :])
-    alone = tokenizer(joined, add_special_tokens=False)["input_ids"]
+        return whole[len(prompt) :]
+    alone = encode_text(tokenizer, joined, special_tokens=False)
     if not alone:
         raise TaskError(f"the answer {_short(answer)} has no tokens; give an answer that has")
-    return list(alone)
+    return alone
 
 
 def _check_letters(answers: Sequence[str], tails: Sequence[Sequence[int]]) -> None:

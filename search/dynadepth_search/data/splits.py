@@ -5,7 +5,7 @@ Owns the split and the writing of task files. Knows nothing of models.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from dynadepth.errors import TaskError
 from dynadepth.files import sha256_text, write_text_atomic
 from dynadepth_search.data.tasks import Example
 
-__all__ = ["prompt_hashes", "split_examples", "write_task"]
+__all__ = ["check_held_out", "prompt_hashes", "split_examples", "write_task"]
 
 
 def split_examples(
@@ -55,7 +55,9 @@ def split_examples(
 
 
 def prompt_hashes(examples: Sequence[Example]) -> list[str]:
-    """Return a short hash of each different prompt, sorted: what trained policies remember of what they learned from.
+    """Return a short hash of each different prompt, sorted: what plans, score tables and policies remember of theirs.
+
+    It is that of the prompt as the user wrote it, whatever form it was put into.
 
     Args:
         examples: Their choices and answers are not in it.
@@ -64,6 +66,29 @@ def prompt_hashes(examples: Sequence[Example]) -> list[str]:
         12 hexadecimal digits each.
     """
     return sorted({sha256_text(example.prompt.strip())[:12] for example in examples})
+
+
+def check_held_out(
+    examples: Sequence[Example], seen: Mapping[str, Iterable[str]], *, what: str = "held-out"
+) -> None:
+    """Refuse prompts as held out that took part in making what they are to judge.
+
+    Args:
+        examples: The prompts.
+        seen: Hashes of the prompts that took part, see `prompt_hashes`, by what the user calls the file that says so.
+        what: What the prompts are called.
+
+    Raises:
+        TaskError: Some took part; the message says how many of them are in which file.
+    """
+    hashes = set(prompt_hashes(examples))
+    shared = {name: len(hashes.intersection(known)) for name, known in seen.items()}
+    found = [f"{number} in {name}" for name, number in shared.items() if number]
+    if found:
+        raise TaskError(
+            f"of {len(hashes)} different {what} prompts some took part in what they are to judge: {', '.join(found)}; "
+            "give prompts that took no part in search or training"
+        )
 
 
 def write_task(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:

@@ -7,20 +7,41 @@ becomes tokens is `prompts`, how it becomes a reward is `scoring`.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from dynadepth.config import did_you_mean
 from dynadepth.errors import TaskError
+from dynadepth.models.encoding import lone_surrogate
 
-__all__ = ["Example", "Kind", "Scoring", "Task", "check_scoring", "read_task", "read_text_task"]
+__all__ = [
+    "ChatForm",
+    "Example",
+    "Kind",
+    "Scoring",
+    "Task",
+    "check_scoring",
+    "located",
+    "read_task",
+]
 
 Scoring = Literal["raw", "normalized", "letter"]
 Kind = Literal["choices", "completion", "prompt"]
 
 _KEYS = ("prompt", "choices", "answer", "completion")
 _LETTERS = 26
+# By the ending of a file's name, in any case; what has another one, or none, is told by its first line.
+_JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
+_TEXT_ENDINGS = (".txt", ".text", ".md")
+_OBJECT = re.compile(rb'\s*\{\s*"')
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +53,15 @@ class Example:
         choices: Answers to choose from, or None.
         answer: Index of the right choice; None if there are no choices.
         completion: The right continuation, or None. Neither choices nor completion: only `preserve` can be asked for.
+        where: File and line that it was read from, for messages; empty if there is none. Two examples that differ in
+            this alone are equal.
     """
 
     prompt: str
     choices: tuple[str, ...] | None = None
     answer: int | None = None
     completion: str | None = None
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def kind(self) -> Kind:
@@ -53,6 +77,19 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatForm:
+    """The chat that every prompt of a task is the user's turn of.
+
+    Args:
+        template: Hash of the chat template, hexadecimal: another one makes other tokens of the same prompts.
+        system: What the system's turn says; None leaves it to the template.
+    """
+
+    template: str
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Examples of one kind, and how their choices are scored.
 
@@ -62,11 +99,13 @@ class Task:
         scoring: `raw`: log-probability of a choice's tokens given the prompt. `normalized`: that, for each byte of the
             choice. `letter`: the prompt lists the choices under letters, and the letters are scored. Without choices
             it has no effect.
+        chat: The chat that the prompts are turns of; None: each stands alone. The examples are the same in either case.
     """
 
     name: str
     examples: tuple[Example, ...]
     scoring: Scoring = "raw"
+    chat: ChatForm | None = None
 
     @property
     def kind(self) -> Kind:
@@ -75,9 +114,27 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Hash of every example and of the scoring; the name is no part of it."""
+        """Hash of every example, of the scoring and of the chat form; the name is no part of it."""
         rows = [[item.prompt, item.choices, item.answer, item.completion] for item in self.examples]
-        return _digest([self.scoring, rows])
+        content: list[Any] = [self.scoring, rows]
+        if self.chat is not None:
+            content.append([self.chat.template, self.chat.system])
+        return _digest(content)
+
+
+@contextmanager
+def located(example: Example) -> Iterator[None]:
+    """Have errors about an example say where it was read.
+
+    Raises:
+        TaskError: As raised inside, with file and line before it.
+    """
+    try:
+        yield
+    except TaskError as error:
+        if not example.where:
+            raise
+        raise TaskError(f"{example.where}: {error}") from error
 
 
 def check_scoring(scoring: str) -> Scoring:
@@ -101,13 +158,18 @@ def read_task(
     limit: int | None = None,
     name: str | None = None,
 ) -> Task:
-    """Read a task from a file of JSON lines.
+    """Read a task from a file of JSON lines, or of text with one prompt a line.
 
-    Every line is an object with `prompt` and either `choices` (a list of strings) with `answer` (the index of the
-    right one), or `completion`, or neither. All lines of a file are of one kind. Blank lines are passed over.
+    A name that ends in .jsonl, .json or .ndjson, in any case, is that of JSON lines; one that ends in .txt, .text or
+    .md that of text. Whatever else there is (a pipe, say) is JSON lines if its first line that is not blank begins with
+    `{"`. A line ends at a line feed and nowhere else; blank lines and a byte order mark are passed over.
+
+    A JSON line is an object with `prompt` and either `choices` (a list of strings) with `answer` (the index of the
+    right one), or `completion`, or neither. All lines of a file are of one kind. Of text, each prompt is taken once,
+    without the white space around it.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8; it is read once, from its beginning.
         scoring: How choices are scored, see `Task`.
         limit: Read no more examples than this; the lines behind them are not looked at. None reads all.
         name: Name of the task; None takes the file's name without its ending.
@@ -121,68 +183,86 @@ def read_task(
     """
     file = Path(path)
     checked = check_scoring(scoring)
-    if limit is not None and limit < 1:
+    if limit is not None and (
+        not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1
+    ):
         raise TaskError(
             f"a task of {limit} examples was asked for; expected a limit of 1 or more, or none"
         )
-    examples: list[Example] = []
-    seen: dict[str, int] = {}
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            example = _read_line(line, where, checked)
-            if examples and example.kind != examples[0].kind:
-                raise TaskError(
-                    f"{where}: this is a {example.kind} example, but the file began with {examples[0].kind} examples; "
-                    "a task holds one kind, since their rewards cannot be averaged: split the file"
-                )
-            first = seen.setdefault(example.prompt_id, number)
-            if first != number:
-                raise TaskError(
-                    f"{where}: same prompt and same {example.kind} as line {first}; remove one"
-                )
-            examples.append(example)
-            if len(examples) == limit:
-                break
+    with file.open("rb") as stream:
+        lines = _lines_of(stream)
+        first = next(lines, None)
+        as_json = _is_json(file, b"" if first is None else first[1])
+        every = chain([] if first is None else [first], lines)
+        found = _json_examples(file, every, checked) if as_json else _text_examples(file, every)
+        examples = tuple(islice(found, limit))
     if not examples:
-        raise TaskError(
-            f"{file} holds no examples; expected one JSON object a line with `prompt` and "
-            "`choices` + `answer`, or `completion`"
+        expected = (
+            "holds no examples; expected one JSON object a line with `prompt` and `choices` + `answer`, or `completion`"
+            if as_json
+            else "holds no prompts; expected one on each line"
         )
-    return Task(name=file.stem if name is None else name, examples=tuple(examples), scoring=checked)
+        raise TaskError(f"{file} {expected}")
+    return Task(name=file.stem if name is None else name, examples=examples, scoring=checked)
 
 
-def read_text_task(path: str | os.PathLike[str], *, limit: int | None = None) -> Task:
-    """Read prompts alone from a text file, one a line; each text once, blank lines passed over.
+def _lines_of(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Number the lines that are not blank. Binary streams cut at line feeds alone."""
+    for number, line in enumerate(stream, start=1):
+        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        if content.strip():
+            yield number, content
 
-    Args:
-        path: The file, UTF-8.
-        limit: Read no more prompts than this; None reads all.
 
-    Returns:
-        The task.
+def _is_json(file: Path, first: bytes) -> bool:
+    ending = file.suffix.lower()
+    if ending in _JSON_ENDINGS or ending in _TEXT_ENDINGS:
+        return ending in _JSON_ENDINGS
+    return _OBJECT.match(first) is not None
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        TaskError: The file is empty or no UTF-8 text.
-    """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{file}: not UTF-8 text ({error}); convert it") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[:limit]
-    if not prompts:
-        raise TaskError(f"{file} holds no prompts; expected one on each line")
-    return Task(name=file.stem, examples=tuple(Example(prompt=prompt) for prompt in prompts))
+
+def _json_examples(
+    file: Path, lines: Iterable[tuple[int, bytes]], scoring: Scoring
+) -> Iterator[Example]:
+    kind: Kind | None = None
+    seen: dict[str, int] = {}
+    for number, line in lines:
+        where = f"{file}, line {number}"
+        example = _read_line(line, where, scoring)
+        kind = kind or example.kind
+        if example.kind != kind:
+            raise TaskError(
+                f"{where}: this is a {example.kind} example, but the file began with {kind} examples; "
+                "a task holds one kind, since their rewards cannot be averaged: split the file"
+            )
+        first = seen.setdefault(example.prompt_id, number)
+        if first != number:
+            raise TaskError(
+                f"{where}: same prompt and same {example.kind} as line {first}; remove one"
+            )
+        yield example
+
+
+def _text_examples(file: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for number, line in lines:
+        where = f"{file}, line {number}"
+        try:
+            prompt = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{where}: not UTF-8 text ({error}); convert it") from error
+        if prompt and prompt not in seen:
+            seen.add(prompt)
+            yield Example(prompt=prompt, where=where)
 
 
 def _read_line(line: bytes, where: str, scoring: Scoring) -> Example:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = json.loads(line.decode(), object_pairs_hook=partial(_object, where))
+    except TaskError:
+        raise
+    # Besides what is no JSON: numbers of thousands of digits, and lists within lists without end.
+    except (ValueError, RecursionError) as error:
         raise TaskError(
             f"{where}: not JSON ({error}); expected one JSON object on each line"
         ) from error
@@ -210,9 +290,32 @@ def _read_line(line: bytes, where: str, scoring: Scoring) -> Example:
             raise TaskError(
                 f"{where}: `answer` is given without `choices`; expected both or neither"
             )
-        return Example(prompt=prompt, completion=completion)
+        _check_characters(where, prompt=prompt, completion=completion)
+        return Example(prompt=prompt, completion=completion, where=where)
     _check_choices(row, where, scoring)
-    return Example(prompt=prompt, choices=tuple(choices), answer=row["answer"])
+    for choice in choices:
+        _check_characters(where, prompt=prompt, choices=choice)
+    return Example(prompt=prompt, choices=tuple(choices), answer=row["answer"], where=where)
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TaskError(f"{where}: key {twice!r} is given twice; give it once")
+    return row
+
+
+def _check_characters(where: str, **texts: str | None) -> None:
+    """Refuse what JSON can write and UTF-8 cannot: no tokenizer reads it, and no file of ours holds it."""
+    for key, text in texts.items():
+        place = None if text is None else lone_surrogate(text)
+        if text is not None and place is not None:
+            raise TaskError(
+                f"{where}: `{key}` holds {text[place]!a} at character {place}, half of a surrogate pair, which is no "
+                "character; write whole ones"
+            )
 
 
 def _check_choices(row: dict[str, Any], where: str, scoring: Scoring) -> None:
@@ -243,6 +346,8 @@ def _show(row: dict[str, Any], key: str) -> str:
     if key not in row:
         return "missing"
     text = json.dumps(row[key], ensure_ascii=False)
+    if lone_surrogate(text) is not None:
+        text = json.dumps(row[key])
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

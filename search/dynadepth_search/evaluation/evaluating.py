@@ -7,7 +7,7 @@ Plans come from the real runtime, outcomes from the sweep, and a sample is score
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_versioned_json, write_json_atomic
 from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, plan_depth, plan_text
-from dynadepth_search.data.splits import prompt_hashes
+from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.baselines import mean_influence
 from dynadepth_search.evaluation.comparison import (
@@ -40,7 +40,14 @@ from dynadepth_search.evaluation.metrics import (
     policy_metrics,
     show_budget,
 )
-from dynadepth_search.evaluation.notes import describe, drift_notes, plan_map, warm_up_notes
+from dynadepth_search.evaluation.notes import (
+    describe,
+    drift_notes,
+    plan_map,
+    remembered_prompts,
+    unrecorded_notes,
+    warm_up_notes,
+)
 from dynadepth_search.evaluation.outcome_cache import score_plans
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_objective
@@ -106,6 +113,7 @@ def evaluate(
     folder: str | os.PathLike[str],
     presets: Mapping[str, TrainedPolicy] | None = None,
     unseen: Task | None = None,
+    seen: Mapping[str, Iterable[str] | None] | None = None,
     config: EvaluationConfig | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -126,6 +134,8 @@ def evaluate(
         folder: Where the results go.
         presets: Other routers to compare, by name.
         unseen: Prompts of another kind than any that the calibration saw; what their mean depth is, is reported.
+        seen: Hashes of other prompts that took part, such as those that chose the static plans, by what the user calls
+            the file that says so; None for a file that does not.
         config: How it is done.
         progress: Called with what goes on, how much of it is done, and of how much.
 
@@ -136,7 +146,8 @@ def evaluate(
         BudgetError: A budget is out of the routers' range.
         ConfigError: The objective is unknown, or needs labels that the task does not have; or a
             preset has the name of something else in the comparison.
-        TaskError: A held-out prompt is also a training prompt, or one that a policy to compare was trained on.
+        TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
+            in training a policy to compare; or a prompt cannot be encoded.
     """
     settings = config or EvaluationConfig()
     check_preset_names(presets or {})
@@ -153,18 +164,32 @@ def evaluate(
             "use objective 'preserve'"
         )
     _check_apart(train, heldout)
-    _check_unseen(sources, heldout)
+    took_part = _who_took_part(sources, seen or {})
+    known = {name: hashes for name, hashes in took_part.items() if hashes is not None}
+    check_held_out(heldout.examples, known)
+    if unseen is not None:
+        known["the training task"] = prompt_hashes(train.examples)
+        check_held_out(unseen.examples, known, what="unseen")
     for budget in settings.budgets:
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
-    scorer = Scorer(model, tokenizer, heldout.scoring)
+    scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat)
+    # What cannot be encoded is known before an hour of work.
+    for example in heldout.examples:
+        scorer.encode(example)
+    if unseen is not None:
+        other = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
+        for example in unseen.examples:
+            other.encode(example)
     planned_policies, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
     drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
     progress("measuring block influence", 0, 1)
+    # Its prompts are read as they were in training, which the held-out ones need not be.
+    reader = Scorer(model, tokenizer, train.scoring, chat=train.chat)
     comparison = Comparison(
         policies=planned_policies,
         front=front,
-        influence=mean_influence(model, _batches(scorer, train, settings.batch_size)),
+        influence=mean_influence(model, _batches(reader, train, settings.batch_size)),
         num_prompts=len(heldout.examples),
         random_draws=settings.random_draws,
         seed=settings.seed,
@@ -175,8 +200,8 @@ def evaluate(
         heldout,
         comparison.sets,
         Path(folder) / "outcomes.jsonl",
-        # The fingerprint is the same in every dtype, the outcomes are not.
-        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)}",
+        # The fingerprint is the same in every dtype, and a prompt in every form of its task; the outcomes are not.
+        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)} {heldout.scoring} {heldout.chat}",
         progress=lambda done, total: progress("scoring held-out prompts", done, total),
     )
     compared = list(comparison.compared(table, headline))
@@ -226,6 +251,7 @@ def evaluate(
             *notes,
             *warm_up_notes(sources),
             *drift_notes(drift),
+            *unrecorded_notes([name for name, hashes in took_part.items() if hashes is None]),
         ],
         "drift": drift,
         "actions": [
@@ -304,7 +330,7 @@ def _drift(
     config: EvaluationConfig,
 ) -> list[dict[str, Any]]:
     """Return the mean depth of prompts that the calibration has not seen the like of, for each budget."""
-    scorer = Scorer(model, tokenizer, unseen.scoring)
+    scorer = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
     rows = []
     for budget in config.budgets:
         with wrapped(model, budget=budget, routers=routers):
@@ -325,17 +351,14 @@ def _check_apart(train: Task, heldout: Task) -> None:
         )
 
 
-def _check_unseen(sources: Mapping[str, TrainedPolicy], heldout: Task) -> None:
-    """Refuse held-out prompts that one of the compared policies remembers to have learned from."""
-    hashes = set(prompt_hashes(heldout.examples))
-    for name, trained in sources.items():
-        known = trained.training.get("prompt_hashes")
-        shared = hashes & set(known) if isinstance(known, list) else set()
-        if shared:
-            raise TaskError(
-                f"{len(shared)} of {len(hashes)} held-out prompts were among those that {name} was trained on; give "
-                "prompts that no policy of the comparison has seen, or leave it out"
-            )
+def _who_took_part(
+    sources: Mapping[str, TrainedPolicy], seen: Mapping[str, Iterable[str] | None]
+) -> dict[str, Iterable[str] | None]:
+    """Return the hashes of the prompts that took part in anything, by who remembers them; None: it does not say."""
+    policies = {
+        f"the training of {name}": remembered_prompts(trained) for name, trained in sources.items()
+    }
+    return {**seen, **policies}
 
 
 def _plan(

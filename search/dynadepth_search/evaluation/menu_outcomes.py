@@ -19,7 +19,11 @@ from dynadepth.plans import prefix_numbers
 from dynadepth.policies.menu import Menu, score_states
 from dynadepth.policies.prompt_batch import prompt_mix
 from dynadepth.training.menu.tradeoff import choose_menu_plans
+from dynadepth_search.data.encoding import encode_example
+from dynadepth_search.data.splits import check_held_out
+from dynadepth_search.evaluation.notes import remembered_prompts
 from dynadepth_search.scoring.score_table import ScoreTable
+from dynadepth_search.storage.compatibility import chat_form
 
 __all__ = ["chosen_plans", "compare_menu", "menu_scores", "table_mix"]
 
@@ -82,9 +86,12 @@ def chosen_plans(
 
 def table_mix(table: ScoreTable, tokenizer: Any) -> Floats:
     """Return the number in [0, 1) of each prompt. Shape (prompts,)."""
+    task = table.manifest["asked"]["task"]
+    scoring, chat = task["scoring"], chat_form(task)
     found = []
     for example in table.examples:
-        ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
+        prompt = encode_example(tokenizer, example, scoring, chat).prompt_ids
+        ids = torch.from_numpy(prompt)[None]
         found.append(float(prompt_mix(ids, torch.ones_like(ids, dtype=torch.bool))))
     return np.array(found)
 
@@ -119,7 +126,16 @@ def compare_menu(
 
     Raises:
         ConfigError: The kinds are not one for each prompt, or not the same on both sides.
+        TaskError: A held-out prompt is also a training prompt, or one that chose the plans.
     """
+    check_held_out(
+        heldout.examples,
+        {
+            "the training prompts' table": train.prompt_hashes,
+            "the search of its plans": train.plan_prompt_hashes,
+            "the menu's training": remembered_prompts(trained) or (),
+        },
+    )
     rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)
     groups = None if kinds is None else _Groups(kinds, (len(train), len(heldout)))
     depths = trained.menu.depths

@@ -1,7 +1,6 @@
 """From outcomes to figures and findings: means, paired intervals, and what they allow to say.
 
-Owns the words of a finding, which follow from its interval and from nothing else. Works on arrays;
-knows nothing of models.
+Owns the words of a finding, which follow from its interval and from nothing else. Works on arrays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,22 +10,26 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.evaluation.intervals import Interval, mean_interval, paired_difference
+from dynadepth.evaluation.intervals import mean_interval, paired_difference
 from dynadepth.evaluation.mixtures import Mixture, best_under_depth
 from dynadepth.plans import Plans, identity_plan, plan_text
 
 __all__ = [
     "METRIC_LABELS",
+    "METRIC_NAMES",
     "SHARES",
     "PolicyRun",
     "action_shares",
     "findings",
+    "listed",
     "mix_runs",
     "oracle_run",
     "policy_metrics",
     "show_budget",
     "show_interval",
     "show_number",
+    "side_of_zero",
+    "unit_of",
 ]
 
 Kind = Literal["base", "routed", "preset", "static", "shortgpt", "random", "oracle"]
@@ -38,12 +41,19 @@ METRIC_LABELS = {
     "agreement": "agreement with the base's own answer (%)",
     "accuracy": "accuracy (%)",
 }
+# What a sentence calls them.
+METRIC_NAMES = {
+    "reward": "graded reward",
+    "preserve": "fidelity",
+    "agreement": "agreement",
+    "accuracy": "accuracy",
+}
 # Shares of prompts, shown in points of a hundred.
 SHARES = ("agreement", "accuracy")
 # A mean depth that is further from its budget is said so.
 _BUDGET_TOLERANCE = 0.02
 _ROUNDING = 1e-9
-_ONE_PLAN = " One plan for all prompts is itself static: any difference to the mixture is one between static plans."
+_ONE_PLAN = " One plan for all prompts is itself static: any difference from the mixture is one between static plans."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,14 +220,14 @@ def action_shares(plans: Plans) -> list[list[float]]:
 
 
 def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
-    """Say what the routed model does against the static mixture of equal depth, from the intervals.
+    """Say how each policy that looks at the prompt does against the static mixture of equal depth.
 
     Args:
         policies: What `policy_metrics` gave.
         headline: The metric named first.
 
     Returns:
-        One finding for each routed policy.
+        One line for each such policy and budget, which opens with the policy's name.
     """
     said = []
     for figures in policies:
@@ -230,8 +240,8 @@ def findings(policies: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
             verdicts = _verdicts(figures["against_static"], headline)
         several = figures["distinct_plans"] > 1
         said.append(
-            f"{who} {'; '.join(verdicts)}. It keeps the identity plan for {figures['identity_rate']:.0%} of "
-            f"the prompts and uses {figures['distinct_plans']} different plan{'s' if several else ''}."
+            f"{who} {'; '.join(verdicts)}. It uses {figures['distinct_plans'] if several else 'one'} "
+            f"plan{'s' if several else ''}, the identity plan for {figures['identity_rate']:.0%} of the prompts."
             f"{'' if several else _ONE_PLAN}{_missed(figures['budget'], figures['depth'])}"
         )
     return said
@@ -250,19 +260,36 @@ def _missed(budget: float | None, depth: float) -> str:
 
 def _verdicts(against_static: Mapping[str, Mapping[str, Any]], headline: str) -> list[str]:
     """Group the metrics by what their intervals say, the headline's group first."""
-    words: dict[str, list[str]] = {}
+    words = {
+        1: "beats the static mixture of equal depth in",
+        0: "does not beat the static mixture of equal depth in",
+        -1: "is worse than the static mixture of equal depth in",
+    }
+    groups: dict[int, list[str]] = {}
     for metric in sorted(against_static, key=lambda name: (name != headline, name)):
-        difference = Interval(**against_static[metric])
-        # What differs by rounding alone does not differ.
-        if difference.low > _ROUNDING:
-            verdict = "beats the static mixture of equal depth in"
-        elif difference.high < -_ROUNDING:
-            verdict = "is worse than the static mixture of equal depth in"
-        else:
-            verdict = "does not beat the static mixture of equal depth in"
-        shown = f"{METRIC_LABELS[metric]}, {show_interval(metric, against_static[metric])}"
-        words.setdefault(verdict, []).append(shown)
-    return [f"{verdict} {' and '.join(shown)}" for verdict, shown in words.items()]
+        difference = against_static[metric]
+        points = " points" if unit_of(metric) else ""
+        shown = f"{METRIC_NAMES[metric]} {show_interval(metric, difference)}{points}"
+        groups.setdefault(side_of_zero(difference), []).append(shown)
+    return [f"{words[side]} {listed(shown)}" for side, shown in groups.items()]
+
+
+def side_of_zero(interval: Mapping[str, float]) -> int:
+    """Return on which side of zero an interval lies: 1 above, -1 below, 0 if it reaches zero.
+
+    What differs from zero by rounding alone reaches it.
+    """
+    return int(interval["low"] > _ROUNDING) - int(interval["high"] < -_ROUNDING)
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Join parts as a sentence lists them, as in "a, b and c"."""
+    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
+
+
+def unit_of(metric: str) -> str:
+    """Return what stands behind a mean in a sentence: a percent sign for shares."""
+    return " %" if metric in SHARES else ""
 
 
 def show_number(metric: str, value: float) -> str:

@@ -17,7 +17,14 @@ from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.comparison import PlannedPolicy
 from dynadepth_search.evaluation.metrics import show_budget
 
-__all__ = ["describe", "drift_notes", "plan_map", "warm_up_notes"]
+__all__ = [
+    "describe",
+    "drift_notes",
+    "plan_map",
+    "remembered_prompts",
+    "unrecorded_notes",
+    "warm_up_notes",
+]
 
 # Of the map of plans: the plans that most prompts got, and prompts of each.
 _SHOWN_PLANS = 24
@@ -32,6 +39,23 @@ def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which the calibration has not seen the like "
         f"of, the mean depth is {shown}."
+    ]
+
+
+def remembered_prompts(trained: TrainedPolicy) -> list[str] | None:
+    """Return the hashes of the prompts that a policy learned from or that chose its plans; None if it has none."""
+    known = [trained.training.get(key) for key in ("prompt_hashes", "plan_prompt_hashes")]
+    lists = [each for each in known if isinstance(each, list)]
+    return [name for each in lists for name in each] if lists else None
+
+
+def unrecorded_notes(names: Sequence[str]) -> list[str]:
+    """Say of what it is not known which prompts took part in it, so that held-out ones may have."""
+    if not names:
+        return []
+    return [
+        f"It is not recorded which prompts took part in {', '.join(names)}: nobody has checked that none of the "
+        "held-out ones did."
     ]
 
 

@@ -1,7 +1,4 @@
-"""The plots of a report as inline SVG.
-
-Owns how figures look. Knows nothing of HTML pages or files.
-"""
+"""The plots of a report as inline SVG."""
 
 import io
 import re
@@ -39,8 +36,8 @@ _STYLE = {
 # kind: marker, colour, filled, label
 _MARKS: dict[str, tuple[str, str, bool, str]] = {
     "base": ("*", _INK, True, "base model"),
-    "routed": ("o", "#1261a0", True, "routed"),
-    "preset": ("^", "#8e5ea2", True, "other preset"),
+    "routed": ("o", "#1261a0", True, "routers under test"),
+    "preset": ("^", "#8e5ea2", True, "other routers"),
     "shortgpt": ("s", "#c26a0a", True, "ShortGPT, static"),
     "random": ("X", "#9aa5b1", True, "random skips"),
     "oracle": ("o", "#2f8f5b", False, "oracle (saw the answers)"),
@@ -58,8 +55,9 @@ def pareto_plot(evaluation: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Draw quality against depth.
 
     The line joins the static plans whose mixtures are the baseline. A bar is the paired 95 %
-    interval of the difference from the static mixture, drawn upon that mixture: a bar clear of the
-    line is a difference. What lies far below the line is shown at the lower edge with its figure.
+    interval of the difference from the static mixture, added to that mixture: a bar that does not
+    touch the line shows a difference. What lies far below the line is shown at the lower edge with
+    its figure.
 
     Args:
         evaluation: Content of `evaluation.json`.
@@ -69,12 +67,12 @@ def pareto_plot(evaluation: Mapping[str, Any], metrics: Sequence[str]) -> str:
         An svg element.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6 if len(metrics) == 1 else 9.6, 4.2), layout="constrained")
+        figure = Figure(figsize=(7.6 if len(metrics) == 1 else 9.6, 4.4), layout="constrained")
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for panel, metric in zip(panels, metrics, strict=True):
             _panel(panel, evaluation, metric)
-        if len(metrics) == 1:
-            panels[0].legend(loc="lower right", fontsize=9)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
         names = " and ".join(METRIC_LABELS[metric] for metric in metrics)
         return _svg(figure, f"{names} against mean depth", f"pareto-{'-'.join(metrics)}")
 
@@ -95,6 +93,8 @@ def _panel(panel: Any, evaluation: Mapping[str, Any], metric: str) -> None:
         kind, depth = policy["kind"], policy["depth"]
         value = unit * policy["metrics"][metric]["mean"]
         marker, colour, filled, label = _MARKS[kind]
+        if kind == "routed" and evaluation["routers"]["kind"] == "menu":
+            label = "menu"
         style = {
             "marker": marker,
             "ms": 11 if kind == "base" else 7.5,

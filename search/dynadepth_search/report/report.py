@@ -1,7 +1,6 @@
 """The report of a run: one page that needs nothing but itself, and the same as JSON.
 
-Owns `report.html` and `report.json`. Knows nothing of models; all it shows is in the files of the
-run.
+Owns `report.html` and `report.json`. All that they show is in the files of the run.
 """
 
 import os
@@ -13,15 +12,21 @@ from typing import Any
 from dynadepth.errors import ConfigError
 from dynadepth.files import read_json, write_json_atomic, write_text_atomic
 from dynadepth_search.evaluation.metrics import METRIC_LABELS, show_budget
+from dynadepth_search.report.findings import findings_by_policy
 from dynadepth_search.report.plots import action_map, learning_plot, pareto_plot
 from dynadepth_search.report.tables import (
     AGAINST_STATIC,
     against_base_table,
+    as_markdown,
     cost_table,
+    evaluation_tables,
+    in_table_order,
     quality_table,
+    show_value,
 )
+from dynadepth_search.report.verdict import verdict
 
-__all__ = ["REPORT_NAME", "read_run", "report_html", "write_report"]
+__all__ = ["REPORT_NAME", "read_run", "report_html", "report_markdown", "write_report"]
 
 REPORT_NAME = "report.html"
 
@@ -32,8 +37,11 @@ body { margin: 0; background: #f5f7fa; color: #1f2933; line-height: 1.5;
 main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; }
 h2 { margin: 2.5rem 0 .6rem; font-size: 1.2rem; }
-p, li { max-width: 48rem; }
-.lead { margin: .3rem 0 0; color: #52606d; }
+h3 { margin: .8rem 0 .2rem; font-size: 1rem; }
+h3:first-child { margin-top: 0; }
+p { max-width: 48rem; }
+ul { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
+.verdict { max-width: none; margin: .6rem 0 1rem; font-size: 1.15rem; }
 .note { color: #52606d; font-size: .9rem; }
 .card { background: #fff; border: 1px solid #e4e7eb; border-radius: .6rem; padding: 1rem 1.25rem;
   overflow-x: auto; }
@@ -57,15 +65,15 @@ pre { margin: 0; white-space: pre-wrap; font-size: .9rem; }
 
 
 _HOW_TO_READ_THE_PLOT = """
-The line joins the static plans, chosen on training prompts, whose mixtures are the baseline. A bar is the
-paired 95 % interval of a policy's difference from the mixture of its depth, drawn upon that mixture: a bar
-clear of the line is a difference. The oracle chooses among the same plans with the answers known; it is no
-policy.
+The line joins the static plans, which were chosen on training prompts and are the same for every prompt; mixtures
+of two neighbours are the baseline. A bar is the paired 95 % interval of a policy's difference from the static
+mixture of its depth, added to that mixture: a bar that does not touch the line shows a difference. The oracle
+chooses among the same plans knowing the answers; it is no policy.
 """
 _HOW_TO_READ_THE_TABLE = """
-Higher is better. Below each figure is its difference from the static mixture of equal mean depth, and
-in brackets the 95 % interval. Differences are paired by prompt; intervals are percentiles of 2000
-bootstrap samples.
+Higher is better. Below each figure is its difference from the static mixture of equal mean depth, with the 95 %
+interval in brackets. Differences are paired by prompt; intervals are percentiles of 2000 bootstrap samples. The
+oracles, which saw the answers, are no policies and stand apart in the last rows.
 """
 _HOW_TO_READ_THE_CURVE = """
 What the policy gains over the static mixture of equal depth, averaged over four depths, by the number of prompts
@@ -133,18 +141,18 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     )
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(counts)}</p>',
-        "<h2>Findings</h2>",
-        '<div class="card"><ul>',
-        *(f"<li>{escape(sentence)}</li>" for sentence in evaluation["findings"]),
-        "</ul></div>",
-        "<h2>Quality against depth</h2>",
+        f'<p class="verdict">{escape(verdict(evaluation))}</p>',
         _card(pareto_plot(evaluation, [headline])),
-        _card(pareto_plot(evaluation, others)) if others else "",
-        _note(_HOW_TO_READ_THE_PLOT),
-        "<h2>Policies</h2>",
+        _note(f"{counts} {_HOW_TO_READ_THE_PLOT.strip()}"),
+        "<h2>Quality of each policy</h2>",
         _table(evaluation, *quality_table(evaluation)),
         _note(_HOW_TO_READ_THE_TABLE),
+        "<h2>Findings</h2>",
+        _findings(evaluation),
+    ]
+    if others:
+        parts += ["<h2>Other metrics against depth</h2>", _card(pareto_plot(evaluation, others))]
+    parts += [
         "<h2>Against the base model</h2>",
         _table(evaluation, *against_base_table(evaluation), skip_base=True),
         "<h2>Depth, plans and time</h2>",
@@ -172,6 +180,31 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     )
 
 
+def report_markdown(evaluation: Mapping[str, Any]) -> str:
+    """Return the verdict, all tables and all findings in Markdown.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+
+    Returns:
+        Lines, the last one without a line end.
+    """
+    tables = [as_markdown(*table) for table in evaluation_tables(evaluation)]
+    findings = "\n".join(f"- {finding}" for finding in evaluation["findings"])
+    return "\n\n".join([verdict(evaluation), *tables, findings])
+
+
+def _findings(evaluation: Mapping[str, Any]) -> str:
+    """Return a list of findings for each policy, and last the findings about no single one."""
+    groups, others = findings_by_policy(evaluation)
+    parts = [
+        f"<h3>{escape(title)}</h3><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        for title, lines in [*groups.items(), ("Notes", others)]
+        if lines
+    ]
+    return _card("".join(parts))
+
+
 def _plan_map(mapped: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td><code>{escape(row['plan'])}</code></td><td>{row['depth']:.3f}</td><td>{row['share']:.0%}</td>"
@@ -191,13 +224,17 @@ def _table(
     *,
     skip_base: bool = False,
 ) -> str:
-    policies = [p for p in evaluation["policies"] if not (skip_base and p["kind"] == "base")]
+    policies = [p for p in in_table_order(evaluation) if not (skip_base and p["kind"] == "base")]
     lines = []
+    # A routed policy opens the rows of its budget; the oracles stand apart below all policies.
+    names = {"routed": "routed first", "preset": "first", "oracle": "oracle"}
+    before = ""
     for policy, row in zip(policies, rows, strict=True):
-        # A routed policy opens the rows of its budget.
-        names = {"routed": "routed first", "preset": "first", "oracle": "oracle"}
+        kind = policy["kind"]
+        first = " first" if kind == "oracle" != before else ""
+        before = kind
         cells = "".join(f"<td>{cell}</td>" for cell in _cells(head, row))
-        lines.append(f'<tr class="{names.get(policy["kind"], "")}">{cells}</tr>')
+        lines.append(f'<tr class="{names.get(kind, "")}{first}">{cells}</tr>')
     shown = [title for title in head if title != AGAINST_STATIC]
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in shown)
     return (
@@ -281,16 +318,8 @@ def _sections(sections: Mapping[str, Any]) -> list[str]:
             )
             continue
         pairs = "".join(
-            f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>"
+            f"<dt>{escape(str(key))}</dt><dd>{escape(show_value(value))}</dd>"
             for key, value in values.items()
         )
         shown.append(f'<div class="card"><p class="note">{escape(name)}</p><dl>{pairs}</dl></div>')
     return shown
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
-    return str(value)

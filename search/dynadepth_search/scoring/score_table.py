@@ -25,11 +25,17 @@ from dynadepth.models.families import layer_stack
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
 from dynadepth.training.menu.menu_data import MenuData
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.scoring.states import PromptStates
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.compatibility import (
+    check_asked,
+    dtype_name,
+    stored_hashes,
+    task_fields,
+)
 from dynadepth_search.storage.locking import locked
 from dynadepth_search.storage.score_store import (
     BLOCK,
@@ -105,6 +111,17 @@ class ScoreTable:
         return int(self.manifest["asked"]["num_windows"])
 
     @property
+    def prompt_hashes(self) -> tuple[str, ...]:
+        """Hashes of the task's prompts, scored or not yet."""
+        known = stored_hashes(self.manifest, "prompt_hashes")
+        return tuple(prompt_hashes(self.examples)) if known is None else known
+
+    @property
+    def plan_prompt_hashes(self) -> tuple[str, ...]:
+        """Hashes of the prompts that chose the plans, as far as they are known."""
+        return stored_hashes(self.manifest, "plan_prompt_hashes") or ()
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """Of the base model."""
         known: dict[str, Any] = self.manifest["base_model"]["fingerprint"]
@@ -120,6 +137,7 @@ def score_prompts(
     *,
     layers: Sequence[int],
     num_windows: int = 0,
+    plan_prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ScoreTable:
     """Score prompts under plans, or go on with a table whose scoring was interrupted.
@@ -132,6 +150,7 @@ def score_prompts(
         folder: Of the table; made if it is missing.
         layers: Layers whose entering states are kept.
         num_windows: Windows kept besides the last prompt token's state.
+        plan_prompts: Hashes of the prompts that chose the plans, kept for whoever judges what is learned of them.
         progress: Called with the stage, finished prompts and all of them.
 
     Returns:
@@ -164,13 +183,17 @@ def score_prompts(
         "layers": sorted({int(layer) for layer in layers}),
         "num_windows": num_windows,
     }
-    scorer = Scorer(model, tokenizer, task.scoring)
+    scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
     for example in task.examples:
         scorer.encode(example)
     with locked(place):
         if (place / MANIFEST).exists():
             stored = read_manifest(place)
             check_asked(place / MANIFEST, asked, stored["asked"])
+            known = stored_hashes(stored, "plan_prompt_hashes") or ()
+            if not set(plan_prompts) <= set(known):
+                stored["plan_prompt_hashes"] = sorted({*known, *plan_prompts})
+                write_json_atomic(place / MANIFEST, stored)
         else:
             stray = sorted(place.glob("part-*"))
             if stray:
@@ -182,6 +205,9 @@ def score_prompts(
                 "schema_version": SCHEMA_VERSION,
                 "asked": asked,
                 "task_name": task.name,
+                # Of all prompts, scored or not yet, as the user wrote them.
+                "prompt_hashes": prompt_hashes(task.examples),
+                "plan_prompt_hashes": sorted(set(plan_prompts)),
                 "base_model": {"name": base_model_name(model), "fingerprint": mark},
                 "versions": _versions(),
             }
@@ -200,20 +226,22 @@ def score_prompts(
     return read_scores(place)
 
 
-def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTable:
-    """Read a score table.
+def read_scores(
+    folder: str | os.PathLike[str], *, model: Any = None, accept_partial: bool = False
+) -> ScoreTable:
+    """Read a score table, and check that it is whole.
 
     Args:
         folder: What `score_prompts` filled.
         model: The base model; its fingerprint is compared if it is given.
+        accept_partial: Read it also if the scoring has not finished: the blocks that are there from the first one on.
 
     Returns:
-        The table, with as many of its blocks as are there from the first one on: an unfinished table can be learned
-        from.
+        The table.
 
     Raises:
         FileNotFoundError: There is no table.
-        LabelError: It is damaged, empty, or of another base model.
+        LabelError: It is damaged, unfinished, empty, or of another base model.
     """
     place = Path(folder)
     manifest = read_manifest(place)
@@ -240,6 +268,12 @@ def read_scores(folder: str | os.PathLike[str], *, model: Any = None) -> ScoreTa
             listed.append(states[str(layer)])
     if not columns["prompt"]:
         raise LabelError(f"{place} holds no scored prompts yet: run the scoring first")
+    scored = len(columns["prompt"])
+    if scored < total and not accept_partial:
+        raise LabelError(
+            f"the scoring in {place} is unfinished: {scored} of {total} prompts are scored; score the same again to go "
+            "on, or take what there is (--accept-partial, or accept_partial=True in Python)"
+        )
     width = len(asked["plans"][0])
     arrays = {name: np.array(columns[name], dtype=np.float64) for name in METRICS}
     return ScoreTable(

@@ -15,8 +15,9 @@ from dynadepth.errors import SearchError, TaskError
 from dynadepth.execution.sweep import Sweeper
 from dynadepth.models.families import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
+from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
-from dynadepth_search.data.tasks import Example, Scoring, check_scoring
+from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
 from dynadepth_search.scoring.batching import Answered, Work, pack, pad_left, run_sweep
 from dynadepth_search.scoring.objectives import Objective
 from dynadepth_search.scoring.outcomes import OutcomeBuilder, Outcomes
@@ -40,6 +41,7 @@ class Scorer:
         model: The base model, in evaluation mode.
         tokenizer: Of the base model.
         scoring: How choices are scored, see `Task`.
+        chat: The chat that the prompts are turns of, see `Task`.
         max_logit_bytes: Bounds the logits of one sweep, counted in float32.
         max_tokens: Bounds the padded tokens of one sweep, every plan counted.
         sweep_tokens: Padded tokens at which a sweep takes no further example; None: what the device does best, few on a
@@ -47,7 +49,7 @@ class Scorer:
         max_base_bytes: Bounds what is kept of the identity plan's next-token distributions.
 
     Raises:
-        TaskError: The scoring is unknown, or the tokenizer closes every text.
+        TaskError: The scoring is unknown, the tokenizer closes every text, or its chat template is another one.
         UnsupportedModelError: The family is not supported.
     """
 
@@ -57,6 +59,7 @@ class Scorer:
         tokenizer: Any,
         scoring: str = "raw",
         *,
+        chat: ChatForm | None = None,
         max_logit_bytes: int = 400_000_000,
         max_tokens: int = 65_536,
         sweep_tokens: int | None = None,
@@ -66,6 +69,9 @@ class Scorer:
         self.model = model
         self.tokenizer = tokenizer
         self.scoring: Scoring = check_scoring(scoring)
+        if chat is not None:
+            check_template(tokenizer, chat)
+        self.chat = chat
         self.num_layers: int = layer_stack(model).num_layers
         config = model.config.get_text_config()
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -86,14 +92,19 @@ class Scorer:
         """
         known = self._encoded.get(example)
         if known is None:
-            known = encode_example(self.tokenizer, example, self.scoring)
-            if self._max_positions is not None and known.longest > self._max_positions:
-                raise TaskError(
-                    f"prompt {example.prompt[:40]!r} with its answer is {known.longest} tokens long; "
-                    f"the model has positions for {self._max_positions}: leave it out or shorten it"
-                )
+            with located(example):
+                known = self._encode(example)
             self._encoded[example] = known
         return known
+
+    def _encode(self, example: Example) -> EncodedExample:
+        encoded = encode_example(self.tokenizer, example, self.scoring, self.chat)
+        if self._max_positions is not None and encoded.longest > self._max_positions:
+            raise TaskError(
+                f"prompt {example.prompt[:40]!r} with its answer is {encoded.longest} tokens long; "
+                f"the model has positions for {self._max_positions}: leave it out or shorten it"
+            )
+        return encoded
 
     def encode_prompts(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompts alone, as a policy sees them: the tokens that begin every scored row.

@@ -94,7 +94,9 @@ def search_prompts(
         WrapError: The model is wrapped.
     """
     check_answers(task, spec.objective)
-    scorer = Scorer(model, tokenizer, task.scoring, max_logit_bytes=spec.max_logit_bytes)
+    scorer = Scorer(
+        model, tokenizer, task.scoring, chat=task.chat, max_logit_bytes=spec.max_logit_bytes
+    )
     # Before anything is written: a prompt that is too long would end the search in its middle.
     for example in task.examples:
         scorer.encode(example)

@@ -6,7 +6,7 @@ to the best one below. Knows nothing of policies that choose from a menu.
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dynadepth.files import read_versioned_json, write_json_atomic
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
 from dynadepth.training.menu.fit import choose_plans
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import (
@@ -35,6 +36,7 @@ from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
+    stored_hashes,
     task_fields,
 )
 from dynadepth_search.storage.locking import locked
@@ -45,6 +47,8 @@ MENU = "menu.json"
 _POOL = "pool"
 SCHEMA_VERSION = 1
 _FEWEST_PROMPTS = 40
+# To cross-validate the choice of a menu.
+_FEWEST_CONFIRMED = 20
 
 _Floats = npt.NDArray[np.float64]
 
@@ -65,6 +69,8 @@ class StaticPlans:
         prompts: Prompts in these means.
         evaluations: Plans evaluated on prompts in all.
         asked: What the search was asked for.
+        prompt_hashes: Of the prompts that chose the plans, see `dynadepth_search.data.splits.prompt_hashes`; None if
+            the folder is older than these.
     """
 
     menu: Plans
@@ -77,6 +83,7 @@ class StaticPlans:
     prompts: int
     evaluations: int
     asked: dict[str, Any]
+    prompt_hashes: tuple[str, ...] | None = None
 
 
 def search_static(
@@ -167,6 +174,7 @@ def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticP
             prompts=content["confirmed"],
             evaluations=content["evaluations"],
             asked=content["asked"],
+            prompt_hashes=stored_hashes(content, "prompt_hashes"),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
@@ -186,15 +194,21 @@ class _StaticSearch:
     ) -> None:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._folder, self._spec, self._progress = folder, spec, progress
-        self._scorer = Scorer(model, tokenizer, task.scoring)
+        self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._num_layers = self._scorer.num_layers
         # A third at most chooses the beam: the menu needs prompts that did not.
-        count = min(spec.num_prompts, len(task.examples) // 3)
+        names = [example.prompt.strip() for example in task.examples]
+        count = min(spec.num_prompts, len(set(names)) // 3)
         first, others = draw_parts(
-            [example.prompt.strip() for example in task.examples],
-            [count, spec.num_confirmed],
-            np.random.default_rng(spec.seed),
+            names, [count, spec.num_confirmed], np.random.default_rng(spec.seed)
         )
+        drawn = [len({names[index] for index in part.tolist()}) for part in (first, others)]
+        if drawn[0] < 1 or drawn[1] < _FEWEST_CONFIRMED:
+            raise TaskError(
+                f"{count} and {spec.num_confirmed} of {len(names)} examples were drawn, those of one prompt together, "
+                f"which gave {drawn[0]} and {drawn[1]} different prompts; expected 1 and {_FEWEST_CONFIRMED} or more: "
+                "give fewer examples of one prompt, or draw more (num_prompts, num_confirmed)"
+            )
         self._examples = [task.examples[index] for index in first.tolist()]
         self._others = [task.examples[index] for index in np.sort(others).tolist()]
         wrong = [layer for layer in spec.protect if not 0 <= layer < self._num_layers]
@@ -226,6 +240,7 @@ class _StaticSearch:
                 "base_model": fingerprint(self._model),
                 "complete": False,
                 "evaluations": 0,
+                "prompt_hashes": prompt_hashes([*self._examples, *self._others]),
                 # Layers that plans are made of, the cheapest first.
                 "candidates": [],
                 # Plans carried on, by the number of layers skipped, with their mean on the first prompts.
@@ -312,7 +327,7 @@ class _StaticSearch:
         pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
         plans = np.stack([self._plan(skips) for skips in pool])
         first = int(np.flatnonzero((plans != 1).any(axis=0))[0])
-        task = Task(f"{self._task.name}, pool", tuple(self._others), self._task.scoring)
+        task = replace(self._task, name=f"{self._task.name}, pool", examples=tuple(self._others))
         table = score_prompts(
             self._model,
             self._tokenizer,
@@ -320,6 +335,7 @@ class _StaticSearch:
             plans,
             self._folder / _POOL,
             layers=[first],
+            plan_prompts=self._content.get("prompt_hashes", ()),
             progress=self._progress,
         )
         content["evaluations"] += len(self._others) * len(pool)

@@ -4,14 +4,14 @@ Owns the comparison, and the words for a model and a task in files. Knows nothin
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import LabelError
-from dynadepth_search.data.tasks import Task
+from dynadepth_search.data.tasks import ChatForm, Task
 
-__all__ = ["check_asked", "dtype_name", "task_fields"]
+__all__ = ["chat_form", "check_asked", "dtype_name", "stored_hashes", "task_fields"]
 
 
 def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -34,12 +34,52 @@ def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> No
 
 def task_fields(task: Task) -> dict[str, Any]:
     """Return what identifies a task, as values that JSON knows; its name does not, since a file may move."""
-    return {
+    fields: dict[str, Any] = {
         "kind": task.kind,
         "scoring": task.scoring,
         "prompts": len(task.examples),
         "sha256": task.sha256,
     }
+    if task.chat is not None:
+        fields["chat"] = {"template": task.chat.template, "system": task.chat.system}
+    return fields
+
+
+def chat_form(fields: Mapping[str, Any]) -> ChatForm | None:
+    """Return the chat form of a task from its `task_fields`.
+
+    Raises:
+        LabelError: They are damaged.
+    """
+    stored = fields.get("chat")
+    if stored is None:
+        return None
+    if (
+        not isinstance(stored, Mapping)
+        or set(stored) != {"template", "system"}
+        or not isinstance(stored["template"], str)
+        or not isinstance(stored["system"], str | None)
+    ):
+        raise LabelError(
+            f"the task's chat form is {stored!r}; expected the texts `template` and `system`: make the folder again"
+        )
+    return ChatForm(template=stored["template"], system=stored["system"])
+
+
+def stored_hashes(content: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    """Return the hashes of prompts that a file of ours holds under a key; None if it is older than these.
+
+    Raises:
+        LabelError: They are no list of texts.
+    """
+    known = content.get(key)
+    if known is None:
+        return None
+    if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+        raise LabelError(
+            f"{key} is {str(known)[:60]!r}; expected a list of texts: make the folder again"
+        )
+    return tuple(known)
 
 
 def dtype_name(model: Any) -> str:

@@ -333,7 +333,8 @@ def read_labels(
         if not accept_partial:
             raise LabelError(
                 f"the search in {place} is unfinished: {len(rows)} of {asked} prompts have a label; run "
-                "the same search again to go on, or read what there is (accept_partial=True)"
+                "the same search again to go on, or take what there is (--accept-partial, or accept_partial=True in "
+                "Python)"
             )
     if not rows:
         raise LabelError(

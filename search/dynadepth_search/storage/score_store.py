@@ -176,6 +176,7 @@ def _is_manifest(content: dict[str, Any]) -> bool:
     numbers = [asked.get("num_windows"), *(layers if isinstance(layers, list) else [None])]
     numbers.append(task.get("prompts") if isinstance(task, dict) else None)
     texts = plans if isinstance(plans, list) and plans else [None]
+    hashes = [content.get(key, []) for key in ("prompt_hashes", "plan_prompt_hashes")]
     return (
         all(type(number) is int and number >= 0 for number in numbers)
         and all(isinstance(text, str) and text and set(text) <= set("012") for text in texts)
@@ -183,4 +184,6 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         and isinstance(base.get("fingerprint"), dict)
         and isinstance(base.get("name"), str)
         and isinstance(content.get("task_name"), str)
+        and all(isinstance(each, list) for each in hashes)
+        and all(isinstance(name, str) for each in hashes for name in each)
     )

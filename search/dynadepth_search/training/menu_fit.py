@@ -24,6 +24,8 @@ _RESOLUTION = 0.004
 _CALIBRATION_PASSES = 400
 # A quarter of what a budget may be missed by.
 _MOST_SPREAD = 0.0025
+# Different prompts of a point of the learning curve.
+_FEWEST_OF_CURVE = 40
 
 
 def fit_trained_menu(
@@ -71,6 +73,8 @@ def fit_trained_menu(
         "seed": seed,
         "train_prompts": len(table),
         "validation_prompts": len(table),
+        # More than learned from if the scoring was unfinished.
+        "prompts_of_task": task["prompts"],
         "task": {
             "name": table.manifest["task_name"],
             **{key: task[key] for key in ("kind", "scoring", "sha256")},
@@ -79,6 +83,7 @@ def fit_trained_menu(
         "cross_validated_gain": fit.gain,
         "trials": [trial.to_dict() for trial in fit.trials],
         "prompt_hashes": prompt_hashes(table.examples),
+        "plan_prompt_hashes": list(table.plan_prompt_hashes),
     }
     return TrainedMenu(
         menu=fit.menu,
@@ -131,7 +136,12 @@ def learning_curve(
         For each number of `prompts`: the `gain` of the best recipe, averaged over four depths, and its
         `standard_error`.
     """
-    counts = [count for count in (len(table) // part for part in (16, 8, 4, 2, 1)) if count >= 40]
+    texts = [example.prompt.strip() for example in table.examples]
+    counts = [
+        count
+        for count in (len(table) // part for part in (16, 8, 4, 2, 1))
+        if len(set(texts[:count])) >= _FEWEST_OF_CURVE
+    ]
     columns = _columns(table, plans)
     points = []
     for step, count in enumerate(counts):

@@ -6,6 +6,7 @@ What each step does is in `dynadepth.training` and `dynadepth.policies.calibrati
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dynadepth.checkpoints.paths import ONNX_NAME
 from dynadepth.checkpoints.save_load import base_model_name, export_policy, save_routers
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import ConfigError, LabelError
+from dynadepth.evaluation.folds import hold_out
 from dynadepth.models.families import layer_stack
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, plan_depth
@@ -127,11 +129,12 @@ def fit_routers(
         model,
         tokenizer,
         table.examples,
-        table.manifest["asked"]["task"]["scoring"],
+        table.manifest["asked"]["task"],
         batch_size=batch_size,
         progress=progress,
     )
     train, validation = prompts.split(seed)
+    texts = [prompts.texts[index] for index in train]
     features = prompts.features(
         np.tile(middle, (len(train), 1)), train, config, "reading states under the static front"
     )
@@ -143,6 +146,7 @@ def fit_routers(
             config,
             recipe,
             seed=fold_seed,
+            groups=[texts[index] for index in indices],
             device=model.device,
         )
 
@@ -154,7 +158,7 @@ def fit_routers(
         seed=seed,
         front_rewards=value[train][:, _columns(table.plans, rows)].mean(axis=0),
         protect=protect,
-        groups=[prompts.texts[index] for index in train],
+        groups=texts,
         progress=lambda done, total: progress("cross-validating", done, total),
     )
     progress("training", 0, 1)
@@ -169,13 +173,15 @@ def fit_routers(
             validation, heads, bias, choice.shrinkage, protect, float(plan_depth(rows[-1]))
         )
     task = table.manifest["asked"]["task"]
-    notes = _notes(config, recipe, seed, train, validation, goal) | {
+    notes = _notes(config, recipe, seed, train, validation, texts, goal) | {
         "task": {
             "name": table.manifest["task_name"],
             **{key: task[key] for key in ("kind", "scoring", "sha256")},
         },
+        "prompts_of_task": task["prompts"],
         "plans_scored": len(columns),
         "prompt_hashes": prompt_hashes(table.examples),
+        "plan_prompt_hashes": list(table.plan_prompt_hashes),
         "shrinkage": choice.to_dict(),
     }
     return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes)
@@ -229,11 +235,12 @@ def fit_imitation(
         model,
         tokenizer,
         labels.examples,
-        manifest.task["scoring"],
+        manifest.task,
         batch_size=batch_size,
         progress=progress,
     )
     train, validation = prompts.split(seed)
+    texts = [prompts.texts[index] for index in train]
     features = prompts.features(
         labels.plans[train], train, config, "reading states under the labels"
     )
@@ -243,15 +250,19 @@ def fit_imitation(
         config,
         recipe,
         seed=seed,
+        groups=texts,
         device=model.device,
         progress=lambda done, total: progress("training", done, total),
     )
     bias = torch.zeros(stack.num_layers, NUM_ACTIONS)
     calibration = prompts.calibrate(validation, heads, bias, 1.0, protect, lowest)
     goal = check_objective(manifest.objective)
-    notes = _notes(config, recipe, seed, train, validation, goal) | {
+    notes = _notes(config, recipe, seed, train, validation, texts, goal) | {
+        "prompts_of_task": manifest.task["prompts"],
         "depth_penalty": manifest.depth_penalty,
         "prompt_hashes": prompt_hashes(labels.examples),
+        # Labels are searched for these prompts themselves.
+        "plan_prompt_hashes": [],
         "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
         "labels": {
             "identity_rate": labels.identity_rate,
@@ -316,10 +327,13 @@ def _notes(
     seed: int,
     train: npt.NDArray[np.int64],
     validation: npt.NDArray[np.int64],
+    texts: Sequence[str],
     goal: Objective,
 ) -> dict[str, Any]:
     """Return how routers were trained, as values that JSON knows."""
-    used = len(train) - round(recipe.held_out * len(train))
+    # As the final training draws them.
+    held_out = hold_out(texts, recipe.held_out, np.random.default_rng(seed))
+    used = int((~held_out).sum())
     return {
         "preset": config.preset,
         "recipe": recipe.to_dict(),

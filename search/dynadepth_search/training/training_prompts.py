@@ -3,7 +3,7 @@
 Owns the split of validation prompts and the batches. Knows nothing of what is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import Objective, plan_values
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.storage.compatibility import chat_form
 
 __all__ = ["BATCH", "TrainingPrompts"]
 
@@ -39,21 +40,30 @@ _Floats = npt.NDArray[np.float64]
 
 
 class TrainingPrompts:
-    """Prompts of one fit, and the model that reads them."""
+    """Prompts of one fit, and the model that reads them.
+
+    Args:
+        model: The unwrapped base model.
+        tokenizer: Of the base model.
+        examples: The prompts.
+        task: What the folder that they are from says of their task, see `task_fields`.
+        batch_size: Prompts of one forward.
+        progress: Called with a stage, how much of it is done, and of how much.
+    """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
         examples: Sequence[Example],
-        scoring: str,
+        task: Mapping[str, Any],
         *,
         batch_size: int = BATCH,
         progress: Progress = silent,
     ) -> None:
         self._model, self._examples = model, examples
         self.texts = [example.prompt.strip() for example in examples]
-        self._scorer = Scorer(model, tokenizer, scoring)
+        self._scorer = Scorer(model, tokenizer, task["scoring"], chat=chat_form(task))
         self.batch_size, self.progress = batch_size, progress
 
     def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

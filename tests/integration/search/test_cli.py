@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dynadepth import load_routers
 from dynadepth.cli import main as cli
@@ -257,14 +259,18 @@ def test_an_evaluation_prints_the_table_and_writes_the_report(
     policies = [policy["name"] for policy in content["policies"]]
     assert "static mixture 0.90" in policies
     assert (content["headline"], content["drift"]) == ("agreement", [])
+    unseen = write_task(made / "unseen.jsonl", 500, 20)
     code, out, err = run(
-        capsys,
-        *evaluation(made, "--budget", 0.9, "--unseen", made / "few.jsonl", out="again"),
+        capsys, *evaluation(made, "--budget", 0.9, "--unseen", unseen, out="again")
     )
     assert code == 0, err
-    assert out.splitlines()[0].startswith("policy")
-    assert "On 20 prompts of another kind (few)" in out
-    assert f"report: {made / 'again' / 'report.html'}" in out
+    assert out.startswith("At depth ")
+    assert "- On 20 prompts of another kind (unseen)" in out
+    lines = out.splitlines()
+    assert lines[-1] == f"report: {made / 'again' / 'report.html'}"
+    assert max(map(len, lines[:-1])) <= 100
+    (rule,) = (number for number, line in enumerate(lines) if line.startswith("───"))
+    assert [line.split("  ")[0] for line in lines[rule + 1 : rule + 4]] == ["base", "menu 0.90", ""]
     assert "scoring held-out prompts" in err
     assert "scoring held-out prompts" not in out
 
@@ -276,12 +282,20 @@ def test_a_report_is_drawn_again_alike_and_as_markdown(
     assert code == 0, err
     page = (made / "report" / "report.html").read_text()
     assert (tmp_path / "new" / "report.html").read_text() == page
+    assert out.startswith("At depth ")
+    assert out.endswith(f"\nreport: {tmp_path / 'new' / 'report.html'}\n")
+    verdict = " ".join(out.split("\n\n")[0].split())
+    assert f'<p class="verdict">{escape(verdict)}</p>' in page
     assert "train_prompts" in page
     code, out, err = run(capsys, "report", "--run", made / "report", "--markdown")
     assert code == 0, err
-    assert out.startswith("| policy | depth | agreement, % | against static [95 %] |")
+    first, tables = out.split("\n\n", 1)
+    assert first == verdict
+    assert tables.startswith("| policy | depth | agreement, % | against static [95 %] |")
     assert "| menu 0.90 |" in out
     assert "| against base [95 %] | agreement, % |" in out
+    content = json.loads((made / "report" / "evaluation.json").read_text())
+    assert out.endswith("\n\n" + "".join(f"- {finding}\n" for finding in content["findings"]))
 
 
 def test_other_routers_can_be_compared(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,6 +507,75 @@ def test_heldout_prompts_that_were_trained_on(
     assert not (made / "new").exists()
 
 
+def test_prompts_that_chose_the_plans_are_not_held_out(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plans from one task, scores and routers from another: the first is no held-out task for the second."""
+    other = write_task(tmp_path / "other.jsonl", 300, 60)
+    for argv in (
+        score(made, task=str(other), out=str(tmp_path / "scores")),
+        train(made, "--scores", tmp_path / "scores", out=str(tmp_path / "routers")),
+    ):
+        code, _, err = run(capsys, *argv)
+        assert code == 0, err
+    plans = read_static(made / "plans")
+    assert plans.prompt_hashes is not None
+    shared = len(plans.prompt_hashes)
+    argv = evaluation(
+        made, "--scores", tmp_path / "scores", task="train.jsonl", out=str(tmp_path / "new")
+    )
+    argv[argv.index("--routers") + 1] = tmp_path / "routers"
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    shown = " ".join(err.split())
+    assert f"{shared} in the plans in {made / 'plans'}" in shown
+    assert f"{shared} in the plans scored in {tmp_path / 'scores'}" in shown
+    assert f"{shared} in the training of menu" in shown
+    assert not (tmp_path / "new").exists()
+
+
+def test_prompts_that_were_a_chat_are_not_held_out_as_text(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(made / "my-model", tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "({{ messages[0]['role'] }}) {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(model)
+
+    def command(argv: list[Any]) -> list[Any]:
+        argv[argv.index("--model") + 1] = model
+        return argv
+
+    out = {"out": str(tmp_path / "chat-plans")}
+    scores, routers = tmp_path / "chat-scores", tmp_path / "chat-routers"
+    chosen = ("--plans", out["out"])
+    for argv in (
+        search(made, "--chat", **out),
+        score(made, "--chat", *chosen, out=str(scores)),
+        train(made, "--scores", scores, out=str(routers)),
+    ):
+        code, _, err = run(capsys, *command(argv))
+        assert code == 0, err
+    # One prompt of the training task among others that took no part.
+    lines = (made / "heldout.jsonl").read_text() + (made / "train.jsonl").read_text().split("\n")[0]
+    (tmp_path / "mixed.jsonl").write_text(lines + "\n")
+    for more in ((), ("--chat",)):
+        argv = evaluation(
+            made,
+            *more,
+            *chosen,
+            "--scores",
+            scores,
+            task=str(tmp_path / "mixed.jsonl"),
+            out=str(tmp_path / "new"),
+        )
+        argv[argv.index("--routers") + 1] = routers
+        code, _, err = run(capsys, *command(argv))
+        assert code == 1
+        assert "1 of 11 held-out prompts are training prompts too" in err
+        assert not (tmp_path / "new").exists()
+
+
 def test_a_run_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "report", "--run", tmp_path)
     assert (code, out) == (1, "")
@@ -536,3 +619,89 @@ def test_a_wrong_command_line_is_exit_code_2(
     assert (code, out) == (2, "")
     assert err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["static", "prompts", "score", "eval", "unseen"])
+def test_a_line_that_cannot_be_read_is_named_before_a_model_is_loaded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    task = tmp_path / "broken.jsonl"
+    task.write_text('{"prompt": "fine"}\n{"prompt": "half \\ud83d"}\n')
+    how = {"static": STATIC, "prompts": LABELS}
+    argv = {
+        "score": score(place, task=str(task)),
+        "eval": evaluation(place, task=str(task)),
+        "unseen": evaluation(place, "--unseen", task),
+    }.get(verb) or search(place, task=str(task), out=str(tmp_path / "out"), how=how[verb])
+    argv[argv.index("--model") + 1] = tmp_path / "no-such-model"
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert f"{task}, line 2: `prompt` holds '\\ud83d' at character 5" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("verb", ["static", "prompts", "score", "train", "eval"])
+def test_a_device_that_is_none_is_an_error_of_ours(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    argv = {
+        "static": search(place, out=str(tmp_path / "out")),
+        "prompts": search(place, out=str(tmp_path / "out"), how=LABELS),
+        "score": score(place, out=str(tmp_path / "out")),
+        "train": train(place),
+        "eval": evaluation(place),
+    }[verb]
+    code, _, err = run(capsys, *argv, "--device", "nonsense")
+    assert (code, "device 'nonsense' is none that torch knows" in " ".join(err.split())) == (
+        1,
+        True,
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_torch_cannot_hold_is_bad_usage(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *train(place), "--seed", 2**64)
+    assert (code, "--seed" in err) == (2, True)
+
+
+@pytest.mark.parametrize("policy", ["menu", "routers", "drllm"])
+def test_what_is_unfinished_trains_only_if_it_is_accepted(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    code, out, err = run(
+        capsys,
+        *(
+            search(made, out=str(tmp_path / "work"), how=LABELS)
+            if policy == "drllm"
+            else score(made, "--policy", policy, out=str(tmp_path / "work"))
+        ),
+    )
+    assert code == 0, err
+    if policy == "drllm":
+        # As if more prompts had been asked for.
+        manifest = json.loads((tmp_path / "work" / "manifest.json").read_text())
+        manifest["task"]["prompts"] = 60
+        (tmp_path / "work" / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        for part in (tmp_path / "work").glob("part-00002*"):
+            part.unlink()
+    given = {
+        "menu": ("--scores", tmp_path / "work"),
+        "routers": ("--scores", tmp_path / "work", "--plans", made / "plans"),
+        "drllm": ("--labels", tmp_path / "work"),
+    }[policy]
+    argv = ["train", "--policy", policy, "--model", made / "my-model", *given]
+    argv += ["--out", tmp_path / "new", "--json"]
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (1, "")
+    shown = " ".join(err.split())
+    there, asked = (44, 60) if policy == "drllm" else (32, 44)
+    assert f"is unfinished: {there} of {asked} prompts" in shown
+    assert "--accept-partial" in shown
+    assert not (tmp_path / "new").exists()
+    code, out, err = run(capsys, *argv, "--accept-partial")
+    assert code == 0, err
+    result = json.loads(out)
+    trained = result["train_prompts"] + (0 if policy == "menu" else result["validation_prompts"])
+    assert (trained, result["prompts_of_task"]) == (there, asked)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,12 @@ def test_a_scoring_without_a_task_of_ones_own(tiny_deep_base: Path, tmp_path: Pa
         run_demo(DemoConfig(out=tmp_path, cache=tmp_path, scoring="letter"), progress=silent)
 
 
+def test_a_task_that_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no file; a demo reads its task again"):
+        DemoConfig(out=tmp_path, cache=tmp_path, task=tmp_path / "pipe")
+
+
 @pytest.mark.usefixtures("search_verbs")
 def test_the_command_prints_table_report_and_answer(
     tiny_deep_base: Path,
@@ -390,10 +397,18 @@ def test_the_command_prints_table_report_and_answer(
     assert code == 0, shown.err
     assert json.loads(path.read_text()) == result
     assert "menu 0.90" in shown.out
-    assert f"report: {out / 'report.html'}" in shown.out
-    assert shown.out.rstrip().endswith(
-        f"{result['answer']['prompt']} {result['answer']['text']}".rstrip()
-    )
+    answer = result["answer"]
+    assert shown.out.startswith(f"{answer['prompt']} {answer['text'] or '(no text)'}\n\n(budget")
+    assert f"plan {answer['plan']})\n\nAt depth " in shown.out
+    # It ends with the table.
+    lines = shown.out.splitlines()
+    assert lines[-1] == f"report: {out / 'report.html'}"
+    (rule,) = (number for number, line in enumerate(lines) if line.startswith("───"))
+    rows = lines[rule + 1 : lines.index("", rule)]
+    assert [row.split("  ")[0] for row in rows][:2] == ["base", "menu 0.95"]
+    assert len(rows) <= 8
+    assert max(map(len, lines[lines.index("", rule - 4) : -1])) <= 100
+    assert len(lines) - rule <= 12
     assert "load the model" in shown.err
     assert "load the model" not in shown.out
 

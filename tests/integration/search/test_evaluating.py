@@ -15,6 +15,8 @@ from dynadepth.plans import identity_plan, parse_plan, plan_depth, plan_text
 from dynadepth.policies.calibration import Calibration
 from dynadepth.training.train_config import TrainConfig
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.evaluation.comparison import Front
 from dynadepth_search.evaluation.evaluating import (
@@ -213,6 +215,24 @@ def test_outcomes_of_another_dtype_are_not_taken(
             _evaluate(model, routers, front, tmp_path)
     assert specs[0] == specs[1]
     assert specs[0] != specs[2]
+    model = tiny_model(num_layers=LAYERS, dtype=torch.float32)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    forms = [as_chat(HELDOUT, tokenizer), as_chat(HELDOUT, tokenizer, system="Be brief.")]
+    for heldout in (*forms, replace(HELDOUT, scoring="letter")):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(
+                model,
+                tokenizer,
+                heldout=heldout,
+                train=TRAIN,
+                routers=routers,
+                front=front,
+                objective="preserve",
+                folder=tmp_path,
+                config=CONFIG,
+            )
+    assert len(set(specs)) == len(specs) - 1
 
 
 @pytest.mark.parametrize("name", ["routed", "Random", "ShortGPT"])
@@ -301,6 +321,58 @@ def test_another_preset_that_reaches_less_is_left_out_with_a_note(
     assert any(
         finding.startswith("drllm 0.70 was left out: budget 0.7") for finding in result["findings"]
     )
+
+
+def _hashes(first: int, count: int) -> list[str]:
+    return prompt_hashes(_task("x", first, count).examples)
+
+
+@pytest.mark.parametrize("key", ["prompt_hashes", "plan_prompt_hashes"])
+@pytest.mark.parametrize("where", ["given", "preset"])
+def test_prompts_that_trained_a_policy_or_chose_its_plans_are_not_held_out(
+    model: Any, routers: Any, front: Front, tmp_path: Path, key: str, where: str
+) -> None:
+    stained = replace(routers, training={key: _hashes(7, 8)})
+    changes = {"routers": stained} if where == "given" else {"presets": {"other": stained}}
+    name = "routers" if where == "given" else "other"
+    with pytest.raises(TaskError, match=f"of 10 .*: 3 in the training of {name}; give prompts"):
+        _evaluate(model, **{"routers": routers, "front": front, "folder": tmp_path, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_chose_the_static_plans_are_not_held_out(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    seen = {"the plans in a": _hashes(8, 10), "the scores in b": _hashes(9, 1), "c": _hashes(90, 5)}
+    with pytest.raises(TaskError, match=r": 2 in the plans in a, 1 in the scores in b; give"):
+        _evaluate(model, routers, front, tmp_path, seen=seen)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unseen_prompts_must_be_unseen(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    for unseen, words in (
+        (_task("x", 53, 9), "3 in the training task"),
+        (_task("x", 200, 4), "4 in a"),
+    ):
+        with pytest.raises(TaskError, match=f"different unseen prompts some took part .*: {words}"):
+            _evaluate(model, routers, front, tmp_path, unseen=unseen, seen={"a": _hashes(200, 4)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_say_who_took_part_is_named(
+    model: Any, routers: Any, front: Front, tmp_path: Path
+) -> None:
+    known = replace(routers, training={"prompt_hashes": _hashes(90, 5)})
+    config = replace(CONFIG, budgets=(0.9,))
+    result = _evaluate(model, known, front, tmp_path / "a", config=config, seen={"p": []})
+    assert not any("recorded" in finding for finding in result["findings"])
+    result = _evaluate(model, routers, front, tmp_path / "b", config=config, seen={"p": None})
+    assert [finding for finding in result["findings"] if "recorded" in finding] == [
+        "It is not recorded which prompts took part in p, the training of routers: nobody has checked that none of "
+        "the held-out ones did."
+    ]
 
 
 @pytest.mark.parametrize(

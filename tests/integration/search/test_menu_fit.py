@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from dynadepth import load_routers, unwrap_model, wrap_model
-from dynadepth.errors import BudgetError, ConfigError
+from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.plans import plan_depth
 from dynadepth.policies.prompt_batch import prompt_mix
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.evaluation.menu_outcomes import (
     chosen_plans,
@@ -205,24 +207,70 @@ def test_kinds_make_an_opponent_that_tells_them_apart(trained: Any, table: Score
         """Kinds that say all: which plans keep the answer."""
         return [str(row.tolist()) for row in part.agreement]
 
+    # The same figures under other names: what was trained on is not held out.
+    other = replace(
+        table, examples=tuple(Example(f"other {item.prompt}") for item in table.examples)
+    )
     rows = compare_menu(
-        trained, table, table, BUDGETS, kinds=(["one"] * len(table), ["one"] * len(table))
+        trained, table, other, BUDGETS, kinds=(["one"] * len(table), ["one"] * len(table))
     )
     for row in rows:
         agreement = row["agreement"]
         assert agreement["static by kind"] == pytest.approx(agreement["static"])
         assert agreement["gain by kind"]["mean"] == pytest.approx(agreement["gain"]["mean"])
         assert row["depth by kind"] == {"one": pytest.approx(row["depth"])}
-    told = compare_menu(trained, table, table, BUDGETS, kinds=(kinds_of(table), kinds_of(table)))
+    told = compare_menu(trained, table, other, BUDGETS, kinds=(kinds_of(table), kinds_of(table)))
     for row in told:
         # Nobody beats an opponent that knows everything.
         assert row["agreement"]["gain by kind"]["mean"] <= 1e-9
         assert row["agreement"]["static by kind"] >= row["agreement"]["static"] - 1e-9
     assert sum(row["agreement"]["static by kind"] > row["agreement"]["static"] for row in told)
     with pytest.raises(ConfigError, match="same kinds on both sides"):
-        compare_menu(trained, table, table, BUDGETS, kinds=(["a"] * len(table), ["b"] * len(table)))
+        compare_menu(trained, table, other, BUDGETS, kinds=(["a"] * len(table), ["b"] * len(table)))
     with pytest.raises(ConfigError, match="one for each prompt"):
-        compare_menu(trained, table, table, BUDGETS, kinds=(["a"] * len(table), ["a"]))
+        compare_menu(trained, table, other, BUDGETS, kinds=(["a"] * len(table), ["a"]))
+
+
+def test_prompts_that_took_part_are_not_held_out(trained: Any, table: ScoreTable) -> None:
+    with pytest.raises(
+        TaskError,
+        match="of 10 different held-out prompts some took part .*: 10 in the training prompts' table, 10 in the menu's",
+    ):
+        compare_menu(trained, table, table.take(np.arange(10)), BUDGETS)
+    chosen = [Example(f"chose {index}") for index in range(10)]
+    other = replace(table.take(np.arange(10)), examples=tuple(chosen))
+    for part in (
+        (replace(trained, training={"plan_prompt_hashes": prompt_hashes(chosen[:3])}), table),
+        (
+            trained,
+            replace(table, manifest=table.manifest | {"prompt_hashes": prompt_hashes(chosen[:3])}),
+        ),
+        (
+            trained,
+            replace(
+                table, manifest=table.manifest | {"plan_prompt_hashes": prompt_hashes(chosen[:3])}
+            ),
+        ),
+    ):
+        with pytest.raises(
+            TaskError, match=r"of 10 different held-out prompts some took part .*: 3 in the"
+        ):
+            compare_menu(*part, other, BUDGETS)
+
+
+@pytest.mark.parametrize("scoring", ["raw", "letter"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_number_of_a_prompt_is_that_of_the_tokens_it_has_in_use(
+    model: Any, tmp_path: Any, chat: bool, scoring: Any
+) -> None:
+    tokenizer = word_tokenizer(bos=True)
+    tokenizer.chat_template = "({{ messages[0]['role'] }}) {{ messages[0]['content'] }}"
+    task = replace(make_task(6, 0, kind="choices"), scoring=scoring)
+    task = as_chat(task, tokenizer) if chat else task
+    part = score_prompts(model, tokenizer, task, PLANS, tmp_path, layers=())
+    scorer = Scorer(model, tokenizer, scoring, chat=task.chat)
+    for number, example in zip(table_mix(part, tokenizer), part.examples, strict=True):
+        assert number == float(prompt_mix(*scorer.encode_prompts([example])))
 
 
 def test_what_is_worked_out_from_a_table_is_what_the_runtime_chooses(
@@ -373,3 +421,13 @@ def test_every_stage_reports_until_it_is_done(table: ScoreTable) -> None:
     assert [point["prompts"] for point in points] == [50, 100]
     gain = fit_trained_menu(few).training["cross_validated_gain"]
     assert points[-1]["gain"] == pytest.approx(gain)
+
+
+def test_one_text_is_refused_and_has_no_learning_curve(table: ScoreTable) -> None:
+    one = replace(
+        table.take(np.arange(80)),
+        examples=tuple(Example("one text", (f"a {row}", "b"), 0) for row in range(80)),
+    )
+    with pytest.raises(ConfigError, match="1 different prompts cannot train and cross-validate"):
+        fit_trained_menu(one)
+    assert learning_curve(one) == []

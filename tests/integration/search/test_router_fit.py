@@ -14,6 +14,7 @@ from dynadepth.plans import identity_plan, plan_depth
 from dynadepth.training.shrinkage import ShrinkageChoice
 from dynadepth.training.train_config import TrainConfig
 from dynadepth.tree_search.forest import EditPrior, Evaluated
+from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.objectives import plan_values
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
@@ -123,7 +124,42 @@ def table(model, tokenizer, tmp_path_factory):
 
 
 def split(model, tokenizer, examples, seed=0):
-    return TrainingPrompts(model, tokenizer, examples, "raw").split(seed)
+    return TrainingPrompts(model, tokenizer, examples, {"scoring": "raw"}).split(seed)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_routers_and_menus_learn_from_the_tokens_that_a_chat_has(
+    model, monkeypatch, tmp_path, system
+):
+    # The template writes no beginning, and the tokenizer adds one to every text.
+    tokenizer = word_tokenizer(bos=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}({{ message['role'] }}) {{ message['content'] }}{% endfor %}"
+    )
+    task = Task("hand", tuple(make_examples(20, seed=0)))
+    known = set()
+    for example in task.examples:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": example.prompt})
+        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        known.add(tuple(own["input_ids"]))
+    read = set()
+
+    def watch(_module, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs["attention_mask"]
+        read.update(tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True))
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        chat = as_chat(task, tokenizer, system=system)
+        table = score_prompts(model, tokenizer, chat, router_plans(FRONT), tmp_path, layers=())
+        force_shrinkage(monkeypatch, 0.5)
+        fit_routers(model, tokenizer, table, FRONT, training=QUICK)
+    finally:
+        hook.remove()
+    assert read == known
+    assert table.examples == task.examples
 
 
 def force_shrinkage(monkeypatch, shrinkage):
@@ -563,3 +599,42 @@ class TestImitation:
         expected = first.heads.state_dict()
         assert all(torch.equal(t, expected[name]) for name, t in second.heads.state_dict().items())
         assert (first.calibration, first.training) == (second.calibration, second.training)
+
+
+def test_one_text_cannot_train_routers(model, tokenizer, table, labels):
+    one = [Example("one text", ("a", f"b {row}"), 0) for row in range(24)]
+    few = np.arange(24)
+    with pytest.raises(LabelError, match="1 prompts cannot train and calibrate routers; give 16"):
+        fit_routers(model, tokenizer, replace(table.take(few), examples=tuple(one)), FRONT)
+    with pytest.raises(LabelError, match="1 prompts cannot train and calibrate routers; give 16"):
+        fit_imitation(model, tokenizer, replace(labels, examples=tuple(one)))
+
+
+@pytest.mark.parametrize("imitation", [True, False])
+def test_every_training_is_told_which_prompts_are_one(
+    model, tokenizer, table, labels, monkeypatch, imitation
+):
+    told = []
+    name = "train_heads" if imitation else "train_skip_cost_heads"
+    train = getattr(router_fit, name)
+
+    def watch(features, *args, groups, **kwargs):
+        told.append((len(features), list(groups)))
+        return train(features, *args, groups=groups, **kwargs)
+
+    monkeypatch.setattr(router_fit, name, watch)
+    texts = [f"prompt {row // 2} ?" for row in range(PROMPTS)]
+    examples = tuple(Example(text, ("a", f"b {row}"), 0) for row, text in enumerate(texts))
+    if imitation:
+        routers = fit_imitation(
+            model, tokenizer, replace(labels, examples=examples), training=QUICK
+        )
+    else:
+        routers = fit_routers(
+            model, tokenizer, replace(table, examples=examples), FRONT, training=QUICK
+        )
+    assert told
+    for count, groups in told:
+        assert len(groups) == count
+        assert len(set(groups)) == count / 2
+    assert routers.training["prompts_of_task"] == PROMPTS

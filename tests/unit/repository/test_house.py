@@ -16,8 +16,16 @@ from dynadepth import _core
 
 ROOT = Path(__file__).parents[3]
 TOP_LEVEL = {
-    *("Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "pyproject.toml"),
-    *("benches", "examples", "python", "rust", "search", "tests"),
+    *(
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+    ),
+    *("benches", "docs", "examples", "python", "rust", "search", "tests"),
 }
 # What must not come with `import dynadepth`, and what must not come with wrapping either.
 HEAVY = ("torch", "transformers", "huggingface_hub", "safetensors", "typer")

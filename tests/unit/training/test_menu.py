@@ -408,6 +408,8 @@ class TestFolding:
     @pytest.mark.parametrize("shrinkage", [1.0, 0.5])
     def test_a_perceptron_is_folded_too(self, shrinkage):
         data = late_world(200, 0, early=False)
+        # States that tell at both layers: a head that learns nothing is constant.
+        data = replace(data, views={4: data.views[6][:, :1], 6: data.views[6]})
         recipe = replace(self.RECIPE, layers=(4, 6), inner=8, shrinkage=shrinkage)
         heads = MenuCrossValidation(data, "preserve", 0).train(recipe).heads
         target = sum(share * data.targets()[name] for name, share in recipe.weights)
@@ -415,7 +417,7 @@ class TestFolding:
             views = data.views[head.layer_idx].flatten(2).double().numpy()
             numbers = prefix_numbers(LATE, head.layer_idx)
             net = Perceptron(Basis(views, np.arange(200)), numbers, rank=6, inner=8, seed=0)
-            net.fit(np.arange(200), target)
+            net.fit(np.arange(200), target, data.names)
             expected = data.agreement.mean(axis=0) + shrinkage * (
                 net.scores(np.arange(200)) - target.mean(axis=0)
             )
@@ -637,6 +639,25 @@ class TestData:
         gain = max(trial.gain for trial in fit_menu(copies).trials)
         betrayed = max(trial.gain for trial in fit_menu(replace(copies, groups=None)).trials)
         assert betrayed > gain + 0.05
+
+    def test_copies_of_prompts_do_not_vouch_for_a_perceptron(self):
+        """The targets are chance, so that only copies outside the held-out prompts can tell those inside."""
+        rows, numbers = np.tile(np.arange(40), 5), np.zeros(3, dtype=np.int64)
+        rng = np.random.default_rng(0)
+        views, target = rng.normal(size=(40, 1, 64))[rows], rng.normal(size=(40, 3))[rows]
+        every = np.arange(len(rows))
+        spreads = []
+        for names in (rows.tolist(), range(len(rows))):
+            net = Perceptron(Basis(views, every), numbers, rank=32, inner=16, seed=0)
+            net.fit(every, target, names)
+            spreads.append(float(net.scores(every).std(axis=0).mean()))
+        assert spreads[1] > 4 * spreads[0]
+
+    def test_names_that_are_not_one_for_each_prompt(self):
+        with pytest.raises(ConfigError, match="groups has 3 entries for 40 prompts; expected one"):
+            world(40, 0, groups=["a", "b", "c"])
+        with pytest.raises(ConfigError, match="1 different prompts cannot train"):
+            world(24, 0, groups=["one text"] * 24)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -12,6 +12,7 @@ from dynadepth.policies.router_heads import RouterConfig
 from dynadepth.training.losses import effective_number_weights, focal_loss
 from dynadepth.training.router_training import (
     centre_heads,
+    logits_of,
     train_heads,
     train_skip_cost_heads,
 )
@@ -227,6 +228,52 @@ def test_bad_arrays_are_refused(data, spoil, error, message):
     features, actions = spoil(data[0][:20], data[1][:20])
     with pytest.raises(error, match=message):
         train_heads(features, actions, CONFIG, TrainConfig(epochs=1), seed=0)
+
+
+def by_heart(seed: int) -> tuple[torch.Tensor, np.ndarray, list[str]]:
+    """Sixty prompts, each five times, whose labels and costs are chance: they can only be learnt by heart."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = np.tile(np.arange(60), 5)
+    features = torch.randn(60, LAYERS, CONFIG.num_views, WIDTH, generator=generator)[rows]
+    labels = 1 + (torch.rand(60, LAYERS, generator=generator) < 0.5).numpy().astype(np.uint8)[rows]
+    return features, labels, [f"prompt {row}" for row in rows]
+
+
+@pytest.mark.parametrize("train", [train_heads, train_skip_cost_heads])
+def test_copies_of_prompts_do_not_vouch_for_what_is_learnt_by_heart(train):
+    features, labels, names = by_heart(0)
+    recipe = TrainConfig(epochs=12, learning_rate=5e-3, warmup_steps=2)
+    spreads = []
+    for groups in (names, None):
+        heads = train(features, labels, CONFIG, recipe, seed=0, groups=groups)
+        spreads.append(float(logits_of(heads, features).std(dim=0).mean()))
+    assert spreads[1] > 4 * spreads[0]
+
+
+@pytest.mark.parametrize("train", [train_heads, train_skip_cost_heads])
+def test_prompts_that_all_differ_train_as_without_names(data, train):
+    recipe = TrainConfig(epochs=2)
+    features, labels = data[0][:50], data[1][:50]
+    names = [f"prompt {row}" for row in range(50)]
+    first = train(features, labels, CONFIG, recipe, seed=0).state_dict()
+    second = train(features, labels, CONFIG, recipe, seed=0, groups=names).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("train", [train_heads, train_skip_cost_heads])
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            ["one text"] * 24,
+            "1 prompts were given to train routers; expected 2 or more that differ",
+        ),
+        (["a", "b"], "groups has 2 entries for 24 prompts; expected one for each"),
+    ],
+)
+def test_names_that_cannot_train_are_refused(data, train, groups, message):
+    with pytest.raises(ConfigError, match=message):
+        train(data[0][:24], data[1][:24], CONFIG, TrainConfig(), seed=0, groups=groups)
 
 
 def planted_costs(num_prompts: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -281,7 +281,7 @@ class MenuCrossValidation:
     ) -> Perceptron:
         numbers = self._data.prefixes(layer)
         net = Perceptron(basis, numbers, rank=recipe.rank, inner=recipe.inner, seed=self._seed)
-        net.fit(rows, self._blend(recipe))
+        net.fit(rows, self._blend(recipe), self._data.names)
         return net
 
     def _train_perceptron(

@@ -1,6 +1,6 @@
 """The data that a menu's heads are trained on, and the recipes for training them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,11 @@ class MenuData:
 
     def __post_init__(self) -> None:
         shape = (len(self.agreement), len(self.plans))
-        different = shape[0] if self.groups is None else len(set(self.groups))
+        if len(self.names) != shape[0]:
+            raise ConfigError(
+                f"groups has {len(self.names)} entries for {shape[0]} prompts; expected one for each"
+            )
+        different = len(set(self.names))
         if different < 4 * FOLDS:
             raise ConfigError(
                 f"{different} different prompts cannot train and cross-validate a menu; score {4 * FOLDS} or more"
@@ -68,6 +72,11 @@ class MenuData:
                 )
 
     @property
+    def names(self) -> Sequence[Hashable]:
+        """What identifies each prompt. Length N."""
+        return range(len(self.agreement)) if self.groups is None else self.groups
+
+    @property
     def depths(self) -> Floats:
         """Depth of each plan. Shape (K,)."""
         return plan_depth(self.plans)
@@ -85,8 +94,7 @@ class MenuData:
 
     def folds(self, seed: int, count: int = FOLDS) -> Indices:
         """Return the fold of each prompt, of `count` folds or as many as there are names. Shape (N,), int64."""
-        names = range(len(self.agreement)) if self.groups is None else self.groups
-        return draw_folds(names, count, np.random.default_rng(seed))
+        return draw_folds(self.names, count, np.random.default_rng(seed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,14 @@
 """The fitting of one head of a menu: standardisation, principal components, ridge regression or a small perceptron."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dynadepth.evaluation.folds import hold_out
 
 __all__ = ["Basis", "Moments", "Perceptron"]
 
@@ -82,6 +84,7 @@ class Perceptron:
 
     _EPOCHS = 60
     _BATCH = 64
+    _HELD_OUT = 1 / 6
 
     def __init__(self, basis: Basis, numbers: Indices, *, rank: int, inner: int, seed: int) -> None:
         self._basis, self._numbers, self._seed = basis, numbers, seed
@@ -90,8 +93,14 @@ class Perceptron:
         self.inner_weight = self.inner_bias = self.weight = self.bias = np.empty(0)
 
     @torch.enable_grad()
-    def fit(self, rows: Indices, target: Floats) -> None:
-        """Train on some prompts."""
+    def fit(self, rows: Indices, target: Floats, names: Sequence[Hashable]) -> None:
+        """Train on some prompts.
+
+        Args:
+            rows: Their numbers.
+            target: What is predicted of every prompt. Shape (N, K).
+            names: What identifies every prompt; those of one name are held out together. Length N.
+        """
         generator = torch.Generator().manual_seed(self._seed)
         inputs = self._inputs(rows)
         size = float(inputs[:, 0].std()) or 1.0
@@ -105,8 +114,10 @@ class Perceptron:
             means.clone().requires_grad_(),
         ]
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
-        order = torch.randperm(len(rows), generator=generator)
-        held, used = order[: len(rows) // 6], order[len(rows) // 6 :]
+        apart = hold_out(
+            [names[row] for row in rows], self._HELD_OUT, np.random.default_rng(self._seed)
+        )
+        held, used = (torch.from_numpy(np.flatnonzero(part)) for part in (apart, ~apart))
         best, kept = float("inf"), [part.detach().clone() for part in parameters]
         own = torch.from_numpy(self._numbers)
         for _ in range(self._EPOCHS):

@@ -1,13 +1,17 @@
-"""Tasks in chat form: the text is the template's, the tokens begin once, and letters stay what they were."""
+"""Tasks in chat form: the prompts stay, the tokens are the template's own, and letters stay what they were."""
+
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dynadepth.errors import TaskError
+from dynadepth.errors import LabelError, TaskError
 from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.encoding import encode_example, prompt_text
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.storage.compatibility import chat_form, task_fields
 from tests.tiny import tiny_model
 from tests.tiny_search import tiny_task
 from tests.tiny_text import word_tokenizer
@@ -41,117 +45,120 @@ LETTERED = Task(
 )
 
 
-class TestText:
-    def test_a_prompt_is_the_users_turn(self):
-        task = Task("t", (Example("Say it"), Example("Say it again")))
-        chat = as_chat(task, chat_tokenizer())
-        assert [item.prompt for item in chat.examples] == [
-            "<s>(user) Say it\n(assistant)",
-            "<s>(user) Say it again\n(assistant)",
+class TestForm:
+    def test_the_prompts_stay_as_the_user_wrote_them(self):
+        for task in (LETTERED, tiny_task(5), tiny_task(3, kind="completion")):
+            chat = as_chat(task, chat_tokenizer())
+            assert chat.examples == task.examples
+            assert (chat.name, chat.scoring, chat.kind) == (task.name, task.scoring, task.kind)
+
+    def test_the_task_is_another_one(self):
+        tokenizer = chat_tokenizer()
+        forms = [
+            LETTERED,
+            as_chat(LETTERED, tokenizer),
+            as_chat(LETTERED, tokenizer, system=""),
+            as_chat(LETTERED, tokenizer, system="Be brief."),
+            as_chat(LETTERED, chat_tokenizer(STRICT)),
         ]
-        assert (chat.name, chat.scoring, chat.kind) == ("t", "raw", "prompt")
+        assert len({task.sha256 for task in forms}) == len(forms)
+        assert as_chat(LETTERED, tokenizer) == as_chat(LETTERED, chat_tokenizer())
 
-    def test_a_system_turn_comes_first(self):
-        chat = as_chat(tiny_task(1, kind="prompt"), chat_tokenizer(), system="Be brief.")
-        assert chat.examples[0].prompt == "<s>(system) Be brief.\n(user) Number 0:\n(assistant)"
+    def test_files_remember_the_form(self):
+        for task in (LETTERED, as_chat(LETTERED, chat_tokenizer(), system="Be brief.")):
+            fields = json.loads(json.dumps(task_fields(task)))
+            assert chat_form(fields) == task.chat
+        for damaged in ("yes", {"template": 3}, {"templates": "a"}, {"template": "a", "system": 1}):
+            with pytest.raises(LabelError, match="expected"):
+                chat_form({"chat": damaged})
 
-    def test_an_empty_system_turn_is_one(self):
-        chat = as_chat(tiny_task(1, kind="prompt"), chat_tokenizer(), system="")
-        assert chat.examples[0].prompt.startswith("<s>(system) \n(user)")
 
-    @pytest.mark.parametrize("scoring", ["raw", "normalized"])
-    def test_choices_stay_as_they_are(self, scoring):
-        task = Task("t", tiny_task(5).examples, scoring)
-        chat = as_chat(task, chat_tokenizer())
-        assert chat.scoring == scoring
-        for old, new in zip(task.examples, chat.examples, strict=True):
-            assert (new.choices, new.answer, new.completion) == (old.choices, old.answer, None)
-            assert new.prompt == f"<s>(user) {old.prompt}\n(assistant)"
-
-    def test_a_completion_stays_as_it_is(self):
-        task = tiny_task(3, kind="completion")
-        chat = as_chat(task, chat_tokenizer())
-        assert chat.kind == "completion"
-        assert [item.completion for item in chat.examples] == ["red", "green", "blue"]
-
-    def test_letters_are_listed_inside_the_turn(self):
-        chat = as_chat(LETTERED, chat_tokenizer())
-        assert chat.scoring == "raw"
-        assert chat.examples[0] == Example(
-            "<s>(user) Which one?\nA. up\nB. down\nC. left\nAnswer:\n(assistant)",
-            ("A", "B", "C"),
-            1,
-        )
-        assert chat.examples[2].choices == ("A", "B")
-        assert [item.answer for item in chat.examples] == [1, 1, 0]
-
-    def test_letter_scoring_without_choices_has_no_letters(self):
-        task = Task("t", tiny_task(2, kind="completion").examples, "letter")
-        chat = as_chat(task, chat_tokenizer())
-        assert chat.examples[0].prompt == "<s>(user) Number 0:\n(assistant)"
-        assert chat.examples[0].completion == "red"
-
-    def test_examples_stay_apart_and_the_task_is_another(self):
-        chat = as_chat(LETTERED, chat_tokenizer())
-        assert len({item.prompt_id for item in chat.examples}) == len(LETTERED.examples)
-        assert chat.sha256 != LETTERED.sha256
-        assert as_chat(LETTERED, chat_tokenizer()) == chat
-
-    def test_the_task_given_is_left_as_it_was(self):
-        before = LETTERED.sha256
-        as_chat(LETTERED, chat_tokenizer())
-        assert LETTERED.sha256 == before
+def read_back(tokenizer, task, number=0):
+    """Return the text of an example's tokens, of which each is written as it is in the vocabulary."""
+    item = encode_example(tokenizer, task.examples[number], task.scoring, task.chat)
+    return "".join(tokenizer.convert_ids_to_tokens(item.prompt_ids))
 
 
 class TestTokens:
+    @pytest.mark.parametrize("system", [None, "", "Be brief."])
+    @pytest.mark.parametrize("scoring", ["raw", "normalized", "letter"])
+    @pytest.mark.parametrize("begins", [True, False])
     @pytest.mark.parametrize("bos", [True, False])
-    def test_a_text_begins_once(self, bos):
-        tokenizer = chat_tokenizer(bos=bos)
-        (item,) = as_chat(tiny_task(1), tokenizer).examples
-        ids = encode_example(tokenizer, item, "raw").prompt_ids.tolist()
-        assert ids.count(tokenizer.bos_token_id) == 1
-        assert ids[0] == tokenizer.bos_token_id
-        # The same tokens as the template's own.
-        messages = [{"role": "user", "content": "Number 0:"}]
-        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        assert ids == list(own["input_ids"] if hasattr(own, "keys") else own)
-        assert item.prompt.startswith("<s>") != bos
+    def test_they_are_those_that_a_user_of_the_template_has(self, bos, begins, scoring, system):
+        template = TURNS if begins else TURNS.replace("{{ bos_token }}", "")
+        tokenizer = chat_tokenizer(template, bos=bos)
+        task = replace(LETTERED, scoring=scoring)
+        chat = as_chat(task, tokenizer, system=system)
+        scorer = Scorer(tiny_model(), tokenizer, chat.scoring, chat=chat.chat)
+        for example in chat.examples:
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            messages.append({"role": "user", "content": prompt_text(example, scoring)})
+            own = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            ids = scorer.encode(example).prompt_ids.tolist()
+            assert ids == own
+            assert ids.count(tokenizer.bos_token_id) == begins
+            # Every answer follows that very prompt.
+            assert all(row[: len(own)].tolist() == own for row in scorer.encode(example).rows)
 
-    @pytest.mark.parametrize("bos", [True, False])
-    def test_a_template_without_a_beginning_gets_none_but_the_tokenizers(self, bos):
-        tokenizer = chat_tokenizer(TURNS.replace("{{ bos_token }}", ""), bos=bos)
-        (item,) = as_chat(tiny_task(1), tokenizer).examples
-        assert item.prompt == "(user) Number 0:\n(assistant)"
-        ids = encode_example(tokenizer, item, "raw").prompt_ids.tolist()
-        assert ids.count(tokenizer.bos_token_id) == bos
+    def test_a_prompt_is_the_users_turn(self):
+        tokenizer = chat_tokenizer()
+        chat = as_chat(Task("t", (Example("Say it"),)), tokenizer)
+        assert read_back(tokenizer, chat) == "<s>(user) Say it\n(assistant)"
 
-    def test_only_the_first_beginning_is_taken_away(self):
+    def test_a_system_turn_comes_first(self):
+        tokenizer = chat_tokenizer()
+        chat = as_chat(tiny_task(1, kind="prompt"), tokenizer, system="Be brief.")
+        assert read_back(tokenizer, chat) == "<s>(system) Be brief.\n(user) Number 0:\n(assistant)"
+        empty = as_chat(tiny_task(1, kind="prompt"), tokenizer, system="")
+        assert read_back(tokenizer, empty).startswith("<s>(system) \n(user)")
+
+    def test_letters_are_listed_inside_the_turn(self):
         tokenizer = chat_tokenizer(bos=True)
-        task = Task("t", (Example("<s>quoted<s>"),))
-        assert as_chat(task, tokenizer).examples[0].prompt == "(user) <s>quoted<s>\n(assistant)"
+        chat = as_chat(LETTERED, tokenizer)
+        turn = "Which one?\nA. up\nB. down\nC. left\nAnswer:"
+        assert read_back(tokenizer, chat) == f"<s>(user) {turn}\n(assistant)"
+        item = encode_example(tokenizer, chat.examples[0], "letter", chat.chat)
+        assert tokenizer.convert_ids_to_tokens(item.entry_token) == [" A", " B", " C"]
+
+    def test_an_answer_has_no_beginning_of_its_own(self):
+        tokenizer = chat_tokenizer(TURNS.replace("{{ bos_token }}", ""), bos=True)
+        chat = as_chat(Task("t", (Example("Q", completion="no way"),)), tokenizer)
+        item = encode_example(tokenizer, chat.examples[0], "raw", chat.chat)
+        assert "".join(tokenizer.convert_ids_to_tokens(item.entry_token)) == " no way"
+        assert tokenizer.bos_token_id not in [*item.rows[0].tolist(), *item.entry_token.tolist()]
 
     def test_a_tokenizer_without_a_beginning(self):
-        tokenizer = chat_tokenizer()
+        tokenizer = chat_tokenizer(TURNS.replace("{{ bos_token }}", ""))
         tokenizer.bos_token = None
-        tokenizer.chat_template = TURNS.replace("{{ bos_token }}", "")
-        assert as_chat(tiny_task(1), tokenizer).examples[0].prompt.startswith("(user) Number 0:")
+        chat = as_chat(tiny_task(1), tokenizer)
+        assert read_back(tokenizer, chat) == "(user) Number 0:\n(assistant)"
+
+    def test_letter_scoring_without_choices_has_no_letters(self):
+        tokenizer = chat_tokenizer()
+        task = Task("t", tiny_task(2, kind="completion").examples, "letter")
+        chat = as_chat(task, tokenizer)
+        assert read_back(tokenizer, chat) == "<s>(user) Number 0:\n(assistant)"
+
+    def test_a_beginning_inside_the_prompt_stays(self):
+        tokenizer = chat_tokenizer(bos=True)
+        task = as_chat(Task("t", (Example("<s>quoted<s>"),)), tokenizer)
+        assert read_back(tokenizer, task) == "<s>(user) <s>quoted<s>\n(assistant)"
 
     def test_letters_score_the_same_as_letter_scoring_of_that_text(self):
         model, tokenizer = tiny_model(), chat_tokenizer(bos=True)
         plans = np.array([[1, 1, 1, 1], [0, 1, 2, 1]], dtype=np.uint8)
-        chat = as_chat(LETTERED, tokenizer)
-        found = Scorer(model, tokenizer, chat.scoring).outcomes(
-            chat.examples, np.tile(plans, (3, 1)), np.repeat(np.arange(3), 2)
-        )
-        # A template that only ends the prompt as letter scoring itself does must change nothing.
-        plain = chat_tokenizer("{{ messages[0]['content'] }}", bos=True)
-        same = as_chat(LETTERED, plain)
-        assert [item.prompt for item in same.examples] == [
-            prompt_text(item, "letter") for item in LETTERED.examples
-        ]
         pairs = np.tile(plans, (3, 1)), np.repeat(np.arange(3), 2)
+        chat = as_chat(LETTERED, tokenizer)
+        found = Scorer(model, tokenizer, chat.scoring, chat=chat.chat).outcomes(
+            chat.examples, *pairs
+        )
+        # A template that writes what the tokenizer does to a prompt alone must change nothing.
+        plain = chat_tokenizer("{{ bos_token }}{{ messages[0]['content'] }}", bos=True)
+        same = as_chat(LETTERED, plain)
         first = Scorer(model, plain, "letter").outcomes(LETTERED.examples, *pairs)
-        second = Scorer(model, plain, same.scoring).outcomes(same.examples, *pairs)
+        second = Scorer(model, plain, same.scoring, chat=same.chat).outcomes(same.examples, *pairs)
         np.testing.assert_array_equal(np.concatenate(first.scores), np.concatenate(second.scores))
         np.testing.assert_array_equal(first.reward, second.reward)
         assert np.abs(first.reward - found.reward).max() > 1e-3
@@ -179,6 +186,13 @@ class TestErrors:
 
     def test_a_system_turn_that_the_template_does_not_know(self):
         tokenizer = chat_tokenizer(STRICT)
-        assert as_chat(tiny_task(1), tokenizer).examples[0].prompt == "<s>Number 0:\n"
+        assert read_back(tokenizer, as_chat(tiny_task(1), tokenizer)) == "<s>Number 0:\n"
         with pytest.raises(TaskError, match="System role not supported"):
             as_chat(tiny_task(1), tokenizer, system="Be brief.")
+
+    def test_another_template_than_that_of_the_task(self):
+        chat = as_chat(LETTERED, chat_tokenizer())
+        assert Scorer(tiny_model(), chat_tokenizer(), "letter", chat=chat.chat).chat == chat.chat
+        for other in (STRICT, None):
+            with pytest.raises(TaskError, match="is not the one that the prompts were put into"):
+                Scorer(tiny_model(), chat_tokenizer(other), "letter", chat=chat.chat)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynadepth.errors import TaskError
-from dynadepth_search.data.splits import split_examples, write_task
+from dynadepth_search.data.splits import check_held_out, prompt_hashes, split_examples, write_task
 from dynadepth_search.data.tasks import Example, read_task
 
 
@@ -53,3 +53,20 @@ def test_a_written_task_reads_as_it_was(tmp_path: Path, examples: list[Example])
     path = tmp_path / "deep" / "task.jsonl"
     write_task(path, examples)
     assert list(read_task(path).examples) == examples
+
+
+def test_prompts_that_took_part_are_named_by_file_and_number() -> None:
+    heldout = [*_questions(20), Example("  Question 3 ", completion="other")]
+    seen = {
+        "plans/menu.json": prompt_hashes([Example("Question 3", completion="x"), Example("else")]),
+        "nothing": [],
+        "scores/scores.json": prompt_hashes(_questions(6)),
+        "elsewhere": prompt_hashes([Example("question 3")]),
+    }
+    with pytest.raises(
+        TaskError,
+        match=r"of 10 different held-out prompts some took part in what they are to judge: 1 in plans/menu\.json, "
+        r"3 in scores/scores\.json; give prompts that took no part",
+    ):
+        check_held_out(heldout, seen)
+    check_held_out(heldout, {"nothing": [], "elsewhere": prompt_hashes([Example("question 3")])})

@@ -3,7 +3,10 @@ import json
 import pytest
 
 from dynadepth.errors import TaskError
-from dynadepth_search.data.tasks import Example, Task, read_task, read_text_task
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.tasks import Example, Task, read_task
+from dynadepth_search.scoring.scorer import Scorer
+from tests.tiny import tiny_model
 
 CHOICES = {"prompt": "Water is", "choices": ["wet", "dry"], "answer": 0}
 
@@ -81,6 +84,27 @@ def test_limit_stops_reading_before_later_lines(tmp_path):
             "line 2: this is a prompt example, but the file began with choices examples",
         ),
         (CHOICES, "line 2: same prompt and same choices as line 1"),
+        # Legal JSON that is no text, no number of ours, or says two things at once.
+        (r'{"prompt": "a\ud800"}', r"line 2: `prompt` holds '\ud800' at character 1, half of a"),
+        (r'{"prompt": "\udfff\ud800"}', r"line 2: `prompt` holds '\udfff' at character 0, half of"),
+        (
+            r'{"prompt": "x", "choices": ["a", "b\udc00"], "answer": 0}',
+            r"line 2: `choices` holds '\udc00' at character 1, half of a surrogate pair",
+        ),
+        (r'{"prompt": "x", "completion": "\ud83d"}', r"line 2: `completion` holds '\ud83d'"),
+        (
+            r'{"prompt": "x", "choices": "\ud83d"}',
+            r'line 2: `choices` is "\ud83d"; expected a list',
+        ),
+        (r'{"prompt": "x", "\ud83d": 1}', r"line 2: unknown key '\ud83d'"),
+        (
+            '{"prompt": "x", "choices": ["a", "b"], "answer": ' + "9" * 5000 + "}",
+            "line 2: not JSON (",
+        ),
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not JSON ("),
+        ('{"prompt": "x", "prompt": "y"}', "line 2: key 'prompt' is given twice; give it once"),
+        ({**CHOICES, "answer": float("nan")}, "line 2: `answer` is NaN; expected the index"),
+        ({"prompt": "\u2003\u2028"}, "expected text that is not blank"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, line, message):
@@ -89,6 +113,7 @@ def test_bad_lines_name_file_and_line(tmp_path, line, message):
         read_task(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert message in str(caught.value)
+    str(caught.value).encode()  # it can be printed and written anywhere
 
 
 def test_same_prompt_with_other_choices_is_another_example(tmp_path):
@@ -142,10 +167,10 @@ def test_hashes_see_what_they_must():
 def test_a_text_gives_a_prompt_for_each_line(tmp_path):
     path = tmp_path / "tales.txt"
     path.write_text("Once upon\n\n  a time \nOnce upon\r\n\tlived é\n", "utf-8")
-    task = read_text_task(path)
+    task = read_task(path)
     assert (task.name, task.kind) == ("tales", "prompt")
     assert task.examples == (Example("Once upon"), Example("a time"), Example("lived é"))
-    assert read_text_task(path, limit=2).examples == task.examples[:2]
+    assert read_task(path, limit=2).examples == task.examples[:2]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +181,44 @@ def test_a_text_without_prompts_is_refused(tmp_path, content, message):
     path = tmp_path / "tales.txt"
     path.write_bytes(content)
     with pytest.raises(TaskError, match=message):
-        read_text_task(path)
+        read_task(path)
     with pytest.raises(FileNotFoundError):
-        read_text_task(tmp_path / "other.txt")
+        read_task(tmp_path / "other.txt")
+
+
+def test_a_whole_pair_of_surrogates_is_a_character(tmp_path):
+    task = read_task(write(tmp_path, r'{"prompt": "\ud83d\ude00"}', {"prompt": "a\x00b"}))
+    assert [item.prompt for item in task.examples] == ["\U0001f600", "a\x00b"]
+
+
+def test_surrogates_that_are_written_as_bytes_are_no_text(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(b'{"prompt": "\xed\xa0\x80"}\n')
+    with pytest.raises(TaskError, match="line 1: not JSON"):
+        read_task(path)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("bad", ["\u200b", "x" * 3000, "\x00"])
+def test_what_a_tokenizer_cannot_read_is_named_by_file_and_line(tmp_path, chat, bad):
+    class Deaf:
+        chat_template = "{{ messages[0]['content'] }}"
+        eos_token_id = bos_token_id = None
+
+        def __call__(self, text, **_):
+            if "\x00" in text:
+                raise TypeError("embedded null character")
+            return {"input_ids": [5] * len(text.replace("\u200b", ""))}
+
+        def apply_chat_template(self, messages, *, tokenize, **_):
+            text = messages[-1]["content"]
+            return self(text)["input_ids"] if tokenize else text
+
+    path = write(tmp_path, {"prompt": "fine"}, {"prompt": bad})
+    task, tokenizer = read_task(path), Deaf()
+    task = as_chat(task, tokenizer) if chat else task
+    scorer = Scorer(tiny_model(), tokenizer, chat=task.chat)
+    scorer.encode(task.examples[0])
+    with pytest.raises(TaskError) as caught:
+        scorer.encode(task.examples[1])
+    assert str(caught.value).startswith(f"{path}, line 2: ")

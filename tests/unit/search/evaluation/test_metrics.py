@@ -57,10 +57,9 @@ def test_two_that_do_the_same_are_no_gain() -> None:
     (finding,) = _say(0.0, 0.0)
     assert finding == (
         "routed 0.80 (mean depth 1.000, n = 60) does not beat the static mixture of equal depth in graded reward "
-        "(log-prob of the right answer), +0.0000 [+0.0000, +0.0000] and agreement with the base's own answer (%), "
-        "+0.0 [+0.0, +0.0]. It keeps the identity plan for 100% of the prompts and uses 1 different plan. "
-        "One plan for all prompts is itself static: any difference to the mixture is one between static plans. "
-        "It missed its budget by more than 0.02: budget 0.80, measured 1.000."
+        "+0.0000 [+0.0000, +0.0000] and agreement +0.0 [+0.0, +0.0] points. It uses one plan, the identity plan for "
+        "100% of the prompts. One plan for all prompts is itself static: any difference from the mixture is one "
+        "between static plans. It missed its budget by more than 0.02: budget 0.80, measured 1.000."
     )
 
 

@@ -3,138 +3,28 @@
 import json
 import re
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from dynadepth.plans import identity_plan
-from dynadepth_search.evaluation.comparison import Comparison, Front, PlannedPolicy
-from dynadepth_search.evaluation.metrics import action_shares, findings, policy_metrics
-from dynadepth_search.evaluation.outcome_cache import Table
+from dynadepth_search.evaluation.metrics import METRIC_LABELS
 from dynadepth_search.report.plots import pareto_plot
-from dynadepth_search.report.report import report_html, write_report
+from dynadepth_search.report.report import report_html, report_markdown, write_report
 from dynadepth_search.report.tables import (
+    AGAINST_STATIC,
     against_base_table,
     as_markdown,
-    as_text,
     cost_table,
+    evaluation_tables,
     quality_table,
 )
+from dynadepth_search.report.verdict import verdict
+from tests.tiny_evaluation import made_up
 
-LAYERS, PROMPTS = 6, 12
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
-
-
-def made_up(
-    *, labels: bool = True, name: str = "piqa", headline: str = "agreement", curve: bool = True
-) -> dict[str, Any]:
-    """An evaluation whose outcomes are made up."""
-    rng = np.random.default_rng(0)
-    plans = [identity_plan(LAYERS)]
-    for layer in (3, 4, 1):
-        plans.append(plans[-1].copy())
-        plans[-1][layer] = 0
-    planned = []
-    for budget, share in ((0.9, 0.6), (0.7, 1.8)):
-        routed = np.ones((PROMPTS, LAYERS), dtype=np.uint8)
-        routed[:, 3] = rng.random(PROMPTS) > share
-        routed[:, 4] = rng.random(PROMPTS) > share - 0.9
-        planned.append(
-            PlannedPolicy(name=f"menu {budget:.2f}", kind="routed", budget=budget, plans=routed)
-        )
-    comparison = Comparison(
-        policies=planned,
-        front=Front(np.array(plans), np.array([0.0, -0.1, -0.3, -0.6])),
-        influence=rng.random(LAYERS),
-        num_prompts=PROMPTS,
-        random_draws=2,
-        seed=0,
-    )
-    stack = np.stack(list(comparison.sets.values()))
-    quality = -((stack == 0) * rng.random((PROMPTS, LAYERS))).sum(axis=-1)
-    values = {"preserve": quality, "agreement": (quality > -0.5).astype(float)}
-    if labels:
-        values |= {"reward": quality - 0.7, "accuracy": (quality > -0.3).astype(float)}
-    table = Table(rows={each: row for row, each in enumerate(comparison.sets)}, values=values)
-    compared = list(comparison.compared(table, headline))
-    time = {"median": 0.9, "low": 0.8, "high": 1.0, "rounds": 3, "prompts": 4, "milliseconds": 5.0}
-    policies = [
-        policy_metrics(
-            item.run,
-            compared[0].run,
-            item.static,
-            seed=0,
-            time=time if item.run.kind == "routed" else None,
-        )
-        for item in compared
-    ]
-    content = {
-        "schema_version": 2,
-        "model": "tiny-llama",
-        "task": {
-            "name": name,
-            "kind": "choices",
-            "scoring": "raw",
-            "sha256": "ab" * 32,
-            "heldout_prompts": PROMPTS,
-            "train_prompts": 9,
-        },
-        "headline": headline,
-        "num_layers": LAYERS,
-        "dtype": "bfloat16",
-        "config": {"seed": 0},
-        "routers": {
-            "kind": "menu",
-            "range": [0.5, 1.0],
-            "layers": [3],
-            "ridge": 100.0,
-            "weights": {"agreement": 1.0},
-            "shrinkage": 0.25,
-        },
-        "policies": policies,
-        "findings": findings(policies, headline),
-        "drift": [],
-        "actions": [
-            {"budget": policy.budget, "shares": action_shares(policy.plans)} for policy in planned
-        ],
-        "plan_map": [
-            {
-                "budget": 0.7,
-                "different_plans": 3,
-                "rows": [
-                    {
-                        "plan": "111101",
-                        "depth": 5 / 6,
-                        "share": 0.75,
-                        "examples": ["Is a < b?", f"{name}?"],
-                    },
-                    {"plan": "111111", "depth": 1.0, "share": 0.25, "examples": []},
-                ],
-            }
-        ],
-        "front": comparison.front_metrics(table),
-        "runtime_check": {
-            "menu 0.70": {
-                "prompts": 2,
-                "choices": 4,
-                "mean_difference": 0.005,
-                "max_difference": 0.01,
-                "plans_differing": 0,
-            }
-        },
-        "base_prefill_milliseconds": 5.0,
-        "versions": {"dynadepth": "0.1.0"},
-        "seconds": 1.5,
-    }
-    if curve:
-        content["learning_curve"] = [
-            {"prompts": count, "gain": 0.01 * count / 40, "standard_error": 0.02}
-            for count in (40, 80, 160)
-        ]
-    return content
 
 
 class _Page(HTMLParser):
@@ -324,7 +214,7 @@ def test_tables_have_a_cell_for_every_title(evaluation: dict[str, Any]) -> None:
     assert [row[3] == "" for row in rows][:4] == [True, False, True, False]
 
 
-def test_a_table_as_text_and_as_markdown() -> None:
+def test_a_table_as_markdown() -> None:
     head, rows = ["policy", "depth"], [["a | b", "1.0"], ["c", ""]]
     assert as_markdown(head, rows).splitlines() == [
         "| policy | depth |",
@@ -332,9 +222,83 @@ def test_a_table_as_text_and_as_markdown() -> None:
         "| a \\| b | 1.0 |",
         "| c |  |",
     ]
-    assert as_text(head, rows).splitlines() == [
-        "policy  depth",
-        "------  -----",
-        "a | b     1.0",
-        "c",
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("headline", ["agreement", "preserve", "reward"])
+def test_the_page_opens_with_verdict_picture_table_and_findings(
+    labels: bool, headline: str
+) -> None:
+    if headline == "reward" and not labels:
+        pytest.skip("there is no reward without labels")
+    evaluation = made_up(labels=labels, headline=headline)
+    html = report_html(evaluation)
+    body = html[html.index("<main>") :]
+    places = [
+        body.index(part)
+        for part in (
+            "<h1>",
+            f'<p class="verdict">{escape(verdict(evaluation))}</p>',
+            "<svg ",
+            "<table>",
+            "<h2>Findings</h2>",
+            f"<li>{escape(evaluation['findings'][0])}</li>",
+        )
     ]
+    assert places == sorted(places)
+    # The first picture is of the headline metric, the first table of all metrics.
+    assert body[places[2] :].split('aria-label="')[1].startswith(escape(METRIC_LABELS[headline]))
+    assert body[places[3] : places[4]].count("<table>") == 1
+    assert body[: places[4]].count("<svg ") == 1
+    assert "<h2>" not in body[: places[2]]
+
+
+def test_findings_stand_one_a_line_below_the_policy_that_they_are_about() -> None:
+    evaluation = made_up(preset="twin")
+    evaluation["findings"] += [
+        "twin 0.90 was left out: budget 0.9 is out of range.",
+        "On 9 prompts of another kind the depth is 0.8.",
+    ]
+    html = report_html(evaluation)
+    section = html[html.index("<h2>Findings</h2>") :].split("<h2>")[1]
+    parts = re.findall(r"<h3>(.*?)</h3><ul>(.*?)</ul>", section)
+    assert [title for title, _ in parts] == ["menu", "twin", "Notes"]
+    lines = [re.findall(r"<li>(.*?)</li>", items) for _, items in parts]
+    assert [[line.split(" (")[0] for line in group] for group in lines] == [
+        ["menu 0.90", "menu 0.70"],
+        ["twin 0.90", "twin 0.70", "twin 0.90 was left out: budget 0.9 is out of range."],
+        ["On 9 prompts of another kind the depth is 0.8."],
+    ]
+    assert sorted(line for group in lines for line in group) == sorted(
+        escape(finding) for finding in evaluation["findings"]
+    )
+
+
+def test_nothing_that_is_known_is_left_out_of_the_page_and_the_markdown() -> None:
+    evaluation = made_up(preset="twin")
+    page, markdown = _Page(report_html(evaluation)).text, report_markdown(evaluation)
+    assert markdown.startswith(f"{verdict(evaluation)}\n\n| policy | depth | agreement, % |")
+    for head, rows in evaluation_tables(evaluation):
+        for row in rows:
+            assert f"| {' | '.join(row)} |" in markdown
+            # An empty cell has no words.
+            assert " ".join(" ".join(row).split()) in page, row
+        for title in head:
+            assert f" {title} |" in markdown
+            assert title in page or title == AGAINST_STATIC
+    for finding in evaluation["findings"]:
+        assert f"\n- {finding}" in markdown
+        assert finding in page
+    for policy in evaluation["policies"]:
+        shown = f"{policy['depth']:.3f} {policy['identity_rate']:.0%} {policy['distinct_plans']}"
+        assert shown in page
+
+
+def test_an_oracle_stands_below_every_policy() -> None:
+    evaluation = made_up(preset="twin")
+    oracles = ["oracle 0.90 (saw the answers)", "oracle 0.70 (saw the answers)"]
+    for _, rows in evaluation_tables(evaluation):
+        assert [row[0] for row in rows][-2:] == oracles
+        assert not any("oracle" in row[0] for row in rows[:-2])
+    html = report_html(evaluation)
+    assert html.count('<tr class="oracle first">') == html.count('<tr class="oracle">') == 3

@@ -23,6 +23,7 @@ from dynadepth.plans import prefix_numbers
 from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.wrap import wrap_model
 from dynadepth_search.data.encoding import prompt_text
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring import score_table
 from dynadepth_search.scoring.score_table import (
@@ -345,7 +346,11 @@ class TestResuming:
                 read_scores(tmp_path)
         else:
             prompts = min(16 * blocks, COUNT)
-            assert_same(read_scores(scored), read_scores(tmp_path), prompts=prompts)
+            found = read_scores(tmp_path, accept_partial=True)
+            assert_same(read_scores(scored), found, prompts=prompts)
+            if prompts < COUNT:
+                with pytest.raises(LabelError, match=f"{prompts} of {COUNT} prompts are scored"):
+                    read_scores(tmp_path)
         score(model, tmp_path)
         assert folder_bytes(tmp_path) == before
 
@@ -353,9 +358,48 @@ class TestResuming:
         whole = read_scores(folder)
         for name in FILES[2:4]:
             (folder / name).unlink()
-        assert_same(whole, read_scores(folder), prompts=16)
+        with pytest.raises(
+            LabelError,
+            match=f"is unfinished: 16 of {COUNT} prompts are scored; score the same again .*--accept-partial",
+        ):
+            read_scores(folder)
+        assert_same(whole, read_scores(folder, accept_partial=True), prompts=16)
         (folder / FILES[1]).unlink()
-        with pytest.raises(LabelError, match="holds no scored prompts yet"):
+        for accept in (True, False):
+            with pytest.raises(LabelError, match="holds no scored prompts yet"):
+                read_scores(folder, accept_partial=accept)
+
+
+class TestWhoTookPart:
+    def test_prompts_are_remembered_before_they_are_scored(self, folder):
+        every = prompt_hashes(tiny_task(COUNT).examples)
+        assert list(read_scores(folder).prompt_hashes) == every
+        for part in folder.glob("part-00001*"):
+            part.unlink()
+        unfinished = read_scores(folder, accept_partial=True)
+        assert len(unfinished) < COUNT
+        assert list(unfinished.prompt_hashes) == every
+        assert list(unfinished.take([0]).prompt_hashes) == every
+
+    def test_those_that_chose_the_plans_add_up(self, model, tmp_path):
+        assert score(model, tmp_path, plan_prompts=["b", "a"]).plan_prompt_hashes == ("a", "b")
+        assert score(model, tmp_path).plan_prompt_hashes == ("a", "b")
+        assert score(model, tmp_path, plan_prompts=["c", "a"]).plan_prompt_hashes == ("a", "b", "c")
+
+    def test_an_older_table_says_what_it_can(self, folder):
+        def forget(content):
+            del content["prompt_hashes"], content["plan_prompt_hashes"]
+
+        change_manifest(folder, forget)
+        table = read_scores(folder)
+        assert list(table.prompt_hashes) == prompt_hashes(table.examples)
+        assert table.plan_prompt_hashes == ()
+
+    @pytest.mark.parametrize("key", ["prompt_hashes", "plan_prompt_hashes"])
+    @pytest.mark.parametrize("value", [None, 3, "abc", [1], {"a": 1}])
+    def test_what_is_no_list_of_hashes(self, folder, key, value):
+        change_manifest(folder, lambda content: content.update({key: value}))
+        with pytest.raises(LabelError, match="is damaged"):
             read_scores(folder)
 
 

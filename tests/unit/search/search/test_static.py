@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
+from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring import score_table
 from dynadepth_search.scoring.score_table import read_scores
@@ -241,6 +243,72 @@ class TestFound:
         result = search(model, tmp_path, task=tiny_task(45), num_candidates=6, beam=6)
         assert (result.pool[:, 0] == 0).any()
         assert len(result.menu) >= 2
+
+
+class TestPromptsThatRepeat:
+    """Examples of one prompt with other choices are one prompt, wherever prompts are divided."""
+
+    def repeated(self, counts):
+        examples = varied_task(sum(counts)).examples
+        prompts = [f"Prompt {index}" for index, count in enumerate(counts) for _ in range(count)]
+        return Task(
+            "repeated",
+            tuple(
+                Example(prompt, (*item.choices, f"not {index}"), item.answer)
+                for index, (prompt, item) in enumerate(zip(prompts, examples, strict=True))
+            ),
+        )
+
+    def test_one_text_is_no_task(self, model, tmp_path):
+        with pytest.raises(TaskError, match="1 different prompts cannot choose plans for all"):
+            search(model, tmp_path / "out", task=self.repeated([24]))
+        assert not (tmp_path / "out").exists()
+
+    def test_a_prompt_of_many_examples_leaves_the_others_enough(self, model, tmp_path):
+        task = self.repeated([300, *[1] * 44])
+        found = search(model, tmp_path / "out", task=task)
+        measured = {item.prompt for item in read_scores(tmp_path / "out" / "pool").examples}
+        assert len(measured) >= 20
+        assert len(found.prompt_hashes) > len(measured)
+
+    def test_too_few_different_ones_are_found_before_the_work(self, model, tmp_path):
+        with pytest.raises(
+            TaskError,
+            match="30 of 600 examples were drawn, those of one prompt together, which gave",
+        ):
+            search(model, tmp_path / "out", task=self.repeated([15] * 40), num_confirmed=30)
+        assert not (tmp_path / "out").exists()
+
+
+class TestWhoTookPart:
+    def test_the_prompts_that_chose_the_plans_are_remembered(self, model, tmp_path):
+        task = varied_task(60, kind="prompt")
+        changes = {"num_prompts": 12, "num_confirmed": 20}
+        search(model, tmp_path / "plans", task=task, **changes)
+        found = read_static(tmp_path / "plans")
+        table = read_scores(tmp_path / "plans" / "pool")
+        # Twelve grew the plans and twenty others measured them; the rest can still be held out.
+        assert len(found.prompt_hashes) == 32
+        assert set(found.prompt_hashes) < set(prompt_hashes(task.examples))
+        assert set(prompt_hashes(table.examples)) < set(found.prompt_hashes)
+        assert set(table.plan_prompt_hashes) == set(found.prompt_hashes)
+
+    def test_the_form_of_a_prompt_does_not_matter(self, model, tmp_path):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "({{ messages[0]['role'] }}) {{ messages[0]['content'] }}"
+        task, known = varied_task(kind="prompt"), []
+        for form in (task, as_chat(task, tokenizer), as_chat(task, tokenizer, system="Be brief.")):
+            folder = tmp_path / str(len(known))
+            spec = StaticSpec(size=3, beam=1, num_prompts=5, num_screened=3, num_candidates=2)
+            known.append(search_static(model, tokenizer, form, folder, spec).prompt_hashes)
+        assert known[0] == known[1] == known[2]
+        assert set(known[0]) <= set(prompt_hashes(task.examples))
+
+    def test_an_older_folder_does_not_say(self, folder):
+        content = json.loads((folder / MENU).read_text())
+        del content["prompt_hashes"]
+        (folder / MENU).write_text(json.dumps(content))
+        assert read_static(folder).prompt_hashes is None
 
 
 class TestLimits:
@@ -567,6 +635,8 @@ class TestSkipCosts:
             lambda content: content["pool"][1].update(plan="11111"),
             lambda content: content["pool"][1].pop("value"),
             lambda content: content["asked"]["search"].update(objective="accuracy"),
+            lambda content: content.update(prompt_hashes=3),
+            lambda content: content.update(prompt_hashes=["a", 3]),
         ],
     )
     def test_a_file_that_lacks_something(self, folder, change):

@@ -1,0 +1,50 @@
+"""Budgets: the policies that one trained policy gives, by the budget asked for."""
+
+from typing import Any
+
+from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy
+from dynadepth.errors import ConfigError
+from dynadepth.policies.base import Policy
+
+__all__ = ["Budgets"]
+
+# A server asks for a few budgets again and again; each policy holds its heads on the device.
+_MOST_KEPT = 16
+
+
+class Budgets:
+    """Makes the policy of a budget once and keeps it while it is in use.
+
+    Safe to share between threads: two that ask for a new budget at once may both make its policy.
+
+    Args:
+        trained: The routers or the menu; None where the model was wrapped with a plan or a policy of the user's own.
+        backend: What computes the decisions.
+    """
+
+    def __init__(self, trained: TrainedPolicy | None, backend: Backend = "torch") -> None:
+        self._trained, self._backend = trained, backend
+        self._kept: dict[float, Policy] = {}
+
+    def policy(self, budget: Any) -> Policy:
+        """Return the policy that keeps a budget.
+
+        Args:
+            budget: Mean depth over prompts, each counting once, as a fraction of the layers.
+
+        Raises:
+            BudgetError: The budget is not a number or outside the calibrated range.
+            ConfigError: The model was not wrapped with a budget.
+        """
+        if self._trained is None:
+            raise ConfigError(
+                "this model was wrapped with a plan or a policy, which no budget changes; unwrap_model(model) and wrap "
+                "it with a budget and routers"
+            )
+        found = self._kept.get(budget) if isinstance(budget, float) else None
+        if found is None:
+            found = self._trained.policy(budget, backend=self._backend)
+            kept = [*self._kept.items(), (float(budget), found)]
+            # Replaced whole, so that another thread never sees it half done.
+            self._kept = dict(kept[-_MOST_KEPT:])
+        return found

@@ -1,0 +1,58 @@
+"""What a terminal shows of an evaluation: its verdict and one short table, at most 100 columns wide."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dynadepth_search.report.findings import general_notes
+from dynadepth_search.report.tables import outside_summary, summary_table
+from dynadepth_search.report.verdict import verdict
+
+__all__ = ["WIDTH", "print_summary", "result_console"]
+
+WIDTH = 100
+# More are in the report.
+_SHOWN_NOTES = 3
+
+
+def result_console() -> Console:
+    """Return a console on stdout, at most 100 columns wide, where brackets in a text are no markup."""
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    # A file or a pipe has no width of its own.
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    return console
+
+
+def print_summary(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Print the verdict, what is to be known of the run, the short table, and what only the report shows.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+        console: Where it goes.
+    """
+    console.print(verdict(evaluation))
+    notes = general_notes(evaluation)
+    for note in notes[:_SHOWN_NOTES]:
+        console.print(f"- {note}")
+    if len(notes) > _SHOWN_NOTES:
+        console.print(f"- {len(notes) - _SHOWN_NOTES} more notes are in the report.")
+    task = evaluation["task"]
+    console.print(
+        f"\n{evaluation['model'] or 'a model'} on {task['name']}: {task['heldout_prompts']} held-out prompts\n"
+    )
+    console.print(_table(*summary_table(evaluation)))
+    console.print(f"\n{outside_summary(evaluation)}")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table; what is too wide for its column goes on in the next line."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column, name in enumerate(head):
+        table.add_column(name, justify="right" if column else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
