@@ -19,7 +19,7 @@ from dynadepth.checkpoints.paths import (
     ROUTERS_FILES,
     first_lines,
 )
-from dynadepth.checkpoints.save_load import export_policy, load_routers, save_routers
+from dynadepth.checkpoints.save_load import export_policy, load_policy, save_policy
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthError, HubError
 from dynadepth.models.names import HUB_ID
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-__all__ = ["push_routers"]
+__all__ = ["push_policy"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Files at the top of a repository that are not part of a model.
@@ -44,7 +44,7 @@ _ADVICE = {
 }
 
 
-def push_routers(
+def push_policy(
     folder_or_routers: str | os.PathLike[str] | TrainedPolicy,
     repo_id: str,
     *,
@@ -89,10 +89,10 @@ def push_routers(
     _check_names(repo_id, revision)
     if isinstance(folder_or_routers, TrainedPolicy):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = save_routers(Path(scratch) / FOLDER_NAME, folder_or_routers)
+            folder = save_policy(Path(scratch) / FOLDER_NAME, folder_or_routers)
             if find_spec("onnx") and find_spec("onnxruntime"):
                 export_policy(folder_or_routers, folder / ONNX_NAME)
-            return push_routers(
+            return push_policy(
                 folder,
                 repo_id,
                 private=private,
@@ -141,7 +141,7 @@ def _check_folder(path: Path) -> tuple[Path, TrainedPolicy]:
     """Return the routers folder and its policy, after checking that every file can be loaded."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; expected a routers folder")
-    routers = load_routers(path)
+    routers = load_policy(path)
     folder = routers.folder or path
     card = folder / CARD_NAME
     try:

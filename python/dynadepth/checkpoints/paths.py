@@ -38,7 +38,7 @@ def find_routers(model: nn.Module) -> Path:
     """Find the routers beside a base model, where `from_pretrained` found the model itself.
 
     On the hub they are taken from the main branch, whatever the revision of the model: transformers does not record it
-    (if a configuration has `_commit_hash`, that commit is used). `load_routers` takes a revision.
+    (if a configuration has `_commit_hash`, that commit is used). `load_policy` takes a revision.
 
     Args:
         model: A transformers model.

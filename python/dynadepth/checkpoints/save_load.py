@@ -46,8 +46,8 @@ __all__ = [
     "base_model_name",
     "export_policy",
     "find_routers",
-    "load_routers",
-    "save_routers",
+    "load_policy",
+    "save_policy",
 ]
 
 SCHEMA_VERSION = 2
@@ -78,7 +78,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _JSON_WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a fraction"}
 
 
-def save_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
+def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
     """Write a routers folder: configuration, weights and model card.
 
     The folder appears complete or not at all. Earlier routers in it are replaced, including their `routers.onnx`, which
@@ -125,7 +125,7 @@ def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
         export_onnx(routers, path)
 
 
-def load_routers(
+def load_policy(
     path_or_hub_id: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,

@@ -129,7 +129,7 @@ class TrainedPolicy(ABC):
             shape=(self.num_layers, self.hidden_size),
             accepted=self.accepted,
             advice="use routers trained on this model",
-            how_to_accept=f"pass routers=load_routers({path}, model=model, accept_mismatch=True)",
+            how_to_accept=f"pass routers=load_policy({path}, model=model, accept_mismatch=True)",
         )
 
     def _graph(self, built: bytes) -> tuple[Path | bytes, str | None]:

@@ -112,24 +112,29 @@ def check_dtype(dtype: str) -> None:
         )
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left, as generation needs.
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str], *, for_generation: bool = True
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
 
     Args:
         name_or_path: A folder with the tokenizer's files, or a Hugging Face Hub id.
+        for_generation: Let it pad on the left, and with the end-of-text token if it has no padding token of its own.
+            False: as its files have it, which is what a checkpoint is saved with.
 
     Returns:
-        The tokenizer. Its padding token is the end-of-text token if it has none of its own.
+        The tokenizer.
 
     Raises:
         AssetError: There is no such tokenizer, or one of its files is damaged.
     """
     name = _local_or_hub(name_or_path, "tokenizer")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+        options = {"padding_side": "left"} if for_generation else {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise AssetError(_cannot_load("tokenizer", name, error)) from error
-    if tokenizer.pad_token_id is None:
+    if for_generation and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded

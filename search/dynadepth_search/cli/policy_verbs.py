@@ -167,7 +167,7 @@ def evaluate_policy(
     as_json: Json = False,
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
-    from dynadepth.checkpoints.save_load import load_routers
+    from dynadepth.checkpoints.save_load import load_policy
     from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
@@ -187,8 +187,8 @@ def evaluate_policy(
     heldout = in_chat(heldout, tokenizer, chat=chat)
     other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
-    given = load_routers(routers, model=base)
-    presets = {name: load_routers(path, model=base) for name, path in others.items()}
+    given = load_policy(routers, model=base)
+    presets = {name: load_policy(path, model=base) for name, path in others.items()}
     check_trained_on({str(routers): given}, asked)
     with display() as progress:
         content = evaluate(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.checkpoints.paths import ONNX_NAME
-from dynadepth.checkpoints.save_load import base_model_name, export_policy, save_routers
+from dynadepth.checkpoints.save_load import base_model_name, export_policy, save_policy
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.evaluation.folds import hold_out
@@ -288,7 +288,7 @@ def write_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Pat
         ExportError: The ONNX file cannot be made, or does not decide as the routers do; the rest of the folder is
             complete.
     """
-    place = save_routers(folder, routers)
+    place = save_policy(folder, routers)
     export_policy(routers, place / ONNX_NAME)
     return place
 

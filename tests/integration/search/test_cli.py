@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dynadepth import load_routers
+from dynadepth import load_policy
 from dynadepth.cli import main as cli
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
@@ -192,7 +192,7 @@ def test_prompts_alone_from_a_text_file_are_scored(
 
 
 def test_training_writes_a_menu_that_loads(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    menu = load_routers(made / "my-model")
+    menu = load_policy(made / "my-model")
     assert menu.kind == "menu"
     assert menu.calibration.range[0] <= 0.85
     assert (made / "my-model" / "routers" / "routers.onnx").is_file()
@@ -220,7 +220,7 @@ def test_routers_of_all_layers_learn_from_the_plans_that_they_need(
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     assert json.loads(out)["policy"] == "routers"
-    assert load_routers(made / "all").kind == "routers"
+    assert load_policy(made / "all").kind == "routers"
 
 
 def test_the_published_routers_learn_from_labels(
@@ -230,7 +230,7 @@ def test_the_published_routers_learn_from_labels(
     code, out, err = run(capsys, *argv, "--labels", labelled / "labels")
     assert code == 0, err
     assert json.loads(out)["policy"] == "drllm"
-    routers = load_routers(labelled / "drllm")
+    routers = load_policy(labelled / "drllm")
     assert (routers.kind, routers.shrinkage, routers.config.preset) == ("routers", 1.0, "drllm")
 
 

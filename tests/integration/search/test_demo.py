@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynadepth import load_routers
+from dynadepth import load_policy
 from dynadepth.cli import main as cli
 from dynadepth.errors import AssetError, ConfigError, LabelError, TaskError, UnsupportedModelError
 from dynadepth.files import sha256_file
@@ -94,7 +94,7 @@ def test_a_demo_leaves_everything_a_user_needs(
     assert result["search"]["prompts scored"] == 44
     assert result["identity_rate"].keys() == {"menu 0.95", "menu 0.90"}
     assert result["seconds"]["total"] > 0
-    menu = load_routers(out / "menu")
+    menu = load_policy(out / "menu")
     assert menu.kind == "menu"
     assert result["train"]["shrinkage s"] == menu.training["recipe"]["shrinkage"]
     assert result["train"]["budgets"] == list(menu.calibration.range)
@@ -231,7 +231,7 @@ class TestWhole:
         left_out = [text for text in result["evaluation"]["findings"] if "was left out" in text]
         assert sum(kind == "preset" for kind in kinds.values()) + len(left_out) == 8
         for name in ("menu", "routers", "drllm"):
-            loaded = load_routers(out / name)
+            loaded = load_policy(out / name)
             assert loaded.kind == ("menu" if name == "menu" else "routers")
             assert (out / name / "routers.onnx").is_file()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth import load_routers, unwrap_model, wrap_model
+from dynadepth import load_policy, unwrap_model, wrap_model
 from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.plans import plan_depth
@@ -118,7 +118,7 @@ def test_a_table_becomes_a_folder_that_wraps_the_model(
         "routers.onnx",
         "routers.safetensors",
     ]
-    loaded = load_routers(folder, model=model)
+    loaded = load_policy(folder, model=model)
     assert loaded.kind == "menu"
     assert np.array_equal(loaded.menu.plans, PLANS)
     tensors = trained.menu.state_dict()
