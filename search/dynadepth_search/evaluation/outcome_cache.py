@@ -1,6 +1,6 @@
-"""Outcomes of many plans on many prompts, prompt by prompt on disk: what was scored is never scored again.
+"""Outcomes of many plans on many prompts, stored for each prompt so that nothing is scored twice.
 
-Owns the file `outcomes.jsonl` of an evaluation. Knows nothing of where the plans come from.
+They are in the file `outcomes.jsonl` of an evaluation.
 """
 
 import json
@@ -21,8 +21,8 @@ from dynadepth_search.scoring.scorer import Scorer
 
 __all__ = ["METRICS", "Table", "score_plans"]
 
-# Figures of a pair of prompt and plan. `reward` and `accuracy` are missing where there are no
-# labels.
+# Metrics of a pair of prompt and plan. `reward` and `accuracy` are missing if there are no right
+# answers.
 METRICS = ("reward", "preserve", "agreement", "accuracy")
 _BLOCK = 16
 
@@ -34,15 +34,15 @@ class Table:
     """Outcomes of sets of plans on the prompts of a task.
 
     Args:
-        rows: Row of each set of plans.
-        values: Of each metric that the task has. Shape (sets, prompts) each, float64.
+        rows: The row of each set of plans, by its name.
+        values: The values of each metric that the task has. Shape (sets, prompts) each, float64.
     """
 
     rows: dict[str, int]
     values: dict[str, Floats]
 
     def of(self, name: str) -> dict[str, Floats]:
-        """Return the metrics of one set of plans. Shape (prompts,) each."""
+        """Return the metrics of one set of plans. Shape (prompts,) each, float64."""
         return {metric: values[self.rows[name]] for metric, values in self.values.items()}
 
 
@@ -55,19 +55,19 @@ def score_plans(
     spec: str,
     progress: Callable[[int, int], None],
 ) -> Table:
-    """Score sets of plans on every prompt of a task, and keep what was scored.
+    """Score sets of plans on every prompt of a task, and store the outcomes.
 
-    A prompt's plans are scored together, in blocks of prompts, and appended to the file when the
-    block is done; a second call with the same arguments goes on behind the last whole line. A file
-    of another task, other plans or another `spec` is replaced.
+    All plans of a prompt are scored together, in blocks of prompts; a finished block is appended to the
+    file. A second call with the same arguments continues after the last complete line. A file of
+    another task, other plans or another `spec` is replaced.
 
     Args:
-        scorer: Of the base model.
+        scorer: The scorer of the base model.
         task: The prompts.
         sets: One plan for each prompt, by name. Shape (prompts, num_layers) each, uint8.
-        path: Where the outcomes are kept.
-        spec: Whatever else the outcomes depend on, such as the model's fingerprint.
-        progress: Called with the prompts that are done and all of them.
+        path: The file of the outcomes.
+        spec: Everything else that the outcomes depend on, such as the model's fingerprint.
+        progress: Called with the numbers of finished prompts and of all prompts.
 
     Returns:
         The outcomes.
@@ -77,7 +77,7 @@ def score_plans(
     """
     stack = np.stack(list(sets.values()), axis=1)
     header = sha256_text(json.dumps([spec, task.sha256, stack.shape, stack.tobytes().hex()]))
-    # One line for each prompt: equal plans are scored once.
+    # There is one line for each prompt; equal plans are scored once.
     distinct = [np.unique(plans, axis=0, return_inverse=True) for plans in stack]
     lines = _read(path, header)
     if lines is None:
@@ -107,7 +107,7 @@ def score_plans(
 
 
 def _score(scorer: Scorer, task: Task, plans: list[Plans], first: int) -> list[dict[str, Any]]:
-    # A block's outcomes depend on the block alone, whatever was scored before it.
+    # The outcomes of a block do not depend on what was scored before it.
     scorer.forget()
     examples = task.examples[first : first + len(plans)]
     example = np.repeat(np.arange(len(plans)), [len(rows) for rows in plans])
@@ -139,7 +139,7 @@ def _check_finite(item: Example, plans: Plans, rewards: Floats) -> None:
 
 
 def _read(path: Path, header: str) -> list[dict[str, Any]] | None:
-    """Return the whole lines of a file of ours and cut off a torn last one; None if it is another's."""
+    """Return the complete lines and cut off an incomplete last one; None if the file has another header."""
     if not path.is_file():
         return None
     text = path.read_bytes()

@@ -1,7 +1,7 @@
-"""An append-only file of JSON lines that survives being killed.
+"""An append-only file of JSON lines that survives a kill of its writer.
 
-A line is flushed to disk before `append` returns. A kill in the middle of it leaves a line without an
-end; that one is dropped, and cut off before the next line is written. Knows nothing of what lines mean.
+A line is flushed to disk before `append` returns. A kill while it is being written leaves a line
+without an end, which is ignored, and cut off before the next line is written.
 """
 
 import json
@@ -17,33 +17,34 @@ __all__ = ["Journal", "read_journal"]
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read all finished lines.
+    """Read all complete lines.
 
     Args:
-        path: The journal; none is an empty one.
+        path: The journal; if it does not exist, it counts as empty.
 
     Returns:
-        The lines, and how many bytes they take; what follows is the torn last line.
+        The lines, and how many bytes they take; what follows is an incomplete last line.
 
     Raises:
-        LabelError: A line in the middle cannot be read.
+        LabelError: A line other than the last cannot be read. Its cause is the ValueError of a line that is not JSON,
+            or the TypeError of one that is not an object.
     """
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")
     rows: list[dict[str, Any]] = []
     length = 0
-    # What follows the last end of line is empty, or the beginning of a line.
+    # What follows the last line feed is empty, or the beginning of a line.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise TypeError(f"a JSON {type(row).__name__}")  # noqa: TRY301 (handled as any other damaged line)
         except (ValueError, TypeError) as error:
-            # A crash of the machine may leave the last line's length without its content.
+            # After a crash of the machine, the last line may have its length but not its content.
             if number == len(lines) - 1:
                 break
             raise LabelError(
-                f"{path}, line {number} cannot be read ({error}); a kill tears the last line only, so the "
+                f"{path}, line {number} cannot be read ({error}); a kill damages only the last line, so the "
                 "file was altered: remove that line and run the same search again; only its prompt is "
                 "searched again"
             ) from error
@@ -56,8 +57,8 @@ class Journal:
     """Writes lines to a journal.
 
     Args:
-        path: The file; it is made with the first line.
-        length: Bytes that are finished lines, as `read_journal` counts them; the rest is cut off.
+        path: The file; it is created with the first line.
+        length: Number of bytes of complete lines, as `read_journal` returns it; the rest is cut off.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -73,7 +74,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write these lines in place of all others, or remove the file if there are none."""
+        """Replace all lines by these, or remove the file if there are none."""
         data = b"".join(_line(row) for row in rows)
         if data:
             write_bytes_atomic(self._path, data)

@@ -1,8 +1,7 @@
-"""Labels on disk: what they were made with, how they are read, and what a damaged file looks like.
+"""Labels on disk: what they were made with, how they are read, and how damaged files are recognised.
 
 A folder holds `manifest.json`, Parquet shards `part-00000.parquet` and so on, and, while a search is
-unfinished, `journal.jsonl` with the prompts that no shard holds yet. Writing is `label_store`. Knows
-nothing of how labels are found.
+unfinished, `journal.jsonl` with the prompts that no shard holds yet. `label_store` writes them.
 """
 
 import io
@@ -71,9 +70,9 @@ class Shard:
     """A finished file of labels.
 
     Args:
-        name: Within the folder.
-        sha256: Of its bytes.
-        prompts: Rows.
+        name: Its name within the folder.
+        sha256: SHA-256 of its bytes, in hexadecimal.
+        prompts: Number of rows.
     """
 
     name: str
@@ -83,18 +82,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a folder of labels was made with; written once, but for the list of shards.
+    """What a folder of labels was made with; only the list of shards changes after it is written.
 
     Args:
         base_model: Fingerprint of the base model.
-        num_layers: Its decoder layers.
-        dtype: In which it ran.
+        num_layers: Its number of decoder layers.
+        dtype: The dtype that it ran in.
         task: `name`, `kind`, `scoring`, `sha256` and `prompts`.
-        search: The search spec as it was asked for, see `searching.PromptSearchSpec`.
-        depth_penalty: Lambda of the labels' value, as asked for or as the probe chose it.
+        search: The settings of the search, see `dynadepth_search.search.per_prompt_spec.PromptSearchSpec`.
+        depth_penalty: Lambda of the labels' value, as given or as chosen by the probe.
         prior: What the probe measured.
-        versions: Of the libraries that took part.
-        shards: Finished ones, in order.
+        versions: Versions of the libraries that were used.
+        shards: The finished shards, in order.
     """
 
     base_model: dict[str, Any]
@@ -113,7 +112,7 @@ class Manifest:
         return str(self.search["objective"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the manifest as values that JSON knows."""
+        """Return the manifest as values that JSON can hold."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         shards = [
             {item.name: getattr(shard, item.name) for item in fields(Shard)}
@@ -133,7 +132,7 @@ class Labels:
 
     Args:
         manifest: What they were made with.
-        examples: The prompts with what their answers are judged by.
+        examples: The prompts, with their right answers if any.
         base_rewards: Reward of the identity plan. Shape (P,), float64.
         plans: The chosen plans. Shape (P, layers), uint8.
         rewards: Their rewards. Shape (P,), float64.
@@ -156,12 +155,12 @@ class Labels:
 
     @property
     def identity_rate(self) -> float:
-        """Share of prompts whose label is the identity plan."""
+        """Fraction of prompts whose label is the identity plan."""
         return float((self.plans == 1).all(axis=1).mean())
 
     @property
     def evaluations(self) -> float:
-        """Evaluated plans for each label."""
+        """Mean number of evaluated plans per label."""
         return float(np.mean([len(item) for item in self.evaluated]))
 
 
@@ -174,14 +173,14 @@ def label_row(
     label: str,
     value: float,
 ) -> dict[str, Any]:
-    """Return one prompt's label as it is stored, in the journal and in a shard alike.
+    """Return one prompt's label as it is stored, both in the journal and in a shard.
 
     Args:
-        index: Of the prompt in the task.
+        index: Index of the prompt in the task.
         example: The prompt.
         evaluated: Every evaluated plan.
         base_reward: Reward of the identity plan.
-        label: The chosen plan, one digit a layer.
+        label: The chosen plan, one digit for each layer.
         value: Its value.
     """
     digits = [bytes(plan + ord("0")).decode() for plan in evaluated.plans]
@@ -224,7 +223,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
     """Check that a shard is the file that was written.
 
     Raises:
-        LabelError: It is missing, cut off or altered; the message says how to repair it.
+        LabelError: It is missing, truncated or altered; the message says how to repair it.
     """
     path = folder / shard.name
     only = f"only its {shard.prompts} prompts are searched again"
@@ -238,7 +237,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
 
 
 def read_unfinished(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows that no shard holds yet, and how many bytes of the journal they take.
+    """Return the rows of the journal, which no shard holds yet, and how many bytes they take.
 
     Raises:
         LabelError: A line was altered.
@@ -248,7 +247,7 @@ def read_unfinished(folder: Path) -> tuple[list[dict[str, Any]], int]:
     for row in rows:
         if set(row) != set(_SCHEMA.names):
             raise LabelError(
-                f"{path} holds a line that is no label (keys {', '.join(sorted(row))}): remove that line "
+                f"{path} holds a line that is not a label (keys {', '.join(sorted(row))}): remove that line "
                 "and run the same search again; only its prompt is searched again"
             )
     return rows, length
@@ -259,7 +258,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        LabelError: It is damaged, or of a newer schema.
+        LabelError: It is damaged, or of a newer schema version.
     """
     path = folder / MANIFEST
     content = read_versioned_json(
@@ -290,13 +289,13 @@ def read_labels(
     accept_mismatch: bool = False,
     accept_partial: bool = False,
 ) -> Labels:
-    """Read labels, and check that they are whole and belong to a model.
+    """Read labels, and check that they are complete and belong to a model.
 
     Args:
-        folder: Written by a search.
-        model: The base model that they are for; None does not check it.
-        accept_mismatch: Read them also if they were made with another model.
-        accept_partial: Read them also if the search has not finished.
+        folder: The folder that a search wrote.
+        model: The base model that they must belong to; None: this is not checked.
+        accept_mismatch: Accept labels that were made with another model.
+        accept_partial: Accept labels of a search that has not finished.
 
     Returns:
         The labels, in the order of the task.

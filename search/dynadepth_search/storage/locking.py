@@ -13,13 +13,13 @@ __all__ = ["locked"]
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder; a process that is killed leaves no lock.
+    """Keep other processes from writing to a folder; a killed process releases its lock.
 
     Args:
-        folder: The folder; made if it is missing. The lock is its file `.lock`.
+        folder: The folder; it is made if it is missing. The lock is its file `.lock`.
 
     Raises:
-        LabelError: Another process is writing there, or the file system has no locks.
+        LabelError: Another process is writing there, or the file system does not support locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)

@@ -117,14 +117,14 @@ def test_the_cache_serves_when_the_hub_does_not(hub, folder, monkeypatch):
     asked = len(hub.requests)
     assert contents(load_policy(REPO).folder) == contents(folder)
     assert len(hub.requests) == asked
-    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be had"):
+    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be read"):
         load_policy("org/never-asked-for")
 
 
 def test_what_the_hub_does_not_show_or_have_is_not_found(hub, folder):
     push_policy(folder, REPO, token=TOKEN, private=True)
     for repo_id in (REPO, "org/nothing"):
-        with pytest.raises(FileNotFoundError, match=f"{repo_id}.*cannot be had.*Repository Not F"):
+        with pytest.raises(FileNotFoundError, match=f"{repo_id}.*cannot be read.*Repository Not F"):
             load_policy(repo_id)
     hub.put("org/empty", {"README.md": b"soon"})
     with pytest.raises(FileNotFoundError, match=r"org/empty has neither router_config\.json nor"):

@@ -376,7 +376,7 @@ def test_a_scoring_without_a_task_of_ones_own(tiny_deep_base: Path, tmp_path: Pa
 
 def test_a_task_that_can_be_read_once_only_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="pipe is no file; a demo reads its task again"):
+    with pytest.raises(ConfigError, match="pipe is not a file, but a demo reads its task again"):
         DemoConfig(out=tmp_path, cache=tmp_path, task=tmp_path / "pipe")
 
 

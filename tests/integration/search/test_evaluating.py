@@ -247,7 +247,7 @@ def test_a_preset_cannot_take_the_name_of_something_else(
 def test_routers_to_compare_cannot_have_the_name_of_those_under_test(
     model: Any, routers: Any, front: Front, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="named 'routers', as those under test are; rename"):
+    with pytest.raises(ConfigError, match="named 'routers', like those under test; rename"):
         _evaluate(model, routers, front, tmp_path, presets={"routers": routers})
     assert list(tmp_path.iterdir()) == []
 

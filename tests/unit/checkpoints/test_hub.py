@@ -222,7 +222,7 @@ def test_what_is_no_hub_id_is_refused(hub, routers_folder, repo_id):
 
 
 def test_what_the_client_itself_refuses_is_our_error(hub, routers_folder):
-    with pytest.raises(HubError, match="the hub does not take what it was given"):
+    with pytest.raises(HubError, match="the hub rejects the request"):
         push_policy(routers_folder, "org/two--dashes", token=TOKEN)
     assert hub.requests == []
 
@@ -248,7 +248,7 @@ def test_a_token_that_may_not_write_is_explained(hub, routers_folder, repo_id, t
 
 def test_a_repository_that_costs_money_is_explained(hub, routers_folder):
     hub.failures["POST", "/repos/create"] = (402, "pay first")
-    with pytest.raises(HubError, match="the hub wants a paid plan .* push to another one"):
+    with pytest.raises(HubError, match="the hub requires a paid plan .* push to another one"):
         push_policy(routers_folder, REPO, token=TOKEN)
     assert hub.repositories == {}
 
@@ -270,11 +270,11 @@ def test_a_pull_request_to_a_branch_that_is_not_there_is_refused(hub, routers_fo
     ("request_of", "status", "text"),
     [
         (("POST", "/commit/"), 412, "someone else has pushed in between; .* push again"),
-        (("POST", "/commit/"), 400, "the hub does not take what it was given"),
-        (("POST", "/commit/"), 503, "the hub is out of order; push again later"),
+        (("POST", "/commit/"), 400, "the hub rejects the request"),
+        (("POST", "/commit/"), 503, "the hub has failed; push again later"),
         (("POST", "/preupload/"), 403, "the token may not write there"),
         (("POST", "/repos/create"), 429, "too many requests; push again later"),
-        (("POST", "/validate-yaml"), 400, "does not take what it was given; .* Invalid metadata"),
+        (("POST", "/validate-yaml"), 400, "rejects the request; .* Invalid metadata"),
         (("PUT", "/lfs/"), 403, "the token may not write there"),
         (("GET", "/api/models/"), 404, "no such repository or revision"),
     ],

@@ -313,7 +313,7 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_save(folder, route
     backup = folder.with_name(".routers.replaced")
     folder.rename(backup)
     with pytest.raises(
-        FileNotFoundError, match=r"an interrupted save left the former ones in .*replaced"
+        FileNotFoundError, match=r"an interrupted save left the previous ones in .*replaced"
     ):
         load_policy(folder)
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
@@ -377,7 +377,7 @@ def test_routers_are_found_beside_a_local_base_model(tiny_base, tmp_path):
     # The base model's folder itself is as good a name for them.
     assert load_policy(base, model=model).folder == base / "routers"
     shutil.rmtree(base)
-    with pytest.raises(FileNotFoundError, match="which is not there any more"):
+    with pytest.raises(FileNotFoundError, match="which no longer exists"):
         find_routers(model)
 
 
@@ -424,7 +424,7 @@ def test_routers_are_found_on_the_hub(folder, model, monkeypatch):
 
 
 def test_offline_the_cache_is_asked_and_nothing_else():
-    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be had"):
+    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be read"):
         load_policy("dynadepth-tests/there-is-none")
 
 

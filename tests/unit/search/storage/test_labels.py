@@ -172,12 +172,12 @@ class TestUnfinished:
         [
             (
                 b'{"prompt_id": "a',
-                r"journal\.jsonl, line 2 cannot be read .* a kill tears the last line only",
+                r"journal\.jsonl, line 2 cannot be read .* a kill damages only the last line",
             ),
             (b"7", r"journal\.jsonl, line 2 cannot be read \(a JSON int\)"),
             (
                 b'{"a": 1}',
-                r"journal\.jsonl holds a line that is no label \(keys a\): remove that line",
+                r"journal\.jsonl holds a line that is not a label \(keys a\): remove that line",
             ),
         ],
     )
@@ -202,7 +202,7 @@ class TestUnfinished:
         rows[1]["prompt_id"] = "0123456789abcdef"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(
-            LabelError, match="holds prompt 0123456789abcdef, which the task has not"
+            LabelError, match="holds prompt 0123456789abcdef, which the task does not have"
         ):
             search_again(tmp_path, model)
 
