@@ -1,6 +1,6 @@
 """The controller of a wrapped model: plans each prompt once and lets the executor run the plan.
 
-The stack's forward pre-hook opens a `PlanScope`; the first layers of the first forward on an empty cache plan the
+A hook opens a `PlanScope` for each forward; the first layers of the first forward on an empty cache plan the
 prompts (the policy sees prompt tokens only); the plans are kept on the cache, or by `generate` if there is none.
 `model.dynadepth` is the controller.
 """
@@ -8,7 +8,6 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 import inspect
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +19,10 @@ from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
-from dynadepth.execution.executor import (
-    check_installed,
-    enter_scope,
-    install_executor,
-    leave_scope,
-    obeys,
-    remove_executor,
-)
-from dynadepth.execution.padding import SpecialTokens
-from dynadepth.execution.plan_forward import PlanScope
-from dynadepth.models.families import layer_stack
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.wrapping.attachment import Attachment
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.contexts import ContextMethods
@@ -41,8 +30,7 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
-# The attribute in which the stack of layers and the model keep their controller.
-_CONTROLLER = "_dynadepth_controller"
+# The attribute in which a model keeps its controller.
 _ATTRIBUTE = "dynadepth"
 
 
@@ -53,6 +41,7 @@ class Controller(ContextMethods):
 
     Attributes:
         num_layers: Decoder layers of the model.
+        attachment: What it has put on the model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,24 +75,7 @@ class Controller(ContextMethods):
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
-        self._handles: list[Any] = []
-        # Weak, so that a discarded layer is freed.
-        self._wrapped: WeakSet[nn.Module] = WeakSet()
-        self._list_name = ""
-        self._stack: ref[nn.Module] | None = None
-
-    # A copy of the model has a stack of its own, and no layers but those that stand in it.
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_wrapped": None,
-            "_stack": None if self._stack is None else self._stack(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._wrapped = WeakSet()
-        self._stack = None if state["_stack"] is None else ref(state["_stack"])
+        self.attachment = Attachment()
 
     @property
     def policy(self) -> Policy:
@@ -162,8 +134,8 @@ class Controller(ContextMethods):
             array([[1, 0, 1],
                    [1, 0, 1]], dtype=uint8)
         """
-        stack = None if self._stack is None else self._stack()
-        if stack is None or stack.__dict__.get(_CONTROLLER) is not self:
+        stack = self.attachment.stack
+        if stack is None:
             raise WrapError("this model is not wrapped any more; call wrap_model(model, ...) first")
         if input_ids is None and inputs.get("inputs_embeds") is None:
             raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
@@ -383,69 +355,9 @@ class Controller(ContextMethods):
             mask[:, width:] = False
         return mask
 
-    def check_layers(self, stack: nn.Module) -> None:
-        """Refuse a stack whose layers are no longer those that were wrapped.
-
-        Raises:
-            WrapError: They were changed after wrapping.
-        """
-        check_installed(getattr(stack, self._list_name), self, self.num_layers)
-
-    def attach(self, model: nn.Module) -> None:
-        """Put the executor and the hooks on a model; if it raises, nothing is changed."""
-        stack = layer_stack(model)
-        install_executor(stack, self)
-        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
-        self._stack = ref(stack.stack)
-        stack.stack.__dict__[_CONTROLLER] = self
-        self._handles = [
-            stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
-            stack.stack.register_forward_hook(_close_scope, always_call=True),
-        ]
-
-    def detach(self, model: nn.Module) -> None:
-        """Remove everything that `attach` put on the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        # Other libraries may have moved, copied or replaced layers since wrapping.
-        modules = list(model.modules())
-        for module in modules:
-            if module.__dict__.get(_CONTROLLER) is self:
-                del module.__dict__[_CONTROLLER]
-        remove_executor(modules)
-        remove_executor([layer for layer in self._wrapped if obeys(layer, self)])
-        # An interrupt (Ctrl-C) in a forward leaves its scope open.
-        leave_scope(self)
-
 
 def _summary(what: str, rows: int, depth: float) -> str:
     return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
-
-
-# Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
-# controller.
-def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    controller, config = module.__dict__[_CONTROLLER], module.config
-    controller.check_layers(module)
-    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    # transformers combines these into a tensor that assumes every layer to run for all rows.
-    experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
-    padding = None if given is not None else SpecialTokens.of(config)
-    enter_scope(
-        PlanScope(controller, mask, tokens, special_tokens=padding, same_rows=bool(experts))
-    )
-
-
-def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    scope = leave_scope(module.__dict__[_CONTROLLER])
-    # There is no output if the forward raised.
-    if output is not None and isinstance(scope, PlanScope):
-        scope.finish()
 
 
 def controller_of(model: nn.Module) -> Controller:

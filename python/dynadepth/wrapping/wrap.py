@@ -133,7 +133,7 @@ def wrap_model(
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()
-    controller.attach(inner)
+    controller.attachment.attach(controller, inner)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
     inner.__dict__["generate"] = partial(_generate, inner)
@@ -155,7 +155,8 @@ def unwrap_model(model: Any) -> Any:
         WrapError: The model is not wrapped.
     """
     inner = _causal_lm(model)
-    controller_of(inner).detach(inner)
+    controller = controller_of(inner)
+    controller.attachment.detach(controller, inner)
     for name in ("dynadepth", "generate", *_PACKED):
         inner.__dict__.pop(name, None)
     return model

@@ -66,7 +66,7 @@ def layer_numbers(text: str, option: str) -> tuple[int, ...]:
     """Read layer numbers separated by commas.
 
     Raises:
-        typer.BadParameter: Something else.
+        typer.BadParameter: The text is something else.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
@@ -83,7 +83,13 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":
-    """Return a task, as turns of a chat if asked for."""
+    """Return a task, as turns of a chat if that is asked for.
+
+    Args:
+        task: The task as it was read.
+        tokenizer: That of the base model, whose chat template the turns take.
+        chat: Whether each prompt is the user's turn of a chat.
+    """
     from dynadepth_search.data.chat_template import as_chat
 
     return as_chat(task, tokenizer) if chat else task
