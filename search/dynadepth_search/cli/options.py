@@ -6,7 +6,7 @@ Progress goes to stderr, results to stdout. Heavy imports are inside the functio
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,13 +39,14 @@ Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the bas
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random")]
 Scoring = Annotated[
-    str,
+    Literal["raw", "normalized", "letter"],
     typer.Option(
-        "--scoring", help="How choices are scored: raw, normalized (for each byte) or letter"
+        "--scoring",
+        help="How choices are scored: by their tokens, by these for each byte, or by the letters they are listed under",
     ),
 ]
 Objective = Annotated[
-    str,
+    Literal["preserve", "reward"],
     typer.Option(
         "--objective",
         help="preserve: stay with the base model's answers, no labels needed; reward: the right answers",

@@ -5,7 +5,7 @@ imports are inside the commands.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -173,7 +173,7 @@ def score(
     plans: Annotated[Path, typer.Option("--plans", help="Folder that `search static` wrote")],
     out: _Out,
     policy: Annotated[
-        str,
+        Literal["menu", "routers"],
         typer.Option(
             "--policy",
             help="menu: the plans of the menu; routers: those that routers of all layers learn from",
@@ -201,8 +201,6 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score prompts under plans, to see what each plan does to the base model's answers; a killed run continues."""
-    if policy not in ("menu", "routers"):
-        raise typer.BadParameter(f"--policy is {policy!r}; expected menu or routers")
     wanted = layer_numbers(layers, "--layers")
 
     from dynadepth.training.menu.fit import decision_layers

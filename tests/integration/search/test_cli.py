@@ -247,7 +247,51 @@ def test_a_policy_says_what_it_needs(place: Path, capsys: pytest.CaptureFixture[
     for argv in (train(place, "--policy", "forest"), score(place, "--policy", "forest")):
         code, out, err = run(capsys, *argv)
         assert (code, out) == (2, "")
-        assert "--policy is 'forest'; expected menu" in " ".join(err.replace("│", " ").split())
+        assert "'forest' is not one of 'menu', 'routers'" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "choices"),
+    [
+        ("train", ["menu|routers|drllm", "preserve|reward"]),
+        ("score", ["menu|routers", "raw|normalized|letter"]),
+        ("eval", ["raw|normalized|letter"]),
+        ("demo", ["raw|normalized|letter", "preserve|reward"]),
+        ("generate", ["torch|onnx", "auto|float32|bfloat16|float16|float64"]),
+    ],
+)
+def test_the_help_of_a_verb_shows_the_choices(
+    verb: str, choices: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    shown = "".join(out.replace("│", " ").split())
+    for each in choices:
+        assert f"<{each}>" in shown
+
+
+def test_an_evaluation_finds_the_folders_that_its_routers_name(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *train(made, "--plans", made / "plans", out="named"))
+    assert code == 0, err
+    notes = load_policy(made / "named").training["folders"]
+    assert notes == {"plans": "../plans", "scores": "../scores"}
+    argv = evaluation(made, "--budget", 0.9, "--json", out="found")
+    argv[argv.index("--routers") + 1] = made / "named"
+    bare = without(without(argv, "--plans"), "--scores")
+    code, out, err = run(capsys, *bare)
+    assert code == 0, err
+    named = json.loads(out)["evaluation"]
+    assert next(each["name"] for each in named["policies"]) == "base"
+    # Routers that name no plans, and folders that have gone.
+    argv[argv.index("--routers") + 1] = made / "my-model" / "routers"
+    code, _, err = run(capsys, *without(argv, "--plans"))
+    assert (code, "do not say where their plans are; give --plans" in err) == (1, True)
+    shutil.copytree(made / "named", made / "far" / "away" / "named")
+    bare[bare.index("--routers") + 1] = made / "far" / "away" / "named"
+    code, _, err = run(capsys, *bare)
+    assert (code, "which is not there; give --plans" in err) == (1, True)
 
 
 def test_an_evaluation_prints_the_table_and_writes_the_report(

@@ -389,13 +389,13 @@ def test_the_command_prints_table_report_and_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, result = finished
-    path = tmp_path / "demo.json"
     argv = ["demo", "--quick", "--out", out, "--model", tiny_deep_base, "--task", questions]
-    argv += ["--prompts", "44", "--heldout", "12", "--evaluations", "4", "--json", path]
+    argv += ["--prompts", "44", "--heldout", "12", "--evaluations", "4"]
+    assert cli.main([str(word) for word in [*argv, "--json"]]) == 0
+    assert json.loads(capsys.readouterr().out) == result
     code = cli.main([str(word) for word in argv])
     shown = capsys.readouterr()
     assert code == 0, shown.err
-    assert json.loads(path.read_text()) == result
     assert "menu 0.90" in shown.out
     answer = result["answer"]
     assert shown.out.startswith(f"{answer['prompt']} {answer['text'] or '(no text)'}\n\n(budget")
@@ -421,8 +421,8 @@ def test_the_command_prints_table_report_and_answer(
         (["--task", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (
             ["--objective", "rewards"],
-            1,
-            "error: objective 'rewards' is unknown (did you mean 'reward'?)",
+            2,
+            "'rewards' is not one of 'preserve', 'reward'",
         ),
         (["--prompts", "39"], 2, "40"),
         (["--heldout", "7"], 2, "--heldout"),
