@@ -44,7 +44,7 @@ def _bake(
 
     base = load_model(model)
     actions = parse_plan(plan, layer_stack(base).num_layers)
-    # As its files have it: padding as generation needs it is no part of the checkpoint.
+    # The tokenizer as in its files: the padding that generation needs does not belong into the checkpoint.
     tokenizer = load_tokenizer(model, for_generation=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     # The folder appears complete or not at all.

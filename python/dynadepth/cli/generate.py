@@ -1,4 +1,4 @@
-"""The verb generate: answers to one prompt, or to all prompts of a file."""
+"""The command generate: answers to one prompt, or to all prompts of a file."""
 
 import json
 import time
@@ -24,12 +24,12 @@ def generate(
     task: Annotated[
         Path | None,
         typer.Option(
-            "--task", help="File of prompts: JSON lines with `prompt`, or text with one a line"
+            "--task", help="File of prompts: JSON lines with `prompt`, or text, one prompt per line"
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="File of the answers, JSON lines; it goes with --task"),
+        typer.Option("--out", help="File of the answers, JSON lines; used with --task"),
     ] = None,
     budget: Annotated[
         float | None,
@@ -44,23 +44,27 @@ def generate(
     ] = None,
     router_backend: Annotated[
         Literal["torch", "onnx"],
-        typer.Option("--router-backend", help="What computes the decisions"),
+        typer.Option("--router-backend", help="Library that computes the decisions"),
     ] = "torch",
     max_depth: Annotated[
         float | None,
-        typer.Option("--max-depth", help="Hard limit of each prompt's depth, at least 1"),
+        typer.Option("--max-depth", help="Hard limit on each prompt's depth, at least 1"),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Length limit of an answer")
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer in tokens")
     ] = 64,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Prompts of a task that run together")
+        int,
+        typer.Option("--batch-size", min=1, help="Number of prompts of --task that run together"),
     ] = 8,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt into the model's chat template")
     ] = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, help="Sampling temperature; 0 takes the likeliest token"
+        ),
     ] = 0.0,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling")
@@ -100,7 +104,7 @@ def generate(
     }
     settings = {"model": model, "dtype": dtype, "chat": chat, "batch_size": batch_size}
     settings = {**settings, **how, **sampling, "prompts": sha256_text(json.dumps(prompts))}
-    # Before the model is loaded, which takes long.
+    # Checked before the model is loaded, which takes a long time.
     answer_file = None if out is None else AnswerFile(out, settings)
     base = load_model(model, device=device, dtype=dtype)
     wrapped = wrap_model(base, **how)
@@ -125,7 +129,7 @@ def generate(
 
 
 class _Answering:
-    """A wrapped model with its tokenizer and how it samples."""
+    """A wrapped model with its tokenizer and its sampling settings."""
 
     def __init__(
         self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, seed: int
@@ -136,7 +140,7 @@ class _Answering:
             self._settings.update(do_sample=True, temperature=temperature)
 
     def encode(self, prompts: Sequence[str], *, chat: bool, task: Path | None) -> list[list[int]]:
-        """Return the tokens of every prompt, or an error that says which one has none."""
+        """Return the tokens of every prompt; an error names the prompt that has none."""
         from dynadepth.errors import TaskError
         from dynadepth.models.encoding import encode_prompt
 
@@ -153,10 +157,10 @@ class _Answering:
     def batches(
         self, tokens: Sequence[Sequence[int]], batch_size: int
     ) -> list[tuple[list[int], Any]]:
-        """Put prompts of equal plans and about equal lengths together: each batch runs no layer for some rows only.
+        """Group prompts by plan and similar length, so that every layer of a batch runs for all rows or for none.
 
         Returns:
-            For each batch the numbers of its prompts, and their one plan, shape (num_layers,), uint8.
+            For each batch, the indices of its prompts and their plan, shape (num_layers,), uint8.
         """
         order = sorted(range(len(tokens)), key=lambda index: (len(tokens[index]), index))
         groups: defaultdict[bytes, list[int]] = defaultdict(list)
@@ -182,7 +186,7 @@ class _Answering:
         answer_file: "AnswerFile",
         batch_size: int,
     ) -> dict[str, Any]:
-        """Write the answers to all prompts and return what came of it; those that are there already stay."""
+        """Write the answers to all prompts, except those that exist already, and return a summary."""
         with answer_file.open() as kept:
             batches = self.batches(tokens, batch_size)
             for done, (rows, plan) in enumerate(batches, start=1):
@@ -209,7 +213,7 @@ class _Answering:
         from dynadepth.plans import plan_depth, plan_text
 
         inputs = self._inputs([tokens[row] for row in rows])
-        # So that a batch samples alike whatever ran before it.
+        # So that the samples of a batch do not depend on what ran before it.
         torch.manual_seed(self._seed + rows[0])
         generated = self._model.generate(**inputs, **self._settings)
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
@@ -232,7 +236,7 @@ class _Answering:
         return {name: padded[name].to(self._model.device) for name in names}
 
     def _length(self, answer: Sequence[int]) -> int:
-        """Count the tokens of an answer up to its end; what follows in a batch is padding."""
+        """Return the number of tokens of an answer up to its end, which padding may follow."""
         ends = self._model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
         return next(

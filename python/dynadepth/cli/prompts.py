@@ -1,4 +1,4 @@
-"""Files of prompts to answer, and files of answers that a killed run goes on with."""
+"""Files of prompts to answer, and files of answers that a killed run continues."""
 
 import json
 import os
@@ -17,21 +17,21 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Read prompts from JSON lines, or from text with one prompt a line.
+    """Read prompts from JSON lines, or from text with one prompt per line.
 
-    A name that ends in .txt, .text or .md, in any case, is that of text; everything else is JSON lines, each an object
-    with a `prompt`. Other keys are for evaluations and are not looked at here. A line ends at a line feed and nowhere
-    else; blank lines and a byte order mark are passed over.
+    A file whose name ends in .txt, .text or .md, in any case, holds text; any other file holds JSON lines, each an
+    object with a `prompt`. Other keys are for evaluations and are ignored here. A line ends only at a line feed; blank
+    lines and a byte order mark are skipped.
 
     Args:
         path: The file, UTF-8.
 
     Returns:
-        The prompts in the order of the file; equal ones stay.
+        The prompts in the order of the file, including repeated ones.
 
     Raises:
         FileNotFoundError: There is no such file.
-        TaskError: There are no prompts, or a line is not what it must be; the message names file and line.
+        TaskError: There are no prompts, or a line is invalid; the message names the file and the line.
     """
     file = Path(path)
     as_text = file.suffix.lower() in _TEXT_ENDINGS
@@ -62,17 +62,18 @@ def _prompt_of(content: Any) -> str:
 
 
 class AnswerFile:
-    """Answers as JSON lines: kept batch by batch in a file beside it, and written in order when all are there.
+    """Answers as JSON lines: collected batch by batch in a file beside it, and written in order once all are there.
 
     Args:
         out: The file that is written at the end; it must not exist yet.
-        settings: What the answers depend on, JSON-able; a run that was killed goes on with the same ones only.
+        settings: What the answers depend on, as values that JSON can hold; a killed run can only be continued with the
+            same settings.
 
     Raises:
         ConfigError: The file exists.
 
     Attributes:
-        answers: Those that are there, by the number of their prompt.
+        answers: The answers that exist, by the index of their prompt.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
@@ -84,10 +85,10 @@ class AnswerFile:
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
-        """Hold the file for one run, which goes on with what an earlier one has left.
+        """Lock the file for one run, which continues what an earlier run left.
 
         Raises:
-            ConfigError: Another process holds it, or what an earlier run left is damaged or of other settings.
+            ConfigError: Another process has locked it, or an earlier run left a damaged file or had other settings.
         """
         from filelock import FileLock, Timeout
 
@@ -127,7 +128,7 @@ class AnswerFile:
         write_bytes_atomic(self._partial, b"".join(line + b"\n" for line in lines))
 
     def add(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Keep the answers of a batch; each has the number of its prompt as `index`."""
+        """Store the answers of a batch; each has the index of its prompt as `index`."""
         self._append(answers)
         self.answers.update({answer["index"]: answer for answer in answers})
 

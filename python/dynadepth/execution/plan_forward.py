@@ -33,7 +33,7 @@ class Planner(Protocol):
         ...
 
     def only_plans(self) -> bool:
-        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        """Say whether this forward is only for the plans, so that nothing runs once they are decided."""
         ...
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
@@ -41,7 +41,7 @@ class Planner(Protocol):
         ...
 
     def knows_lengths(self) -> bool:
-        """Say whether the caller has told how many tokens of each row are the prompt."""
+        """Say whether the caller has set how many tokens of each row form the prompt."""
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
@@ -77,9 +77,9 @@ class PlanScope:
     Args:
         owner: The planner.
         attention_mask: As above.
-        tokens: What the model's forward got as tokens: ids (rows, tokens) or embeddings (rows, tokens, hidden).
-        special_tokens: Where the model's forward got no mask at all: what its padding may be. None: it got one.
-        same_rows: Whether the outputs asked for need every layer that runs to run for all rows: `router_logits`.
+        tokens: The tokens passed to the model's forward: ids (rows, tokens) or embeddings (rows, tokens, hidden).
+        special_tokens: The tokens that may be padding, if no mask was passed to the model's forward; None: one was.
+        same_rows: Whether the requested outputs (`router_logits`) need every layer that runs to run for all rows.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class PlanScope:
         self._callbacks = None if self._only_plans else callbacks_of(self._planner)
         plans, self._is_prefill = self._planner.start(states.shape[0], cache)
         if cache is not None:
-            # From here on the cache has the plans, and soon states of some layers.
+            # From here on the cache has the plans, and soon the states of some layers.
             cache.in_forward = True
         self._num_tokens = states.shape[1]
         self._look_ahead(plans)

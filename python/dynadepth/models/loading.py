@@ -73,22 +73,22 @@ def load_model(
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that a model cannot run on here, before anything is loaded.
+    """Refuse a device that this machine cannot use, before anything is loaded.
 
     Args:
-        device: As torch names it.
+        device: Name of a torch device.
 
     Raises:
-        ConfigError: Torch knows no such device, or there is none on this machine.
+        ConfigError: There is no such torch device, or this machine does not have it.
     """
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"device {device!r} is none that torch knows; expected a name such as cpu, cuda, cuda:1 or mps"
+            f"device {device!r} is unknown to torch; expected a name such as cpu, cuda, cuda:1 or mps"
         ) from error
     try:
-        # Reading back fails on the device that holds no values.
+        # Reading a value back fails on the meta device.
         torch.zeros(1, device=place).item()
     except Exception as error:  # what torch raises differs from device to device
         raise ConfigError(
@@ -98,13 +98,13 @@ def check_device(device: str) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that a model cannot be loaded in.
+    """Refuse a dtype in which a model cannot be loaded.
 
     Args:
-        dtype: Its name.
+        dtype: Name of the dtype, or "auto".
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: The name is unknown.
     """
     if dtype not in _DTYPES:
         raise ConfigError(
@@ -119,8 +119,8 @@ def load_tokenizer(
 
     Args:
         name_or_path: A folder with the tokenizer's files, or a Hugging Face Hub id.
-        for_generation: Let it pad on the left, and with the end-of-text token if it has no padding token of its own.
-            False: as its files have it, which is what a checkpoint is saved with.
+        for_generation: Whether it pads on the left, and with the end-of-text token if it has no padding token. False:
+            as its files say, which is how a checkpoint is saved.
 
     Returns:
         The tokenizer.

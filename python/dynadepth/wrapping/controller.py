@@ -79,7 +79,7 @@ class Controller(ContextMethods):
 
     @property
     def policy(self) -> Policy:
-        """What turns prompts into plans here and now: that of an `at_budget` block, else the model's own."""
+        """The policy that plans prompts now: that of the current `at_budget` block, or else the model's own."""
         given = next((each.policy for each in contexts_of(self) if each.policy is not None), None)
         return self._default if given is None else given
 
@@ -87,11 +87,11 @@ class Controller(ContextMethods):
     def budget(self) -> float | None:
         """The mean depth asked for, as a fraction of the full depth; None if the model was wrapped without a budget.
 
-        Can be set while the model is wrapped: prompts planned from then on are planned with it, in all threads; caches
-        under way keep their plans.
+        It can be set while the model is wrapped. It then applies to all prompts planned later, in all threads; existing
+        caches keep their plans.
 
         Raises:
-            BudgetError: On setting: it is not a number or outside the calibrated range. Nothing has changed then.
+            BudgetError: On setting: it is not a number or outside the calibrated range. Nothing is changed then.
             ConfigError: On setting: the model was wrapped without a budget.
         """
         return self._budget
@@ -109,21 +109,21 @@ class Controller(ContextMethods):
     ) -> Plans:
         """Return the plans that `generate` would give prompts, without generating.
 
-        Runs the layers up to the policy's last decision, and nothing of it counts: so that a server can put prompts
-        of equal plans into one batch, which is faster than plans that differ, and run it inside `plans(...)`.
+        Runs the layers up to the policy's last decision, which is not counted in `totals`. A server can then put
+        prompts with the same plan into one batch, which is faster than mixed plans, and run it inside `plans(...)`.
 
         Args:
             input_ids: Token ids of the prompts. Shape (batch, tokens), int64, on the model's device.
             attention_mask: 1 for real tokens. Shape (batch, tokens).
-            **inputs: What else the model's forward takes, such as `inputs_embeds` in place of token ids.
+            **inputs: Other arguments of the model's forward, such as `inputs_embeds` instead of token ids.
 
         Returns:
-            Shape (batch, num_layers), uint8.
+            Plans. Shape (batch, num_layers), uint8.
 
         Raises:
             ConfigError: There are no prompts.
-            UnsupportedModelError: The padding of the prompts cannot be told.
-            WrapError: The model is not wrapped any more.
+            UnsupportedModelError: The padding of the prompts cannot be determined.
+            WrapError: The model is no longer wrapped.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -136,10 +136,10 @@ class Controller(ContextMethods):
         """
         stack = self.attachment.stack
         if stack is None:
-            raise WrapError("this model is not wrapped any more; call wrap_model(model, ...) first")
+            raise WrapError("this model is no longer wrapped; call wrap_model(model, ...) first")
         if input_ids is None and inputs.get("inputs_embeds") is None:
             raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
-        # As `generate` numbers them; families that have no such argument read the mask by themselves.
+        # Numbered as in `generate`; families without this argument use the mask instead.
         takes_positions = "position_ids" in inspect.signature(type(stack).forward).parameters
         if attention_mask is not None and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -150,7 +150,7 @@ class Controller(ContextMethods):
         planned = context.row_plans
         if planned is None:
             raise WrapError(
-                "the forward passed no decoder layer; unwrap the model and wrap it again"
+                "the forward did not reach any decoder layer; unwrap the model and wrap it again"
             )
         plans: Plans = planned.plans.copy()
         return plans
@@ -241,10 +241,10 @@ class Controller(ContextMethods):
         return known, is_new
 
     def check_menu(self) -> None:
-        """Refuse limits that leave some prompt of a menu of several steps without a plan.
+        """Refuse limits that can leave a prompt without a plan, for a menu of several steps.
 
         Raises:
-            ConfigError: They do.
+            ConfigError: Some step can be left without a plan.
         """
         menu = self.policy.known_plans()
         if menu is not None:
@@ -277,7 +277,7 @@ class Controller(ContextMethods):
             self._stats.planned(plans)
 
     def only_plans(self) -> bool:
-        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        """Say whether this forward is only for the plans, so that nothing runs once they are decided."""
         return any(context.only_plans for context in contexts_of(self))
 
     def decide(
@@ -320,7 +320,7 @@ class Controller(ContextMethods):
         return checked
 
     def knows_lengths(self) -> bool:
-        """Say whether the caller has told how many tokens of each row are the prompt."""
+        """Say whether the caller has set how many tokens of each row form the prompt."""
         return self._prompt_lengths(contexts_of(self)) is not None
 
     @staticmethod

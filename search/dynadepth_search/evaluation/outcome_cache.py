@@ -86,12 +86,12 @@ def score_plans(
     progress(len(lines), len(task.examples))
     while len(lines) < len(task.examples):
         block = range(len(lines), min(len(lines) + _BLOCK, len(task.examples)))
-        fresh = _score(scorer, task, [distinct[index][0] for index in block], block.start)
+        scored = _score(scorer, task, [distinct[index][0] for index in block], block.start)
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in fresh)
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in scored)
             file.flush()
             os.fsync(file.fileno())
-        lines += fresh
+        lines += scored
         progress(len(lines), len(task.examples))
     values = {
         metric: np.array(

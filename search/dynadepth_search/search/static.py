@@ -399,13 +399,13 @@ class _StaticSearch:
     def _check_finite(self, outcomes: Outcomes, examples: Sequence[Example], plans: Plans) -> None:
         """Refuse outcomes of logits that overflow."""
         reward = self._spec.objective == "reward"
-        figures = outcomes.reward if reward else outcomes.total_variation
-        bad = np.flatnonzero(~np.isfinite(figures))
+        metric = outcomes.reward if reward else outcomes.total_variation
+        bad = np.flatnonzero(~np.isfinite(metric))
         if len(bad):
             plan, prompt = divmod(int(bad[0]), len(examples))
             raise SearchError(
                 f"plan {plan_text(plans[plan])} gives prompt {examples[prompt].prompt[:40]!r} the "
-                f"{'reward' if reward else 'total variation'} {figures[bad[0]]}; the model's logits overflow there: "
+                f"{'reward' if reward else 'total variation'} {metric[bad[0]]}; the model's logits overflow there: "
                 "load it in another dtype, or protect the layers that overflow"
             )
 

@@ -695,7 +695,7 @@ def test_a_device_that_is_none_is_an_error_of_ours(
         "eval": evaluation(place),
     }[verb]
     code, _, err = run(capsys, *argv, "--device", "nonsense")
-    assert (code, "device 'nonsense' is none that torch knows" in " ".join(err.split())) == (
+    assert (code, "device 'nonsense' is unknown to torch" in " ".join(err.split())) == (
         1,
         True,
     )

@@ -356,7 +356,9 @@ def test_unseen_prompts_must_be_unseen(
         (_task("x", 53, 9), "3 in the training task"),
         (_task("x", 200, 4), "4 in a"),
     ):
-        with pytest.raises(TaskError, match=f"different unseen prompts some took part .*: {words}"):
+        with pytest.raises(
+            TaskError, match=f"different unseen prompts, some took part .*: {words}"
+        ):
             _evaluate(model, routers, front, tmp_path, unseen=unseen, seen={"a": _hashes(200, 4)})
     assert list(tmp_path.iterdir()) == []
 

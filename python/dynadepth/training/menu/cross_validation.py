@@ -157,7 +157,7 @@ class MenuCrossValidation:
         """
         data = self._data
         fold = data.folds(self._seed, _CALIBRATION_FOLDS)
-        fresh = [np.empty_like(self.values) for _ in recipe.layers]
+        out_of_fold = [np.empty_like(self.values) for _ in recipe.layers]
         every = []
         for number in np.unique(fold).tolist():
             menu = self.train(recipe, np.flatnonzero(fold != number))
@@ -166,9 +166,9 @@ class MenuCrossValidation:
                 for head in menu.heads
             ]
             for step, found in enumerate(scores):
-                fresh[step][fold == number] = found[fold == number]
+                out_of_fold[step][fold == number] = found[fold == number]
             every.append(scores)
-        return fresh, every
+        return out_of_fold, every
 
     def train(self, recipe: MenuRecipe, rows: Indices | None = None) -> Menu:
         """Train on some prompts, or on all; heads always predict deviations from the plans' means over all."""

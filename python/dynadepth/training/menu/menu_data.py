@@ -82,7 +82,13 @@ class MenuData:
         return plan_depth(self.plans)
 
     def targets(self) -> dict[str, Floats]:
-        """Return the targets by name, all between 0 and 1 with 1 best. Shape (N, K) each, float64."""
+        """Return the targets by name, all between 0 and 1 with 1 best.
+
+        Returns:
+            `agreement`; `closeness`, which is 1 - total variation distance, with the total variation distance half the
+            sum of the absolute differences of the probabilities; and `reward` if there are right answers. Shape (N, K)
+            each, float64.
+        """
         found = {"agreement": self.agreement, "closeness": 1.0 - self.total_variation}
         if self.reward is not None:
             found["reward"] = self.reward
