@@ -78,8 +78,9 @@ class PlanScope:
         owner: The planner.
         attention_mask: As above.
         tokens: The tokens passed to the model's forward: ids (rows, tokens) or embeddings (rows, tokens, hidden).
-        special_tokens: The tokens that may be padding, if no mask was passed to the model's forward; None: one was.
-        same_rows: Whether the requested outputs (`router_logits`) need every layer that runs to run for all rows.
+        config: The model's config.
+        mask_given: Whether the model's forward got a mask of any form, which says what is padding.
+        router_logits: What the forward was given as `output_router_logits`; None leaves it to the config.
     """
 
     def __init__(
@@ -88,14 +89,15 @@ class PlanScope:
         attention_mask: torch.Tensor | None,
         tokens: torch.Tensor | None = None,
         *,
-        special_tokens: SpecialTokens | None = None,
-        same_rows: bool = False,
+        config: Any = None,
+        mask_given: bool = True,
+        router_logits: bool | None = None,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._planner = owner
         self._tokens = tokens
-        self._special_tokens, self._same_rows = special_tokens, same_rows
+        self._config, self._mask_given, self._router_logits = config, mask_given, router_logits
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         # The same at every decision, so it is built once.
@@ -142,7 +144,11 @@ class PlanScope:
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
-                if self._same_rows:
+                # transformers combines these into a tensor that assumes every layer to run for all rows.
+                if self._router_logits or (
+                    self._router_logits is None
+                    and getattr(self._config, "output_router_logits", False)
+                ):
                     raise UnsupportedModelError(
                         f"output_router_logits=True needs one plan for all rows, but layer {layer_idx} runs for "
                         f"{len(rows)} of {num_rows}; leave it out (config.output_router_logits), or use one plan"
@@ -184,9 +190,8 @@ class PlanScope:
         """Find the prompts' tokens."""
         tokens = self._tokens_of(call.hidden_states)
         real = real_tokens(call, self.attention_mask)
-        special = self._special_tokens
-        if special is not None and tokens is not None and not self._planner.knows_lengths():
-            real = unmarked_padding(real, tokens, special)
+        if not self._mask_given and tokens is not None and not self._planner.knows_lengths():
+            real = unmarked_padding(real, tokens, SpecialTokens.of(self._config))
         return PromptBatch(self._planner.prompt_mask(real), plans.plans, tokens)
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:

@@ -17,7 +17,6 @@ from dynadepth.execution.executor import (
     obeys,
     remove_executor,
 )
-from dynadepth.execution.padding import SpecialTokens
 from dynadepth.execution.plan_forward import Planner, PlanScope
 from dynadepth.models.families import layer_stack
 
@@ -102,17 +101,22 @@ class Attachment:
 # controller.
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     planner: _AttachedPlanner = module.__dict__[_CONTROLLER]
-    config: Any = module.config
     planner.attachment.check_layers(planner, module)
     given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    # transformers combines these into a tensor that assumes every layer to run for all rows.
-    experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
-    padding = None if given is not None else SpecialTokens.of(config)
-    enter_scope(PlanScope(planner, mask, tokens, special_tokens=padding, same_rows=bool(experts)))
+    enter_scope(
+        PlanScope(
+            planner,
+            mask,
+            tokens,
+            config=module.config,
+            mask_given=given is not None,
+            router_logits=kwargs.get("output_router_logits"),
+        )
+    )
 
 
 def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
