@@ -1,5 +1,6 @@
 """`examples/serve.py` over real HTTP: each of many answers at once is that of its request alone."""
 
+import ast
 import json
 import os
 import re
@@ -248,3 +249,11 @@ def test_an_answer_under_way_is_finished_when_the_server_is_told_to_end(folder):
         found = (first + response.read()).decode()
         process.wait(timeout=120)
     assert found == alone(folder, PROMPTS[2], 1.0, most)
+
+
+def test_the_example_needs_nothing_but_the_standard_library_and_what_dynadepth_brings():
+    nodes = list(ast.walk(ast.parse(EXAMPLE.read_text())))
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert others == {"dynadepth", "torch", "transformers"}
