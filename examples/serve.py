@@ -106,13 +106,13 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 # With the first piece, the budget is accepted and the prompt has been planned.
                 first = next(pieces, "")
-            except ValueError as error:  # all of dynadepth's errors about what was asked for are
+            except ValueError as error:  # such as a BudgetError
                 return self.reply(400, str(error))
             except Exception:
                 self.reply(500, "the answer could not be generated")
                 raise
             # A client that has gone ends its own answer and nothing else.
-            with suppress(OSError):
+            with suppress(ConnectionError, TimeoutError):
                 self.send_pieces(chain([first], pieces))
         return None
 
