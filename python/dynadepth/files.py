@@ -6,6 +6,7 @@ flushed to disk and renamed.
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dynadepth.errors import DynadepthError
 __all__ = [
     "check_schema_version",
     "make_folder_beside",
+    "parse_json",
     "read_json",
     "read_versioned_json",
     "sha256_bytes",
@@ -85,6 +87,49 @@ def write_json_atomic(path: str | os.PathLike[str], content: Any) -> None:
     write_text_atomic(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as the standard has it: no NaN, no infinity, and no key twice in one object.
+
+    Args:
+        text: JSON; bytes are UTF-8.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is not JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(
+            text if isinstance(text, str) else text.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_object,
+        )
+    except RecursionError as error:
+        raise ValueError("lists or objects within each other without end") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!a} is given twice")
+    return content
+
+
 def read_json(path: str | os.PathLike[str], error: type[DynadepthError]) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -101,8 +146,8 @@ def read_json(path: str | os.PathLike[str], error: type[DynadepthError]) -> dict
     """
     file = Path(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        content = parse_json(file.read_bytes())
+    except ValueError as cause:
         raise error(f"{file} is not JSON ({cause}); it is damaged: write it again") from cause
     if not isinstance(content, dict):
         raise error(f"{file} holds a JSON {type(content).__name__}; expected an object")

@@ -34,6 +34,7 @@ from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.static import read_static, search_static
 from dynadepth_search.storage.labels import read_labels
+from dynadepth_search.storage.locking import locked
 from dynadepth_search.storage.steps import Steps
 from dynadepth_search.training.menu_fit import fit_trained_menu, learning_curve
 from dynadepth_search.training.router_fit import (
@@ -65,11 +66,12 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
 
     Raises:
         AssetError: Something cannot be fetched.
-        LabelError: The folder holds a run that was asked for otherwise.
+        LabelError: The folder is in use, or holds a run that was asked for otherwise.
         TaskError: The task is not what it must be, or too small.
         UnsupportedModelError: The model's family is not supported.
     """
-    return _Demo(config, progress).run()
+    with locked(config.out):
+        return _Demo(config, progress).run()
 
 
 class _Demo:

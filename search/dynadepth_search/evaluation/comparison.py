@@ -235,7 +235,7 @@ class Comparison:
             return None
 
     def _draws(self, policy: PlannedPolicy) -> list[str]:
-        """Name the sets of random plans of a policy's depth; none if that depth needs repeats."""
+        """Name the sets of random plans of a policy's depth; none if that takes repeats."""
         if policy.mean_depth > 1.0:
             return []
         return [

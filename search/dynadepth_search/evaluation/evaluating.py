@@ -21,7 +21,6 @@ from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_versioned_json, write_json_atomic
-from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
@@ -48,7 +47,7 @@ from dynadepth_search.evaluation.notes import (
     unrecorded_notes,
     warm_up_notes,
 )
-from dynadepth_search.evaluation.outcome_cache import score_plans
+from dynadepth_search.evaluation.outcome_cache import OutcomeCache
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.scoring.runtime_checks import (
@@ -59,6 +58,7 @@ from dynadepth_search.scoring.runtime_checks import (
 )
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import dtype_name
+from dynadepth_search.storage.locking import locked
 
 __all__ = [
     "EVALUATION_NAME",
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 EVALUATION_NAME = "evaluation.json"
+OUTCOMES_NAME = "outcomes.jsonl"
 SCHEMA_VERSION = 2
 
 
@@ -119,8 +120,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate routers on prompts that took no part in search, training or calibration.
 
-    The outcomes of every scored prompt are stored in `folder`, so that an interrupted evaluation can be
-    continued; in the end `evaluation.json` is written there.
+    The outcome of every pair of prompt and plan is kept in `folder`: an interrupted evaluation goes on, and one with
+    more budgets, policies or prompts scores what is new alone. Then `evaluation.json` is written there.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
@@ -146,6 +147,7 @@ def evaluate(
         BudgetError: A budget is outside the calibrated range.
         ConfigError: The objective is unknown, or needs answers that the task does not have; or a
             preset has the name of something else in the comparison.
+        LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
         TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
             in training a policy to compare; or a prompt cannot be encoded.
     """
@@ -181,96 +183,97 @@ def evaluate(
         other = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
         for example in unseen.examples:
             other.encode(example)
-    planned_policies, arguments, notes = _plan(model, scorer, heldout, sources, settings, progress)
-    drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
-    progress("measuring block influence", 0, 1)
-    # The training prompts are read in their own form, which may differ from that of the held-out prompts.
-    reader = Scorer(model, tokenizer, train.scoring, chat=train.chat)
-    comparison = Comparison(
-        policies=planned_policies,
-        front=front,
-        influence=mean_influence(model, _batches(reader, train, settings.batch_size)),
-        num_prompts=len(heldout.examples),
-        random_draws=settings.random_draws,
-        seed=settings.seed,
-    )
-    progress("measuring block influence", 1, 1)
-    table = score_plans(
-        scorer,
-        heldout,
-        comparison.sets,
-        Path(folder) / "outcomes.jsonl",
-        # The fingerprint does not depend on the dtype, nor the prompts on the form of their task, but the outcomes do.
-        spec=f"{fingerprint_digest(fingerprint(model))} {dtype_name(model)} {heldout.scoring} {heldout.chat}",
-        progress=lambda done, total: progress("scoring held-out prompts", done, total),
-    )
-    compared = list(comparison.compared(table, headline))
-    tested = {
-        policy.name: arguments[policy.name]
-        for policy in planned_policies
-        if policy.kind == "routed"
-    }
-    times, base_milliseconds = _time(model, scorer, heldout, compared, tested, settings, progress)
-    base = compared[0].run
-    policies = [
-        policy_metrics(
-            item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name)
+    with locked(Path(folder)):
+        outcomes = OutcomeCache(scorer, heldout, Path(folder) / OUTCOMES_NAME)
+        planned_policies, arguments, notes = _plan(
+            model, scorer, heldout, sources, settings, progress
         )
-        for item in compared
-    ]
-    checks = {
-        policy.name: check_runtime(
-            model,
-            scorer,
-            heldout.examples[: settings.check_prompts],
-            policy.plans[: settings.check_prompts],
-            **arguments[policy.name],
-        ).to_dict()
-        for policy in planned_policies
-        if policy.kind == "routed"
-    }
-    content: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "model": base_model_name(model),
-        "task": {
-            "name": heldout.name,
-            "kind": heldout.kind,
-            "scoring": heldout.scoring,
-            "sha256": heldout.sha256,
-            "heldout_prompts": len(heldout.examples),
-            "train_prompts": len(train.examples),
-        },
-        "headline": headline,
-        "num_layers": scorer.num_layers,
-        "dtype": dtype_name(model),
-        "config": asdict(settings) | {"budgets": list(settings.budgets)},
-        "routers": describe(routers),
-        "policies": policies,
-        "findings": [
-            *findings(policies, headline),
-            *notes,
-            *warm_up_notes(sources),
-            *drift_notes(drift),
-            *unrecorded_notes([name for name, hashes in took_part.items() if hashes is None]),
-        ],
-        "drift": drift,
-        "actions": [
-            {"budget": policy.budget, "shares": action_shares(policy.plans)}
+        drift = [] if unseen is None else _drift(model, tokenizer, unseen, routers, settings)
+        progress("measuring block influence", 0, 1)
+        # Its prompts are read as they were in training, which the held-out ones need not be.
+        reader = Scorer(model, tokenizer, train.scoring, chat=train.chat)
+        comparison = Comparison(
+            policies=planned_policies,
+            front=front,
+            influence=mean_influence(model, _batches(reader, train, settings.batch_size)),
+            num_prompts=len(heldout.examples),
+            random_draws=settings.random_draws,
+            seed=settings.seed,
+        )
+        progress("measuring block influence", 1, 1)
+        table = outcomes.score(
+            comparison.sets,
+            progress=lambda done, total: progress("scoring held-out prompts", done, total),
+        )
+        compared = list(comparison.compared(table, headline))
+        tested = {
+            policy.name: arguments[policy.name]
             for policy in planned_policies
             if policy.kind == "routed"
-        ],
-        "plan_map": [
-            plan_map(policy, heldout) for policy in planned_policies if policy.kind == "routed"
-        ],
-        "front": comparison.front_metrics(table),
-        "runtime_check": checks,
-        "base_prefill_milliseconds": base_milliseconds,
-        "versions": _versions(),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    write_json_atomic(Path(folder) / EVALUATION_NAME, content)
-    # Returned as every later reader gets it.
-    return read_evaluation(folder)
+        }
+        times, base_milliseconds = _time(
+            model, scorer, heldout, compared, tested, settings, progress
+        )
+        base = compared[0].run
+        policies = [
+            policy_metrics(
+                item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name)
+            )
+            for item in compared
+        ]
+        checks = {
+            policy.name: check_runtime(
+                model,
+                scorer,
+                heldout.examples[: settings.check_prompts],
+                policy.plans[: settings.check_prompts],
+                **arguments[policy.name],
+            ).to_dict()
+            for policy in planned_policies
+            if policy.kind == "routed"
+        }
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "model": base_model_name(model),
+            "task": {
+                "name": heldout.name,
+                "kind": heldout.kind,
+                "scoring": heldout.scoring,
+                "sha256": heldout.sha256,
+                "heldout_prompts": len(heldout.examples),
+                "train_prompts": len(train.examples),
+            },
+            "headline": headline,
+            "num_layers": scorer.num_layers,
+            "dtype": dtype_name(model),
+            "config": asdict(settings) | {"budgets": list(settings.budgets)},
+            "routers": describe(routers),
+            "policies": policies,
+            "findings": [
+                *findings(policies, headline),
+                *notes,
+                *warm_up_notes(sources),
+                *drift_notes(drift),
+                *unrecorded_notes([name for name, hashes in took_part.items() if hashes is None]),
+            ],
+            "drift": drift,
+            "actions": [
+                {"budget": policy.budget, "shares": action_shares(policy.plans)}
+                for policy in planned_policies
+                if policy.kind == "routed"
+            ],
+            "plan_map": [
+                plan_map(policy, heldout) for policy in planned_policies if policy.kind == "routed"
+            ],
+            "front": comparison.front_metrics(table),
+            "runtime_check": checks,
+            "base_prefill_milliseconds": base_milliseconds,
+            "versions": _versions(),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        write_json_atomic(Path(folder) / EVALUATION_NAME, content)
+        # As every later reader has it.
+        return read_evaluation(folder)
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Outcomes of many plans on many prompts, stored for each prompt so that nothing is scored twice.
+"""Outcomes of plans on prompts, kept on disk by prompt and plan: what was scored is never scored again.
 
-They are in the file `outcomes.jsonl` of an evaluation.
+Owns the file `outcomes.jsonl` of an evaluation. Its first line says what else the outcomes depend on; every other line
+holds the outcomes of one prompt under some plans, and a prompt has as many lines as there were runs that had new plans
+for it. Knows nothing of where the plans come from.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.errors import SearchError
-from dynadepth.files import sha256_text, write_text_atomic
-from dynadepth.plans import Plans, plan_text
+from dynadepth.errors import LabelError, SearchError
+from dynadepth.files import check_schema_version, sha256_text
+from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
+from dynadepth.plans import Plans, parse_plan, plan_text
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.storage.compatibility import check_asked, dtype_name
+from dynadepth_search.storage.journal import Journal, read_journal
+from dynadepth_search.storage.stored import Stored
 
-__all__ = ["METRICS", "Table", "score_plans"]
+__all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table", "outcome_conditions"]
 
 # Metrics of a pair of prompt and plan. `reward` and `accuracy` are missing if there are no right
 # answers.
 METRICS = ("reward", "preserve", "agreement", "accuracy")
-_BLOCK = 16
+SCHEMA_VERSION = 2
+_UNGRADED = ("preserve", "agreement")
+_ADVICE = "remove that line and evaluate again; only its outcomes are scored again"
 
 Floats = npt.NDArray[np.float64]
+# Figures of a prompt's plans, by the plan's digits and in the order of the task's metrics.
+_Known = dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,87 +55,136 @@ class Table:
         return {metric: values[self.rows[name]] for metric, values in self.values.items()}
 
 
-def score_plans(
-    scorer: Scorer,
-    task: Task,
-    sets: Mapping[str, Plans],
-    path: Path,
-    *,
-    spec: str,
-    progress: Callable[[int, int], None],
-) -> Table:
-    """Score sets of plans on every prompt of a task, and store the outcomes.
+def outcome_conditions(scorer: Scorer, task: Task) -> dict[str, Any]:
+    """Return what outcomes depend on besides prompt and plan, as values that JSON knows.
 
-    All plans of a prompt are scored together, in blocks of prompts; a finished block is appended to the
-    file. A second call with the same arguments continues after the last complete line. A file of
-    another task, other plans or another `spec` is replaced.
+    The fingerprint is the same in every dtype; the outcomes are not. Outcomes of both objectives are kept, so none is
+    named here. How a prompt is read is part of its own name in the file.
+
+    Args:
+        scorer: Of the base model.
+        task: The prompts; which ones there are does not matter.
+    """
+    model = scorer.model
+    return {
+        "base_model": fingerprint_digest(fingerprint(model)),
+        "num_layers": scorer.num_layers,
+        "dtype": dtype_name(model),
+        "device": model.device.type,
+        "kind": task.kind,
+        "limits": scorer.limits,
+    }
+
+
+class OutcomeCache:
+    """Outcomes on the prompts of a task; hold the lock of the file's folder while there is one.
+
+    What the file knows is taken from it, bit for bit; the plans that are new for a prompt are scored together and
+    appended when the prompt is done. A prompt's outcomes depend on the prompt, its plans and `outcome_conditions`, and
+    not on the other prompts, their order, or where an earlier run was killed. Which plans of a prompt were scored in
+    one run can move the last bits of their outcomes, since they share a sweep.
 
     Args:
         scorer: The scorer of the base model.
         task: The prompts.
-        sets: One plan for each prompt, by name. Shape (prompts, num_layers) each, uint8.
-        path: The file of the outcomes.
-        spec: Everything else that the outcomes depend on, such as the model's fingerprint.
-        progress: Called with the numbers of finished prompts and of all prompts.
-
-    Returns:
-        The outcomes.
+        path: Where the outcomes are kept; nothing is written before something is scored.
 
     Raises:
-        SearchError: A reward is not a finite number.
+        LabelError: The file is damaged, or of another model, dtype or kind of task.
     """
-    stack = np.stack(list(sets.values()), axis=1)
-    header = sha256_text(json.dumps([spec, task.sha256, stack.shape, stack.tobytes().hex()]))
-    # There is one line for each prompt; equal plans are scored once.
-    distinct = [np.unique(plans, axis=0, return_inverse=True) for plans in stack]
-    lines = _read(path, header)
-    if lines is None:
-        write_text_atomic(path, json.dumps({"spec": header}) + "\n")
-        lines = []
-    progress(len(lines), len(task.examples))
-    while len(lines) < len(task.examples):
-        block = range(len(lines), min(len(lines) + _BLOCK, len(task.examples)))
-        scored = _score(scorer, task, [distinct[index][0] for index in block], block.start)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in scored)
-            file.flush()
-            os.fsync(file.fileno())
-        lines += scored
-        progress(len(lines), len(task.examples))
-    values = {
-        metric: np.array(
-            [
-                np.array(line[metric], dtype=np.float64)[inverse.reshape(-1)]
-                for line, (_, inverse) in zip(lines, distinct, strict=True)
-            ]
-        ).T
-        for metric in METRICS
-        if metric in lines[0]
-    }
-    return Table(rows={name: row for row, name in enumerate(sets)}, values=values)
 
+    def __init__(self, scorer: Scorer, task: Task, path: Path) -> None:
+        self._scorer, self._task, self._path = scorer, task, path
+        self._metrics = METRICS if task.kind != "prompt" else _UNGRADED
+        self._conditions = outcome_conditions(scorer, task)
+        self._known, self._length = _read(path, self._conditions, self._metrics)
+        self._journal: Journal | None = None
 
-def _score(scorer: Scorer, task: Task, plans: list[Plans], first: int) -> list[dict[str, Any]]:
-    # The outcomes of a block do not depend on what was scored before it.
-    scorer.forget()
-    examples = task.examples[first : first + len(plans)]
-    example = np.repeat(np.arange(len(plans)), [len(rows) for rows in plans])
-    outcomes = scorer.outcomes(examples, np.concatenate(plans), example)
-    lines = []
-    for index, item in enumerate(examples):
-        at = example == index
-        line: dict[str, Any] = {
-            "prompt_id": item.prompt_id,
-            "preserve": outcomes.preserve[at].tolist(),
-            "agreement": outcomes.agrees[at].astype(int).tolist(),
+    def score(self, sets: Mapping[str, Plans], *, progress: Callable[[int, int], None]) -> Table:
+        """Return the outcomes of sets of plans on every prompt; what is not known is scored.
+
+        Args:
+            sets: One plan for each prompt, by name. Shape (prompts, num_layers) each, uint8.
+            progress: Called with the prompts that are done and all of them.
+
+        Raises:
+            SearchError: A reward is not a finite number.
+        """
+        examples = self._task.examples
+        wanted = [
+            [plan_text(plan) for plan in plans] for plans in np.stack(list(sets.values()), axis=1)
+        ]
+        keys = [_key(self._scorer, example) for example in examples]
+        known = [self._known.setdefault(key, {}) for key in keys]
+        # Equal plans of a prompt are scored once.
+        missing = {
+            number: new
+            for number, plans in enumerate(wanted)
+            if (new := sorted(set(plans).difference(known[number])))
         }
-        _check_finite(item, plans[index], outcomes.preserve[at])
-        if task.kind != "prompt":
-            _check_finite(item, plans[index], outcomes.reward[at])
-            line["reward"] = outcomes.reward[at].tolist()
-            line["accuracy"] = outcomes.correct[at].astype(int).tolist()
-        lines.append(line)
-    return lines
+        total = len(examples)
+        if missing:
+            self._open()
+        progress(total - len(missing), total)
+        for done, (number, plans) in enumerate(missing.items(), start=total - len(missing) + 1):
+            outcomes = _score(self._scorer, examples[number], plans, self._metrics)
+            self._open().append({"example": keys[number], "plans": plans, **outcomes})
+            figures = zip(*outcomes.values(), strict=True)
+            known[number].update(zip(plans, figures, strict=True))
+            progress(done, total)
+        values = np.array(
+            [
+                [figures_of[plan] for plan in plans]
+                for figures_of, plans in zip(known, wanted, strict=True)
+            ],
+            dtype=np.float64,
+        )
+        return Table(
+            rows={name: row for row, name in enumerate(sets)},
+            values={metric: values[:, :, column].T for column, metric in enumerate(self._metrics)},
+        )
+
+    def _open(self) -> Journal:
+        """Return the file, to be added to; its torn end is cut off, and a new one gets its first line."""
+        if self._journal is None:
+            self._journal = Journal(self._path, self._length)
+            if not self._length:
+                self._journal.append(
+                    {"schema_version": SCHEMA_VERSION, "conditions": self._conditions}
+                )
+        return self._journal
+
+
+def _key(scorer: Scorer, example: Example) -> str:
+    """Return what names an example in the file: a hash of its tokens, and of what it is judged by.
+
+    So the tokenizer, a chat template and the way of scoring need no mention elsewhere.
+    """
+    encoded = scorer.encode(example)
+    tokens = [*encoded.rows, encoded.entry_place, encoded.entry_token, encoded.divisors]
+    judged = [example.prompt, example.choices, example.answer, example.completion]
+    content = [*judged, *(each.tolist() for each in tokens)]
+    return sha256_text(json.dumps(content))[:16]
+
+
+def _score(
+    scorer: Scorer, example: Example, texts: list[str], metrics: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """Return the figures of a prompt under some plans, by metric."""
+    # They depend on this prompt alone, whatever was scored before it.
+    scorer.forget()
+    plans = np.stack([parse_plan(text, scorer.num_layers) for text in texts])
+    outcomes = scorer.outcomes([example], plans, np.zeros(len(plans), dtype=np.int64))
+    _check_finite(example, plans, outcomes.preserve)
+    if "reward" in metrics:
+        _check_finite(example, plans, outcomes.reward)
+    found = {
+        "reward": outcomes.reward,
+        "preserve": outcomes.preserve,
+        "agreement": outcomes.agrees.astype(np.int64),
+        "accuracy": outcomes.correct.astype(np.int64),
+    }
+    return {metric: found[metric].tolist() for metric in metrics}
 
 
 def _check_finite(item: Example, plans: Plans, rewards: Floats) -> None:
@@ -138,19 +196,57 @@ def _check_finite(item: Example, plans: Plans, rewards: Floats) -> None:
         )
 
 
-def _read(path: Path, header: str) -> list[dict[str, Any]] | None:
-    """Return the complete lines and cut off an incomplete last one; None if the file has another header."""
-    if not path.is_file():
-        return None
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    try:
-        content = [json.loads(line) for line in whole.splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    if not content or content[0] != {"spec": header}:
-        return None
-    if len(whole) < len(text):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return content[1:]
+def _read(
+    path: Path, asked: dict[str, Any], metrics: tuple[str, ...]
+) -> tuple[dict[str, _Known], int]:
+    """Return what the file knows of each example, and how many bytes of it are whole lines."""
+    known: dict[str, _Known] = {}
+    conditions: list[dict[str, Any]] = []
+
+    def check(line: Stored) -> None:
+        if conditions:
+            _read_line(line, known, metrics, asked["num_layers"])
+        else:
+            conditions.append(_read_header(line, path))
+            check_asked(path, asked, conditions[0])
+
+    _, length = read_journal(path, check, advice=_ADVICE)
+    return known, length
+
+
+def _read_header(line: Stored, path: Path) -> dict[str, Any]:
+    advice = "delete the file and evaluate again"
+    if set(line.value) == {"spec"}:
+        raise LabelError(
+            f"{path} was written by an older dynadepth, whose outcomes cannot be added to: {advice}"
+        )
+    if "schema_version" in line.value:
+        check_schema_version(
+            line.value, SCHEMA_VERSION, name=str(path), error=LabelError, make_again=advice
+        )
+    header = Stored(line.value, line.where, advice)
+    stored = header.fields(["schema_version", "conditions"])["conditions"]
+    stored.mapping()
+    conditions: dict[str, Any] = stored.value
+    return conditions
+
+
+def _read_line(
+    line: Stored, known: dict[str, _Known], metrics: tuple[str, ...], num_layers: int
+) -> None:
+    """Add the outcomes of a line to what is known."""
+    found = line.fields(["example", "plans", *metrics])
+    of_prompt = known.setdefault(found["example"].hexadecimal(16), {})
+    plans = found["plans"].plans(num_layers, least=1)
+    if twice := [plan for plan in plans if plan in of_prompt]:
+        line.damaged(
+            f"it has plan {twice[0]} of example {line.value['example']}, which an earlier line has"
+        )
+    columns = []
+    for metric in metrics:
+        if metric in ("agreement", "accuracy"):
+            columns.append([float(item.whole(0, 1)) for item in found[metric].entries(len(plans))])
+        else:
+            # Both are logarithms of probabilities, but for rounding.
+            columns.append(found[metric].numbers(len(plans), highest=1e-6))
+    of_prompt.update(zip(plans, zip(*columns, strict=True), strict=True))

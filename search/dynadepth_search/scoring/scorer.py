@@ -84,6 +84,15 @@ class Scorer:
         self._bases: OrderedDict[Example, Answered] = OrderedDict()
         self._base_bytes = 0
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """What decides which plans share a sweep, and so the last bits of outcomes; values that JSON knows."""
+        return {
+            "scored_places": self._max_scored,
+            "tokens": self._max_tokens,
+            "sweep_tokens": self._aim,
+        }
+
     def encode(self, example: Example) -> EncodedExample:
         """Return the token rows of an example, as they are scored.
 

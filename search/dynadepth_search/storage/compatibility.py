@@ -1,14 +1,31 @@
-"""Whether a folder was made with the settings that are requested again, and how files describe a model and a task."""
+"""Whether what lies in a folder is what is asked for again.
+
+Owns the comparison, and the form and the checks of what every file says of its base model and its task. Knows nothing
+of what else the files hold.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from dynadepth.errors import LabelError
-from dynadepth_search.data.tasks import ChatForm, Task
+from dynadepth.config import config_from_dict
+from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth_search.data.tasks import ChatForm, Kind, Scoring, Task
+from dynadepth_search.storage.stored import Stored
 
-__all__ = ["chat_form", "check_asked", "dtype_name", "stored_hashes", "task_fields"]
+__all__ = [
+    "chat_form",
+    "check_asked",
+    "check_stored_fingerprint",
+    "check_stored_task",
+    "dtype_name",
+    "stored_config",
+    "stored_hashes",
+    "task_fields",
+]
+
+_Config = TypeVar("_Config")
 
 
 def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -77,6 +94,64 @@ def stored_hashes(content: Mapping[str, Any], key: str) -> tuple[str, ...] | Non
             f"{key} is {str(known)[:60]!r}; expected a list of texts: make the folder again"
         )
     return tuple(known)
+
+
+def check_stored_fingerprint(stored: Stored) -> None:
+    """Check that a value has the form of what `dynadepth.models.fingerprint.fingerprint` returns.
+
+    Raises:
+        LabelError: It has not.
+    """
+    found = stored.fields(["scheme", "architecture", "quantization", "weights"])
+    found["scheme"].whole(1)
+    for item in found["architecture"].mapping().values():
+        if item.value is not None and not isinstance(item.value, str | list):
+            item.whole()
+    found["quantization"].optional(Stored.text)
+    for item in found["weights"].mapping().values():
+        item.text()
+
+
+def check_stored_task(stored: Stored, *, named: bool) -> None:
+    """Check that a value has the form of `task_fields`.
+
+    Args:
+        stored: The value.
+        named: Whether it has the task's name besides.
+
+    Raises:
+        LabelError: It has not that form.
+    """
+    needed = ["kind", "scoring", "prompts", "sha256", *(["name"] if named else [])]
+    found = stored.fields(needed, ["chat"])
+    found["kind"].one_of(get_args(Kind))
+    found["scoring"].one_of(get_args(Scoring))
+    found["prompts"].whole(1)
+    found["sha256"].hexadecimal(64)
+    if named:
+        found["name"].text()
+    if "chat" in found:
+        chat = found["chat"].fields(["template", "system"])
+        chat["template"].text()
+        chat["system"].optional(Stored.text)
+
+
+def stored_config(stored: Stored, config_class: type[_Config], **others: Any) -> _Config:
+    """Return settings that a file holds.
+
+    Args:
+        stored: The settings as `config_to_dict` wrote them.
+        config_class: Of the settings.
+        others: Settings that the file leaves out.
+
+    Raises:
+        LabelError: A setting is unknown, of the wrong type or out of range.
+    """
+    stored.mapping()
+    try:
+        return config_from_dict(config_class, {**stored.value, **others})
+    except (ConfigError, TaskError, TypeError, ValueError, OverflowError) as error:
+        stored.damaged(f"{stored.name}: {error}")
 
 
 def dtype_name(model: Any) -> str:

@@ -1,42 +1,51 @@
 """An append-only file of JSON lines that survives a kill of its writer.
 
-A line is flushed to disk before `append` returns. A kill while it is being written leaves a line
-without an end, which is ignored, and cut off before the next line is written.
+A line is flushed to disk before `append` returns. A kill in the middle of it leaves a line without an
+end; that one is dropped, and cut off before the next line is written. What a line must be is the caller's to say;
+what to do about one that is not, and how it is named to the user, is decided here for every journal.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dynadepth.errors import LabelError
-from dynadepth.files import write_bytes_atomic
+from dynadepth.files import parse_json, write_bytes_atomic
+from dynadepth_search.storage.stored import Stored
 
 __all__ = ["Journal", "read_journal"]
 
+_T = TypeVar("_T")
 
-def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read all complete lines.
+
+def read_journal(path: Path, check: Callable[[Stored], _T], *, advice: str) -> tuple[list[_T], int]:
+    """Read all finished lines.
 
     Args:
-        path: The journal; if it does not exist, it counts as empty.
+        path: The journal; none is an empty one.
+        check: Returns what a line means; it refuses a line through what it is given, see `Stored`.
+        advice: What the user can do about a line that was altered.
 
     Returns:
-        The lines, and how many bytes they take; what follows is an incomplete last line.
+        What the lines mean, and how many bytes they take; what follows is the torn last line.
 
     Raises:
-        LabelError: A line other than the last cannot be read. Its cause is the ValueError of a line that is not JSON,
-            or the TypeError of one that is not an object.
+        LabelError: A line cannot be read and is not the last one, or `check` refuses it; or the file cannot be read.
     """
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise LabelError(f"{path} cannot be read ({error})") from error
     lines = data.split(b"\n")
-    rows: list[dict[str, Any]] = []
+    rows: list[_T] = []
     length = 0
     # What follows the last line feed is empty, or the beginning of a line.
     for number, line in enumerate(lines[:-1], start=1):
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise TypeError(f"a JSON {type(row).__name__}")  # noqa: TRY301 (handled as any other damaged line)
         except (ValueError, TypeError) as error:
@@ -44,11 +53,9 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
             if number == len(lines) - 1:
                 break
             raise LabelError(
-                f"{path}, line {number} cannot be read ({error}); a kill damages only the last line, so the "
-                "file was altered: remove that line and run the same search again; only its prompt is "
-                "searched again"
+                f"{where} cannot be read ({error}); a kill tears the last line only, so the file was altered: {advice}"
             ) from error
-        rows.append(row)
+        rows.append(check(Stored(row, where, advice)))
         length += len(line) + 1
     return rows, length
 
@@ -57,13 +64,13 @@ class Journal:
     """Writes lines to a journal.
 
     Args:
-        path: The file; it is created with the first line.
-        length: Number of bytes of complete lines, as `read_journal` returns it; the rest is cut off.
+        path: The file; it is made with the first line.
+        length: Bytes that are finished lines, as `read_journal` counts them; the rest is cut off. None: all of them.
     """
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int | None = None) -> None:
         self._path = path
-        if path.exists() and path.stat().st_size > length:
+        if length is not None and path.exists() and path.stat().st_size > length:
             os.truncate(path, length)
 
     def append(self, row: dict[str, Any]) -> None:

@@ -51,18 +51,17 @@ class LabelStore:
             tuple(prompt_ids[i : i + shard_size]) for i in range(0, len(prompt_ids), shard_size)
         ]
         self._finished: dict[str, Shard] = {}
+        self._journal = Journal(self.folder / JOURNAL)
         self._rows: dict[str, dict[str, Any]] = {}
         self.manifest: Manifest | None = None
-        journal, length = read_unfinished(self.folder)
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
-        elif journal or any(self.folder.glob("part-*.parquet")):
+        elif (self.folder / JOURNAL).exists() or any(self.folder.glob("part-*.parquet")):
             raise LabelError(
                 f"{self.folder} holds labels but no {MANIFEST}, so nothing says what they were made with: "
                 "put it back, or search into another folder"
             )
-        self._journal = Journal(self.folder / JOURNAL, length)
-        self._unsorted = journal
+        self._place = {prompt: index for index, prompt in enumerate(prompt_ids)}
 
     def create(self, manifest: Manifest) -> None:
         """Start a new folder."""
@@ -74,24 +73,37 @@ class LabelStore:
         A shard that was deleted counts as never written.
 
         Raises:
-            LabelError: A shard is damaged, or a row does not belong to a prompt of the task.
+            LabelError: A shard or the journal is damaged, or a row belongs to no prompt of the task.
         """
+        manifest = self._known()
+        rows, length = read_unfinished(self.folder, manifest)
+        self._journal = Journal(self.folder / JOURNAL, length)
         for litter in self.folder.glob(".*.tmp"):
             # Remains of a file that was being written under a temporary name when the writer was killed.
             litter.unlink(missing_ok=True)
-        manifest = self._known()
+        sizes = {shard_name(number): len(prompts) for number, prompts in enumerate(self._shards)}
         for shard in manifest.shards:
+            if sizes.get(shard.name) != shard.prompts:
+                raise LabelError(
+                    f"{self.folder / MANIFEST} is damaged ({shard.name} has {shard.prompts} prompts; expected "
+                    f"{sizes.get(shard.name, 'no such shard')}): run the search in a new folder"
+                )
             if (self.folder / shard.name).exists():
                 check_shard(self.folder, shard)
                 self._finished[shard.name] = shard
-        for row in self._unsorted:
-            self._rows[row["prompt_id"]] = row
-        stray = set(self._rows) - {prompt for prompts in self._shards for prompt in prompts}
-        if stray:
-            raise LabelError(
-                f"{self.folder / JOURNAL} holds prompt {min(stray)}, which the task does not have; it was altered: "
-                "remove that line"
-            )
+        for row in rows:
+            prompt = row["prompt_id"]
+            if prompt not in self._place:
+                raise LabelError(
+                    f"{self.folder / JOURNAL} holds prompt {prompt}, which the task has not; it was altered: "
+                    "remove that line"
+                )
+            if row["index"] != self._place[prompt]:
+                raise LabelError(
+                    f"{self.folder / JOURNAL} holds prompt {prompt} with index {row['index']}; expected "
+                    f"{self._place[prompt]}, its place in the task: remove that line"
+                )
+            self._rows[prompt] = row
 
     @property
     def done(self) -> frozenset[str]:

@@ -16,14 +16,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dynadepth.config import did_you_mean
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.files import read_versioned_json, sha256_file
 from dynadepth.models.fingerprint import check_base_model
 from dynadepth.plans import Plans, plan_depth
-from dynadepth.tree_search.forest import EditPrior, Evaluated
+from dynadepth.tree_search.forest import EditPrior, Evaluated, SearchConfig
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.storage.compatibility import (
+    check_stored_fingerprint,
+    check_stored_task,
+    stored_config,
+)
 from dynadepth_search.storage.journal import read_journal
+from dynadepth_search.storage.label_checks import check_label_row, read_parquet
+from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "JOURNAL",
@@ -214,8 +220,13 @@ def shard_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_shard(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a shard that has been checked."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
+    """Return the rows of a shard, unchecked.
+
+    Raises:
+        LabelError: It is no Parquet file with the columns of labels.
+    """
+    advice = "delete it and run the same search again; only its prompts are searched again"
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA, advice).to_pylist()
     return rows
 
 
@@ -236,21 +247,28 @@ def check_shard(folder: Path, shard: Shard) -> None:
         )
 
 
-def read_unfinished(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of the journal, which no shard holds yet, and how many bytes they take.
+def read_unfinished(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows that no shard holds yet, and how many bytes of the journal they take.
+
+    Args:
+        folder: Of the labels.
+        manifest: What they are made with.
 
     Raises:
         LabelError: A line was altered.
     """
     path = folder / JOURNAL
-    rows, length = read_journal(path)
-    for row in rows:
-        if set(row) != set(_SCHEMA.names):
-            raise LabelError(
-                f"{path} holds a line that is not a label (keys {', '.join(sorted(row))}): remove that line "
-                "and run the same search again; only its prompt is searched again"
-            )
-    return rows, length
+    seen: set[str] = set()
+
+    def check(line: Stored) -> dict[str, Any]:
+        row = _check_row(line, manifest)
+        if row["prompt_id"] in seen:
+            line.damaged(f"prompt {row['prompt_id']} is on an earlier line too")
+        seen.add(row["prompt_id"])
+        return row
+
+    advice = "remove that line and run the same search again; only its prompt is searched again"
+    return read_journal(path, check, advice=advice)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -265,21 +283,97 @@ def read_manifest(folder: Path) -> Manifest:
         path, SCHEMA_VERSION, error=LabelError, make_again="run the search again in a new folder"
     )
     del content["schema_version"]
-    known = [item.name for item in fields(Manifest)]
-    for key in content:
-        if key not in known:
-            raise LabelError(f"{path} has an unknown key {key!r}{did_you_mean(key, known)}")
-    missing = [key for key in known if key not in content]
-    if missing:
-        raise LabelError(
-            f"{path} has no {missing[0]!r}; it is damaged: run the search in a new folder"
-        )
+    stored = Stored(content, str(path), "run the search in a new folder")
+    found = stored.fields(item.name for item in fields(Manifest))
+    check_stored_fingerprint(found["base_model"])
+    check_stored_task(found["task"], named=True)
+    _check_search(found["search"])
+    for version in found["versions"].mapping().values():
+        version.text()
+    num_layers = found["num_layers"].whole(1)
+    return Manifest(
+        base_model=content["base_model"],
+        num_layers=num_layers,
+        dtype=found["dtype"].text(),
+        task=content["task"],
+        search=content["search"],
+        depth_penalty=found["depth_penalty"].number(0),
+        prior=_read_prior(found["prior"], num_layers),
+        versions=content["versions"],
+        shards=_read_shards(found["shards"], content["task"]["prompts"]),
+    )
+
+
+def _check_search(stored: Stored) -> None:
+    """Check the settings of a search; those that are newer than the folder are missing."""
+    numbers = ("seed", "block_size", "blocks_per_shard", "max_logit_bytes")
+    found = stored.fields(["objective", "config"], ["depth_penalty", *numbers])
+    found["objective"].one_of(["preserve", "reward"])
+    stored_config(found["config"], SearchConfig)
+    for name in numbers:
+        if name in found:
+            found[name].whole(int(name != "seed"))
+    if "depth_penalty" in found:
+        found["depth_penalty"].optional(lambda item: item.number(0))
+
+
+def _read_prior(stored: Stored, num_layers: int) -> EditPrior:
+    found = stored.fields(["mean", "variance", "count"])
+    for name, lowest in (("mean", None), ("variance", 0.0)):
+        for item in found[name].entries(2 * num_layers):
+            if item.value is not None:
+                item.number(lowest)
+    found["count"].whole(1)
     try:
-        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-        prior = EditPrior.from_dict(content.pop("prior"))
-    except (TypeError, ConfigError) as error:
-        raise LabelError(f"{path} is damaged ({error}): run the search in a new folder") from error
-    return Manifest(**content, prior=prior, shards=shards)
+        return EditPrior.from_dict(stored.value)
+    except ConfigError as error:
+        stored.damaged(str(error))
+
+
+def _read_shards(stored: Stored, prompts: int) -> tuple[Shard, ...]:
+    """Return the shards that a manifest names: files of its own folder, each once, with prompts of its task."""
+    shards: list[Shard] = []
+    known = {shard_name(number) for number in range(prompts)}
+    for item in stored.entries():
+        found = item.fields(["name", "sha256", "prompts"])
+        name = found["name"].text()
+        if name not in known:
+            found["name"].wrong(f"a file of the folder, such as {shard_name(0)}")
+        if name in {shard.name for shard in shards}:
+            item.damaged(f"{name} is named twice; expected each shard once")
+        shards.append(
+            Shard(name, found["sha256"].hexadecimal(64), found["prompts"].whole(1, prompts))
+        )
+    if sum(shard.prompts for shard in shards) > prompts:
+        stored.damaged(f"its shards hold more prompts than the {prompts} of its task")
+    return tuple(shards)
+
+
+def _check_row(row: Stored, manifest: Manifest) -> dict[str, Any]:
+    checked = check_label_row(
+        row, num_layers=manifest.num_layers, depth_penalty=manifest.depth_penalty
+    )
+    if checked["index"] >= manifest.task["prompts"]:
+        row.damaged(
+            f"index is {checked['index']}; expected less than {manifest.task['prompts']}, the prompts of the task"
+        )
+    return checked
+
+
+def _rows_of(folder: Path, shard: Shard, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the rows of a shard, all of them checked."""
+    path = folder / shard.name
+    check_shard(folder, shard)
+    rows = read_shard(path)
+    advice = "delete it and run the same search again; only its prompts are searched again"
+    if len(rows) != shard.prompts:
+        Stored(None, str(path), advice).damaged(
+            f"it holds {len(rows)} prompts; expected {shard.prompts}, as {MANIFEST} says"
+        )
+    return [
+        _check_row(Stored(row, f"{path}, row {number}", advice), manifest)
+        for number, row in enumerate(rows)
+    ]
 
 
 def read_labels(
@@ -323,11 +417,10 @@ def read_labels(
         )
     rows: dict[str, dict[str, Any]] = {}
     for shard in manifest.shards:
-        check_shard(place, shard)
-        rows.update((row["prompt_id"], row) for row in read_shard(place / shard.name))
+        rows.update((row["prompt_id"], row) for row in _rows_of(place, shard, manifest))
     asked = manifest.task["prompts"]
     if len(rows) < asked:
-        for row in read_unfinished(place)[0]:
+        for row in read_unfinished(place, manifest)[0]:
             rows.setdefault(row["prompt_id"], row)
         if not accept_partial:
             raise LabelError(
@@ -338,6 +431,13 @@ def read_labels(
     if not rows:
         raise LabelError(
             f"the search in {place} has not finished a single prompt; run it again to go on"
+        )
+    if len({row["index"] for row in rows.values()}) < len(rows) or len(rows) < sum(
+        shard.prompts for shard in manifest.shards
+    ):
+        raise LabelError(
+            f"{place} is damaged (two of its labels are of one prompt, or claim one place in the task): run the search "
+            "in a new folder"
         )
     return _labels(manifest, sorted(rows.values(), key=lambda row: row["index"]))
 

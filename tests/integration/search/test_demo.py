@@ -158,6 +158,21 @@ def test_a_finished_demo_is_not_run_again(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_two_demos_in_one_folder(tiny_deep_base: Path, questions: Path, tmp_path: Path) -> None:
+    def other(now: str, done: int, total: int) -> None:
+        if now == "load the model" and not refused:
+            refused.append(now)
+            with pytest.raises(LabelError, match="another process is writing to .*; wait for it"):
+                run_demo(config(tiny_deep_base, questions, tmp_path / "out"))
+            raise _Killed
+
+    refused: list[str] = []
+    with pytest.raises(_Killed):
+        run_demo(config(tiny_deep_base, questions, tmp_path / "out"), progress=other)
+    assert refused
+    assert list(tmp_path.iterdir()) == []
+
+
 class _Killed(BaseException):
     """Stands for a kill: nothing that catches errors may catch it."""
 

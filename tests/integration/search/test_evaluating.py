@@ -25,7 +25,7 @@ from dynadepth_search.evaluation.evaluating import (
     evaluate,
     read_evaluation,
 )
-from dynadepth_search.evaluation.outcome_cache import score_plans
+from dynadepth_search.evaluation.outcome_cache import OutcomeCache
 from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import tiny_model
 from tests.tiny_menus import random_menu
@@ -193,46 +193,202 @@ def test_an_evaluation_goes_on_where_it_stopped(
     )
     assert ("scoring held-out prompts", 5) in seen
     assert ("scoring held-out prompts", 0) not in seen
-    for one, other in zip(whole["policies"], again["policies"], strict=True):
-        assert one["metrics"]["preserve"]["mean"] == pytest.approx(
-            other["metrics"]["preserve"]["mean"], abs=1e-5
+    assert _untimed(again) == _untimed(whole)
+    assert path.read_text() == "".join(lines)
+
+
+def _untimed(result: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says, without what a clock said."""
+    content = {
+        key: value
+        for key, value in result.items()
+        if key not in ("seconds", "base_prefill_milliseconds")
+    }
+    content["policies"] = [{**policy, "time": None} for policy in result["policies"]]
+    # Findings about time have figures of it.
+    content["findings"] = len(result["findings"])
+    return content
+
+
+def _outcomes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+
+
+def _pairs(folder: Path) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Figures by prompt and plan."""
+    found: dict[tuple[str, str], tuple[float, ...]] = {}
+    for line in _outcomes(folder)[1:]:
+        figures = zip(
+            *(line[name] for name in ("reward", "preserve", "agreement", "accuracy")), strict=True
         )
+        for plan, values in zip(line["plans"], figures, strict=True):
+            assert (line["example"], plan) not in found
+            found[line["example"], plan] = values
+    return found
 
 
-def test_outcomes_of_another_dtype_are_not_taken(
-    routers: Any, front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    specs: list[str] = []
+class TestOutcomesAreKept:
+    def test_the_same_again_scores_nothing_and_says_the_same(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path, result: dict[str, Any]
+    ) -> None:
+        first = _evaluate(model, routers, front, tmp_path)
+        before = (tmp_path / "outcomes.jsonl").read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dynadepth_search.evaluation.outcome_cache._score", _never)
+            again = _evaluate(model, routers, front, tmp_path)
+        assert _untimed(again) == _untimed(first) == _untimed(result)
+        assert (tmp_path / "outcomes.jsonl").read_bytes() == before
 
-    def stop(*arguments: Any, spec: str, **others: Any) -> Any:
-        specs.append(spec)
-        raise KeyboardInterrupt
+    def test_one_more_budget_adds(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path, result: dict[str, Any]
+    ) -> None:
+        _evaluate(model, routers, front, tmp_path / "a", config=replace(CONFIG, budgets=(0.9,)))
+        first = _pairs(tmp_path / "a")
+        more = _evaluate(model, routers, front, tmp_path / "a")
+        both = _pairs(tmp_path / "a")
+        assert {pair: both[pair] for pair in first} == first
+        assert len(both) > len(first)
+        _evaluate(model, routers, front, tmp_path / "b")
+        whole = _pairs(tmp_path / "b")
+        assert both.keys() == whole.keys()
+        for pair, figures in whole.items():
+            np.testing.assert_allclose(both[pair], figures, rtol=0, atol=1e-4)
+        assert [policy["name"] for policy in more["policies"]] == [
+            policy["name"] for policy in result["policies"]
+        ]
+        for one, other in zip(more["policies"], result["policies"], strict=True):
+            for metric, found in one["metrics"].items():
+                assert found["mean"] == pytest.approx(other["metrics"][metric]["mean"], abs=1e-4)
+        # Fewer budgets take nothing away.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dynadepth_search.evaluation.outcome_cache._score", _never)
+            _evaluate(model, routers, front, tmp_path / "a", config=replace(CONFIG, budgets=(0.7,)))
+        assert _pairs(tmp_path / "a") == both
 
-    monkeypatch.setattr("dynadepth_search.evaluation.evaluating.score_plans", stop)
-    for dtype in (torch.float32, torch.float32, torch.bfloat16):
-        model = tiny_model(num_layers=LAYERS, dtype=torch.float32).to(dtype)
+    def test_another_policy_scores_its_own_plans_alone(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path
+    ) -> None:
+        config = replace(CONFIG, budgets=(0.9,))
+        _evaluate(model, routers, front, tmp_path, config=config)
+        first = _pairs(tmp_path)
+        other = random_routers(
+            num_layers=LAYERS,
+            fingerprint=fingerprint(model),
+            calibration=routers.calibration,
+            seed=9,
+        )
+        _evaluate(model, routers, front, tmp_path, config=config, presets={"other": other})
+        second = _pairs(tmp_path)
+        assert {pair: second[pair] for pair in first} == first
+        assert 0 < len(second) - len(first) <= len(HELDOUT.examples)
+
+    def test_a_prompt_depends_on_no_other(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path
+    ) -> None:
+        """Fewer prompts, more prompts, another order: to the bit what all of them give at once."""
+        scorer = Scorer(model, word_tokenizer())
+        plans = np.stack([plan for plan in front.plans for _ in HELDOUT.examples])
+        sets = dict(enumerate(plans.reshape(len(front.plans), -1, LAYERS)))
+        quiet: Any = lambda done, total: None  # noqa: E731
+
+        def score(folder: str, rows: list[int]) -> Any:
+            task = Task("t", tuple(HELDOUT.examples[row] for row in rows))
+            cache = OutcomeCache(scorer, task, tmp_path / folder)
+            return cache.score({str(k): v[rows] for k, v in sets.items()}, progress=quiet)
+
+        every = list(range(10))
+        whole = score("a", every)
+        score("b", [7, 2])
+        score("b", [2, 3, 9])
+        for rows in ([4, 9, 2], every, every[::-1]):
+            table = score("b", rows)
+            for metric, values in whole.values.items():
+                np.testing.assert_array_equal(table.values[metric], values[:, rows])
+
+    @pytest.mark.parametrize("after", [0, 1, 4, 9])
+    def test_killed_after_any_prompt_it_ends_alike(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path, after: int
+    ) -> None:
+        def stop(what: str, done: int, total: int) -> None:
+            if what == "scoring held-out prompts" and done == after:
+                raise KeyboardInterrupt
+
+        config = replace(CONFIG, budgets=(0.9,))
         with pytest.raises(KeyboardInterrupt):
-            _evaluate(model, routers, front, tmp_path)
-    assert specs[0] == specs[1]
-    assert specs[0] != specs[2]
-    model = tiny_model(num_layers=LAYERS, dtype=torch.float32)
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    forms = [as_chat(HELDOUT, tokenizer), as_chat(HELDOUT, tokenizer, system="Be brief.")]
-    for heldout in (*forms, replace(HELDOUT, scoring="letter")):
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(
-                model,
-                tokenizer,
-                heldout=heldout,
-                train=TRAIN,
-                routers=routers,
-                front=front,
-                objective="preserve",
-                folder=tmp_path,
-                config=CONFIG,
+            _evaluate(model, routers, front, tmp_path / "a", config=config, progress=stop)
+        one = _evaluate(model, routers, front, tmp_path / "a", config=config)
+        two = _evaluate(model, routers, front, tmp_path / "b", config=config)
+        assert _untimed(one) == _untimed(two)
+        assert _outcomes(tmp_path / "a") == _outcomes(tmp_path / "b")
+
+    def test_outcomes_of_another_dtype_or_model_are_refused(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path
+    ) -> None:
+        _evaluate(model, routers, front, tmp_path)
+        before = (tmp_path / "outcomes.jsonl").read_bytes()
+        other = tiny_model(num_layers=LAYERS, dtype=torch.float32).to(torch.bfloat16)
+        with pytest.raises(LabelError, match='made with dtype = "float32", but now .*bfloat16'):
+            _evaluate(other, routers, front, tmp_path)
+        stranger = tiny_model(num_layers=LAYERS, seed=5, dtype=torch.float32)
+        with pytest.raises(LabelError, match="outcomes.jsonl was made with base_model = "):
+            OutcomeCache(Scorer(stranger, word_tokenizer()), HELDOUT, tmp_path / "outcomes.jsonl")
+        prompts = Task("prompts", (Example("the prompt"),))
+        with pytest.raises(LabelError, match='made with kind = "choices", but now it is "prompt"'):
+            _evaluate(model, routers, front, tmp_path, heldout=prompts)
+        assert (tmp_path / "outcomes.jsonl").read_bytes() == before
+
+    def test_outcomes_of_another_form_of_a_prompt_are_not_taken(
+        self, model: Any, front: Front, tmp_path: Path
+    ) -> None:
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = "{{ messages[0]['content'] }} user"
+        answered = tuple(replace(each, answer=1 - (each.answer or 0)) for each in HELDOUT.examples)
+        tasks = [
+            HELDOUT,
+            as_chat(HELDOUT, tokenizer),
+            replace(HELDOUT, scoring="letter"),
+            replace(HELDOUT, scoring="normalized"),
+            replace(HELDOUT, examples=answered),
+        ]
+        path = tmp_path / "outcomes.jsonl"
+        plans = np.tile(front.plans[2], (10, 1))
+        for number, task in enumerate(tasks, start=1):
+            scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
+            found = OutcomeCache(scorer, task, path).score(
+                {"a": plans}, progress=lambda done, total: None
             )
-    assert len(set(specs)) == len(specs) - 1
+            assert len(_pairs(tmp_path)) == 10 * number
+            fresh = OutcomeCache(scorer, task, tmp_path / f"{number}.jsonl").score(
+                {"a": plans}, progress=lambda done, total: None
+            )
+            for metric, values in fresh.of("a").items():
+                np.testing.assert_array_equal(found.of("a")[metric], values)
+
+    def test_two_in_one_folder(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path
+    ) -> None:
+        def other(what: str, done: int, total: int) -> None:
+            if what == "scoring held-out prompts" and done == 3:
+                with pytest.raises(LabelError, match="another process is writing to .*; wait"):
+                    _evaluate(model, routers, front, tmp_path)
+                refused.append(done)
+
+        refused: list[int] = []
+        _evaluate(model, routers, front, tmp_path, progress=other)
+        assert refused == [3]
+        assert len(_outcomes(tmp_path)) == 1 + len(HELDOUT.examples)
+
+    def test_an_older_file_says_so(
+        self, model: Any, routers: Any, front: Front, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "outcomes.jsonl"
+        path.write_text('{"spec": "abc"}\n{"prompt_id": "a", "preserve": [0.0]}\n')
+        with pytest.raises(LabelError, match="written by an older dynadepth, .*: delete the file"):
+            _evaluate(model, routers, front, tmp_path)
+
+
+def _never(*_arguments: Any, **_others: Any) -> Any:
+    raise AssertionError("nothing is left to score")
 
 
 @pytest.mark.parametrize("name", ["routed", "Random", "ShortGPT"])
@@ -287,9 +443,9 @@ def test_outcomes_of_other_plans_are_not_taken(model: Any, tmp_path: Path) -> No
     task = Task("prompts", tuple(Example(f"the prompt {index}") for index in range(6)))
     plans = np.tile(identity_plan(LAYERS), (6, 1))
     quiet: Any = lambda done, total: None  # noqa: E731
-    first = score_plans(scorer, task, {"a": plans}, path, spec="", progress=quiet)
+    first = OutcomeCache(scorer, task, path).score({"a": plans}, progress=quiet)
     plans[:, 2] = 0
-    second = score_plans(scorer, task, {"a": plans}, path, spec="", progress=quiet)
+    second = OutcomeCache(scorer, task, path).score({"a": plans}, progress=quiet)
     assert (first.of("a")["preserve"] == 0.0).all()
     assert (second.of("a")["preserve"] < 0.0).all()
 
@@ -416,8 +572,8 @@ def test_a_model_that_overflows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         SearchError, match="has reward nan under plan 111111; expected a finite number"
     ):
-        score_plans(scorer, HELDOUT, {"a": plans}, path, spec="", progress=lambda done, total: None)
-    assert len(path.read_text().splitlines()) == 1
+        OutcomeCache(scorer, HELDOUT, path).score({"a": plans}, progress=lambda done, total: None)
+    assert len(_outcomes(tmp_path)) == 1
 
 
 def test_a_damaged_evaluation_says_so(tmp_path: Path) -> None:

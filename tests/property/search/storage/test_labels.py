@@ -14,6 +14,7 @@ from dynadepth.plans import plan_depth, plan_text
 from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.storage import journal, label_store
+from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.journal import Journal, read_journal
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import (
@@ -26,6 +27,7 @@ from dynadepth_search.storage.labels import (
 from tests.tiny_search import folder_bytes, tiny_task
 
 NUM_LAYERS = 3
+PENALTY = 1.0
 TEXT = st.text(max_size=12)
 
 
@@ -83,29 +85,32 @@ class Disk:
 
 def row_of(index, example):
     generator = np.random.default_rng(index)
-    plans = np.unique(generator.integers(1, 3, size=(4, NUM_LAYERS)).astype(np.uint8), axis=0)
+    # The identity comes first, as it sorts and as a search asks it.
+    drawn = generator.integers(1, 3, size=(4, NUM_LAYERS)).astype(np.uint8)
+    plans = np.unique(np.vstack([np.ones((1, NUM_LAYERS), np.uint8), drawn]), axis=0)
     rewards = generator.standard_normal(len(plans))
     visits = plans.sum(axis=1).astype(np.uint32)
-    best = int(rewards.argmax())
+    values = rewards - PENALTY * plan_depth(plans)
+    best = int(values.argmax())
     return label_row(
         index,
         example,
         Evaluated(plans, rewards, plan_depth(plans), visits),
         base_reward=float(rewards[0]),
         label=plan_text(plans[best]),
-        value=float(rewards[best]),
+        value=float(values[best]),
     )
 
 
 def manifest_of(task):
     prior = EditPrior(np.array([0.5, np.nan] * NUM_LAYERS), np.array([0.1, np.nan] * NUM_LAYERS), 2)
     return Manifest(
-        base_model={"weights": "none"},
+        base_model={"scheme": 1, "architecture": {}, "quantization": None, "weights": {}},
         num_layers=NUM_LAYERS,
         dtype="float32",
-        task={"name": task.name, "prompts": len(task.examples)},
-        search={"objective": "preserve"},
-        depth_penalty=1.0,
+        task={"name": task.name, **task_fields(task)},
+        search={"objective": "preserve", "config": {}},
+        depth_penalty=PENALTY,
         prior=prior,
         versions={},
     )
@@ -203,6 +208,10 @@ def test_every_single_crash_is_survived():
         assert crashed > 45
 
 
+def read_any(path):
+    return read_journal(path, lambda line: line.value, advice="nothing")
+
+
 @given(
     st.lists(
         st.dictionaries(TEXT, TEXT | st.floats(allow_nan=False, allow_infinity=False), max_size=3)
@@ -220,12 +229,12 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(rows, data):
         cut = data.draw(st.integers(0, ends[-1]))
         if path.exists():
             path.write_bytes(path.read_bytes()[:cut])
-        left, length = read_journal(path)
+        left, length = read_any(path)
         whole = max(index for index, end in enumerate(ends) if end <= cut)
         assert left == rows[:whole]
         assert length == ends[whole]
         Journal(path, length).append({"next": 1})
-        assert read_journal(path)[0] == [*rows[:whole], {"next": 1}]
+        assert read_any(path)[0] == [*rows[:whole], {"next": 1}]
 
 
 @given(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynadepth.errors import LabelError
-from dynadepth_search.data.tasks import Task
+from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.storage.labels import MANIFEST, read_labels
 from dynadepth_search.storage.locking import locked
@@ -177,7 +177,8 @@ class TestUnfinished:
             (b"7", r"journal\.jsonl, line 2 cannot be read \(a JSON int\)"),
             (
                 b'{"a": 1}',
-                r"journal\.jsonl holds a line that is not a label \(keys a\): remove that line",
+                r"journal\.jsonl, line 2 is damaged \(it has unknown key 'a'\): remove that line and run the same "
+                "search again; only its prompt is searched again",
             ),
         ],
     )
@@ -201,9 +202,13 @@ class TestUnfinished:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows[1]["prompt_id"] = "0123456789abcdef"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with pytest.raises(
-            LabelError, match="holds prompt 0123456789abcdef, which the task does not have"
-        ):
+        with pytest.raises(LabelError, match="line 2 is damaged .prompt_id is .*which names its"):
+            search_again(tmp_path, model)
+        rows[1]["prompt"] = "Another prompt"
+        other = Example(rows[1]["prompt"], tuple(rows[1]["choices"])).prompt_id
+        rows[1]["prompt_id"] = other
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(LabelError, match=f"holds prompt {other}, which the task has not"):
             search_again(tmp_path, model)
 
 
@@ -304,7 +309,7 @@ class TestManifest:
             ),
             ({"sherds": []}, r"unknown key 'sherds' \(did you mean 'shards'\?\)"),
             ({"shards": [{"name": "x"}]}, "is damaged"),
-            ({"prior": {"mean": [0.0]}}, "is damaged .*EditPrior"),
+            ({"prior": {"mean": [0.0]}}, r"is damaged \(prior has no 'variance'\)"),
         ],
     )
     def test_damage(self, folder, changes, message):
@@ -317,7 +322,7 @@ class TestManifest:
         content = json.loads(path.read_text())
         del content["prior"]
         path.write_text(json.dumps(content))
-        with pytest.raises(LabelError, match="has no 'prior'; it is damaged"):
+        with pytest.raises(LabelError, match=r"is damaged \(it has no 'prior'\): run"):
             read_labels(folder)
 
     def test_not_json(self, folder):
