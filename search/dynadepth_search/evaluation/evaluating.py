@@ -20,7 +20,7 @@ from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
-from dynadepth.files import read_versioned_json, write_json_atomic
+from dynadepth.files import read_versioned_json
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
@@ -59,6 +59,7 @@ from dynadepth_search.scoring.runtime_checks import (
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import dtype_name
 from dynadepth_search.storage.locking import locked
+from dynadepth_search.storage.sealed import check_seal, write_sealed
 
 __all__ = [
     "EVALUATION_NAME",
@@ -271,7 +272,7 @@ def evaluate(
             "versions": _versions(),
             "seconds": round(time.perf_counter() - started, 2),
         }
-        write_json_atomic(Path(folder) / EVALUATION_NAME, content)
+        write_sealed(Path(folder) / EVALUATION_NAME, content)
         # As every later reader has it.
         return read_evaluation(folder)
 
@@ -290,13 +291,14 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: There is none.
     """
     path = Path(folder) / EVALUATION_NAME
-    return read_versioned_json(
+    content = read_versioned_json(
         path,
         SCHEMA_VERSION,
         error=ConfigError,
         make_again="evaluate again",
         missing="make it with `dynadepth eval`",
     )
+    return check_seal(content, path, ConfigError, make_again="evaluate again")
 
 
 def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import ConfigError
-from dynadepth.files import read_json, write_json_atomic, write_text_atomic
+from dynadepth.files import write_text_atomic
 from dynadepth_search.evaluation.metrics import METRIC_LABELS, show_budget
 from dynadepth_search.report.findings import findings_by_policy
 from dynadepth_search.report.plots import action_map, learning_plot, pareto_plot
@@ -25,6 +25,7 @@ from dynadepth_search.report.tables import (
     show_value,
 )
 from dynadepth_search.report.verdict import verdict
+from dynadepth_search.storage.sealed import read_sealed, write_sealed
 
 __all__ = ["REPORT_NAME", "read_run", "report_html", "report_markdown", "write_report"]
 
@@ -99,7 +100,7 @@ def write_report(
         The page.
     """
     page = Path(folder) / REPORT_NAME
-    write_json_atomic(Path(folder) / "report.json", {"evaluation": evaluation, "run": run or {}})
+    write_sealed(Path(folder) / "report.json", {"evaluation": evaluation, "run": run or {}})
     write_text_atomic(page, report_html(evaluation, run))
     return page
 
@@ -113,7 +114,7 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "report.json"
     if not path.is_file():
         return {}
-    run = read_json(path, ConfigError).get("run")
+    run = read_sealed(path, ConfigError, make_again="evaluate again").get("run")
     return run if isinstance(run, dict) else {}
 
 

@@ -1,12 +1,12 @@
 """Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
 
-The result is the file `menu.json`. The beam provides look-ahead: a plan that is not the best of its depth may lead to
-the best one of a lower depth.
+Owns the search; how `menu.json` is read is `static_files`. The beam is the look-ahead: a plan that is not the best of
+its depth may lead to the best one below. Knows nothing of policies that choose from a menu.
 """
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +14,45 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.config import config_to_dict
-from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
+from dynadepth.errors import ConfigError, SearchError, TaskError
 from dynadepth.evaluation.folds import draw_parts
-from dynadepth.files import read_versioned_json, write_json_atomic
-from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
-from dynadepth.plans import SKIP, Plans, identity_plan, parse_plan, plan_text
+from dynadepth.files import write_json_atomic
+from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
+from dynadepth.plans import SKIP, Plans, identity_plan, plan_text
 from dynadepth.training.menu.fit import choose_plans
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import (
-    Objective,
     check_answers,
-    check_objective,
     plan_values,
 )
 from dynadepth_search.scoring.outcomes import Outcomes
 from dynadepth_search.scoring.score_table import menu_data, score_prompts
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.static_files import (
+    MENU,
+    SCHEMA_VERSION,
+    StaticPlans,
+    read_menu,
+    read_static,
+)
 from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
-    stored_hashes,
     task_fields,
 )
 from dynadepth_search.storage.locking import locked
 
 __all__ = ["MENU", "StaticPlans", "StaticSpec", "read_static", "search_static"]
 
-MENU = "menu.json"
 _POOL = "pool"
-SCHEMA_VERSION = 1
 _FEWEST_PROMPTS = 40
 # The fewest distinct prompts that can cross-validate the choice of a menu.
 _FEWEST_CONFIRMED = 20
 
 _Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class StaticPlans:
-    """The result of a search for static plans.
-
-    Args:
-        menu: Plans to choose from for each prompt: the identity first, then by descending depth. Shape (K, layers),
-            uint8.
-        front: Nested plans for all prompts: the identity first, each with one more layer skipped. Shape (F, layers),
-            uint8.
-        front_values: Mean value of each of these on prompts that did not choose them: agreement for `preserve`, graded
-            reward for `reward`. Shape (F,), float64.
-        front_errors: Standard errors of the differences from the identity. Shape (F,), float64.
-        pool: Every plan that was measured on these prompts, the identity first. Shape (P, layers), uint8.
-        pool_values: Mean value of each of these. Shape (P,), float64.
-        objective: The objective by which plans were compared.
-        prompts: Number of prompts in these means.
-        evaluations: Number of plans evaluated on prompts, in total.
-        asked: The settings of the search.
-        prompt_hashes: Hashes of the prompts that chose the plans, see `dynadepth_search.data.splits.prompt_hashes`;
-            None if an older version wrote the folder without them.
-    """
-
-    menu: Plans
-    front: Plans
-    front_values: _Floats
-    front_errors: _Floats
-    pool: Plans
-    pool_values: _Floats
-    objective: Objective
-    prompts: int
-    evaluations: int
-    asked: dict[str, Any]
-    prompt_hashes: tuple[str, ...] | None = None
 
 
 def search_static(
@@ -140,50 +107,6 @@ def search_static(
     return read_static(place)
 
 
-def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticPlans:
-    """Read the result of a search for static plans.
-
-    Args:
-        folder: The folder of the search.
-        model: The base model; if it is given, its fingerprint is checked.
-
-    Raises:
-        FileNotFoundError: There is no such search.
-        LabelError: It is damaged, unfinished or of another base model.
-    """
-    path = Path(folder) / MENU
-    content = _read(path)
-    if not content.get("complete"):
-        raise LabelError(f"the search of {path} is unfinished: run it again to go on")
-    if model is not None:
-        check_base_model(
-            model,
-            content["base_model"],
-            holder=f"the plans in {path}",
-            error=LabelError,
-            advice="search with this model",
-        )
-    try:
-        width = len(content["pool"][0]["plan"])
-        pool = np.stack([parse_plan(item["plan"], width) for item in content["pool"]])
-        front = content["front"]
-        return StaticPlans(
-            menu=pool[content["menu"]],
-            front=pool[front],
-            front_values=np.array([content["pool"][row]["value"] for row in front]),
-            front_errors=np.array([content["pool"][row]["standard_error"] for row in front]),
-            pool=pool,
-            pool_values=np.array([item["value"] for item in content["pool"]]),
-            objective=check_objective(content["asked"]["search"]["objective"]),
-            prompts=content["confirmed"],
-            evaluations=content["evaluations"],
-            asked=content["asked"],
-            prompt_hashes=stored_hashes(content, "prompt_hashes"),
-        )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise LabelError(f"{path} is damaged ({error!r}): delete it and search again") from error
-
-
 class _StaticSearch:
     """One run; `_content` is the content of the file on disk."""
 
@@ -233,7 +156,7 @@ class _StaticSearch:
 
     def run(self) -> None:
         if self._path.exists():
-            self._content = _read(self._path)
+            self._content = read_menu(self._path, self._num_layers)
             check_asked(self._path, self._asked, self._content["asked"])
             if self._content["complete"]:
                 return
@@ -413,21 +336,3 @@ class _StaticSearch:
         plan = identity_plan(self._num_layers)
         plan[list(skips)] = int(SKIP)
         return plan
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = read_versioned_json(
-        path,
-        SCHEMA_VERSION,
-        error=LabelError,
-        make_again="search again",
-        missing="make it with `dynadepth search static`",
-    )
-    kinds = {"asked": dict, "base_model": dict, "complete": bool, "evaluations": int}
-    kinds |= {"candidates": list, "levels": list}
-    for name, kind in kinds.items():
-        if not isinstance(content.get(name), kind):
-            raise LabelError(
-                f"{path} is damaged ({name} is {content.get(name)!r}): delete it and search again"
-            )
-    return content

@@ -28,7 +28,7 @@ from dynadepth_search.storage.compatibility import (
     stored_config,
 )
 from dynadepth_search.storage.journal import read_journal
-from dynadepth_search.storage.label_checks import check_label_row, read_parquet
+from dynadepth_search.storage.row_checks import check_label_row, read_parquet
 from dynadepth_search.storage.stored import Stored
 
 __all__ = [

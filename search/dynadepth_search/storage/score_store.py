@@ -20,7 +20,11 @@ from safetensors.torch import save as save_tensors
 
 from dynadepth.errors import LabelError
 from dynadepth.files import read_versioned_json, sha256_bytes, sha256_text, write_bytes_atomic
+from dynadepth.plans import prefix_numbers
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.storage.compatibility import check_stored_fingerprint, check_stored_task
+from dynadepth_search.storage.row_checks import read_example, read_parquet
+from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "BLOCK",
@@ -41,6 +45,14 @@ SCHEMA_VERSION = 1
 # Number of prompts of a block; a kill loses at most one block of work.
 BLOCK = 16
 METRICS = ("agreement", "total_variation", "divergence", "reward", "correct")
+# Lowest and highest value of each, rounding to float32 included.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "agreement": (0.0, 1.0),
+    "total_variation": (0.0, 1.0 + 1e-4),
+    "divergence": (0.0, None),
+    "reward": (None, 1e-4),
+    "correct": (0.0, 1.0),
+}
 SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -110,23 +122,61 @@ def read_part(
     """
     metrics, states = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
     advice = "delete both files of this block and score again; only its prompts are scored again"
+    table = read_parquet(metrics, SCHEMA, advice)
     try:
-        table = pq.read_table(metrics)
         data = states.read_bytes()
         seals = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
         }
-        if any(seals.get(key) != value for key, value in block_of(asked, number).items()):
-            raise LabelError(
-                f"{metrics} is not block {number} of what {MANIFEST} says this table is; {advice}"
-            )
-        if seals.get("states_sha256") != sha256_bytes(data):
-            raise LabelError(f"{states} is not the file that {metrics.name} names; {advice}")
-        if seals.get("figures_sha256") != _seal(table):
-            raise LabelError(f"{metrics} is damaged: its metrics are not those written; {advice}")
-        return {name: table[name].to_pylist() for name in SCHEMA.names}, load_tensors(data)
-    except (pa.ArrowException, SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
+        figures = _seal(table)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise LabelError(f"{metrics} or {states.name} is damaged ({error}); {advice}") from error
+    if any(seals.get(key) != value for key, value in block_of(asked, number).items()):
+        raise LabelError(
+            f"{metrics} is not block {number} of what {MANIFEST} says this table is; {advice}"
+        )
+    if seals.get("states_sha256") != sha256_bytes(data):
+        raise LabelError(f"{states} is not the file that {metrics.name} names; {advice}")
+    if seals.get("figures_sha256") != figures:
+        raise LabelError(f"{metrics} is damaged: its metrics are not those written; {advice}")
+    try:
+        views = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise LabelError(f"{states} is damaged ({error}); {advice}") from error
+    _check_rows(Stored(table.to_pylist(), str(metrics), advice), asked, number)
+    _check_views(Stored(views, str(states), advice), asked, len(table))
+    return {name: table[name].to_pylist() for name in SCHEMA.names}, views
+
+
+def _check_rows(block: Stored, asked: dict[str, Any], number: int) -> None:
+    """Check the prompts of a block and their metrics."""
+    task, count = asked["task"], len(asked["plans"])
+    for row in block.entries(min(BLOCK, task["prompts"] - number * BLOCK)):
+        found = row.fields(SCHEMA.names)
+        kind = read_example(found, row).kind
+        if kind != task["kind"]:
+            row.damaged(f"it is a {kind} example; expected {task['kind']}, as {MANIFEST} says")
+        for answer in found["given"].entries(count):
+            answer.whole()
+        for name in METRICS:
+            if name == "reward" and kind == "prompt":
+                found[name].entries(count)
+            else:
+                found[name].numbers(count, *_RANGES[name])
+
+
+def _check_views(views: Stored, asked: dict[str, Any], rows: int) -> None:
+    """Check that the states are those of the layers and prefixes that were asked for."""
+    found = views.fields(map(str, asked["layers"]))
+    plans = np.array([[int(action) for action in plan] for plan in asked["plans"]], dtype=np.uint8)
+    for layer in asked["layers"]:
+        shape = (rows, int(prefix_numbers(plans, layer).max()) + 1, asked["num_windows"] + 1)
+        view = found[str(layer)].value
+        if tuple(view.shape[:-1]) != shape or view.ndim != 4 or not view.is_floating_point():
+            views.damaged(
+                f"the states of layer {layer} are {view.dtype} of shape {tuple(view.shape)}; expected floating-point "
+                f"numbers of shape {(*shape, 'width')}"
+            )
 
 
 def _seal(table: pa.Table) -> str:
@@ -167,31 +217,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         make_again="score the prompts again",
         missing="make it with `dynadepth score`",
     )
-    if not _is_manifest(content):
-        raise LabelError(
-            f"{path} is damaged: its keys or their values are not those of a table; score the prompts again in another "
-            "folder"
-        )
+    stored = Stored(content, str(path), "score the prompts again in another folder")
+    found = stored.fields(
+        ["schema_version", "asked", "task_name", "base_model", "versions"],
+        ["prompt_hashes", "plan_prompt_hashes"],
+    )
+    _check_asked(found["asked"])
+    found["task_name"].text()
+    base = found["base_model"].fields(["name", "fingerprint"])
+    base["name"].text()
+    check_stored_fingerprint(base["fingerprint"])
+    for version in found["versions"].mapping().values():
+        version.text()
+    for key in ("prompt_hashes", "plan_prompt_hashes"):
+        if key in found:
+            found[key].texts()
     return content
 
 
-def _is_manifest(content: dict[str, Any]) -> bool:
-    """Say whether all fields of a manifest that are read exist and have the right types."""
-    asked, base = content.get("asked"), content.get("base_model")
-    if not isinstance(asked, dict) or not isinstance(base, dict):
-        return False
-    task, plans, layers = asked.get("task"), asked.get("plans"), asked.get("layers")
-    numbers = [asked.get("num_windows"), *(layers if isinstance(layers, list) else [None])]
-    numbers.append(task.get("prompts") if isinstance(task, dict) else None)
-    texts = plans if isinstance(plans, list) and plans else [None]
-    hashes = [content.get(key, []) for key in ("prompt_hashes", "plan_prompt_hashes")]
-    return (
-        all(type(number) is int and number >= 0 for number in numbers)
-        and all(isinstance(text, str) and text and set(text) <= set("012") for text in texts)
-        and len({len(str(text)) for text in texts}) == 1
-        and isinstance(base.get("fingerprint"), dict)
-        and isinstance(base.get("name"), str)
-        and isinstance(content.get("task_name"), str)
-        and all(isinstance(each, list) for each in hashes)
-        and all(isinstance(name, str) for each in hashes for name in each)
-    )
+def _check_asked(stored: Stored) -> None:
+    """Check what a manifest says that its table was asked for."""
+    asked = stored.fields(["base_model", "dtype", "task", "plans", "layers", "num_windows"])
+    asked["base_model"].hexadecimal(16)
+    asked["dtype"].text()
+    check_stored_task(asked["task"], named=False)
+    first = asked["plans"].entries(least=1)[0].text()
+    asked["plans"].plans(len(first))
+    if set(first) != {"1"}:
+        asked["plans"].wrong("the identity plan first")
+    layers = [item.whole(0, len(first) - 1) for item in asked["layers"].entries()]
+    if layers != sorted(set(layers)):
+        asked["layers"].wrong("rising numbers of layers")
+    asked["num_windows"].whole()

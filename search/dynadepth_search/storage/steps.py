@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import LabelError
-from dynadepth.files import read_json, write_json_atomic
 from dynadepth_search.storage.compatibility import check_asked
+from dynadepth_search.storage.sealed import read_sealed, write_sealed
+from dynadepth_search.storage.stored import Stored
 
 __all__ = ["Steps"]
 
@@ -31,9 +32,7 @@ class Steps:
         self._path = path
         self._content: dict[str, Any] = {"asked": asked, "steps": {}}
         if path.exists():
-            stored = read_json(path, LabelError)
-            check_asked(path, asked, stored.get("asked", {}))
-            self._content = stored
+            self._content = _read(path, asked)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -64,6 +63,20 @@ class Steps:
             seconds = round(time.perf_counter() - started, 2)
             self._content["steps"][name] = {"seconds": seconds, "report": report}
             if write:
-                write_json_atomic(self._path, self._content)
+                write_sealed(self._path, self._content)
         known: dict[str, Any] = self._content["steps"][name]["report"]
         return known
+
+
+def _read(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what was remembered."""
+    advice = "use another folder, or delete it to run every step again"
+    content = read_sealed(path, LabelError, make_again=advice)
+    found = Stored(content, str(path), advice).fields(["asked", "steps"])
+    found["asked"].mapping()
+    check_asked(path, asked, content["asked"])
+    for step in found["steps"].mapping().values():
+        known = step.fields(["seconds", "report"])
+        known["seconds"].number(0.0)
+        known["report"].mapping()
+    return content

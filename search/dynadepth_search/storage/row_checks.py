@@ -1,6 +1,7 @@
-"""What a stored label must be, whether it lies in a journal or in a shard.
+"""What a stored row must be, whether it lies in a journal or in a Parquet file.
 
-Owns the checks of a row, and the one way to read a Parquet file of ours. Knows nothing of folders or manifests.
+Owns the checks of a prompt and of a label, and the one way to read a Parquet file of ours. Knows nothing of folders or
+manifests.
 """
 
 from pathlib import Path
