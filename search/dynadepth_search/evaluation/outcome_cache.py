@@ -2,7 +2,7 @@
 
 Owns the file `outcomes.jsonl` of an evaluation. Its first line says what else the outcomes depend on; every other line
 holds the outcomes of one prompt under some plans, and a prompt has as many lines as there were runs that had new plans
-for it. Knows nothing of where the plans come from.
+for it.
 """
 
 import json

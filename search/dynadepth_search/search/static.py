@@ -1,7 +1,7 @@
 """Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
 
 Owns the search; how `menu.json` is read is `static_files`. The beam is the look-ahead: a plan that is not the best of
-its depth may lead to the best one below. Knows nothing of policies that choose from a menu.
+its depth may lead to the best one below.
 """
 
 import os

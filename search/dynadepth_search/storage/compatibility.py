@@ -1,7 +1,6 @@
 """Whether what lies in a folder is what is asked for again.
 
-Owns the comparison, and the form and the checks of what every file says of its base model and its task. Knows nothing
-of what else the files hold.
+Owns the comparison, and the form and the checks of what every file says of its base model and its task.
 """
 
 import json

@@ -45,15 +45,14 @@ def read_journal(path: Path, check: Callable[[Stored], _T], *, advice: str) -> t
     for number, line in enumerate(lines[:-1], start=1):
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line)
-            if not isinstance(row, dict):
-                raise TypeError(f"a JSON {type(row).__name__}")  # noqa: TRY301 (handled as any other damaged line)
+            row = _object_in(line)
         except (ValueError, TypeError) as error:
             # After a crash of the machine, the last line may have its length but not its content.
             if number == len(lines) - 1:
                 break
             raise LabelError(
-                f"{where} cannot be read ({error}); a kill tears the last line only, so the file was altered: {advice}"
+                f"{where} cannot be read ({error}); a kill damages only the last line, so the file was altered: "
+                f"{advice}"
             ) from error
         rows.append(check(Stored(row, where, advice)))
         length += len(line) + 1
@@ -87,6 +86,13 @@ class Journal:
             write_bytes_atomic(self._path, data)
         else:
             self._path.unlink(missing_ok=True)
+
+
+def _object_in(line: bytes) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise TypeError(f"a JSON {type(row).__name__}")
+    return row
 
 
 def _line(row: dict[str, Any]) -> bytes:
