@@ -128,3 +128,34 @@ def test_a_file_has_the_hash_of_its_content(tmp_path, size):
 def test_text_is_hashed_as_utf8():
     expected = hashlib.sha256("é".encode()).hexdigest()
     assert files.sha256_text("é") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "[Infinity]",
+        '{"a": -Infinity}',
+        "1e999",
+        '{"a": 1, "a": 2}',
+        "[" * 200_000,
+        "1" * 5000,
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        "",
+        "{} {}",
+    ],
+)
+def test_what_is_no_json(text, tmp_path):
+    with pytest.raises(ValueError, match=r"."):
+        files.parse_json(text)
+    target = tmp_path / "x.json"
+    target.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"x\.json is not JSON \(.*\); it is damaged"):
+        files.read_json(target, ConfigError)
+
+
+def test_what_is_json():
+    assert files.parse_json(b'{"a": [1, 0.5, null, true, "\xc3\xa4"]}') == {
+        "a": [1, 0.5, None, True, "\u00e4"]
+    }

@@ -19,7 +19,7 @@ import transformers
 from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
-from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
+from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_versioned_json
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
@@ -60,6 +60,7 @@ from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import dtype_name
 from dynadepth_search.storage.locking import locked
 from dynadepth_search.storage.sealed import check_seal, write_sealed
+from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "EVALUATION_NAME",
@@ -148,6 +149,7 @@ def evaluate(
         BudgetError: A budget is outside the calibrated range.
         ConfigError: The objective is unknown, or needs answers that the task does not have; or a
             preset has the name of something else in the comparison.
+        CheckpointError: A policy's memory of the prompts that trained it is damaged.
         LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
         TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
             in training a policy to compare; or a prompt cannot be encoded.
@@ -359,11 +361,24 @@ def _check_apart(train: Task, heldout: Task) -> None:
 def _who_took_part(
     sources: Mapping[str, TrainedPolicy], seen: Mapping[str, Iterable[str] | None]
 ) -> dict[str, Iterable[str] | None]:
-    """Return the hashes of the prompts that took part in anything, by where they are recorded; None: not recorded."""
-    policies = {
-        f"the training of {name}": remembered_prompts(trained) for name, trained in sources.items()
-    }
+    """Return the hashes of the prompts that took part in anything, by who remembers them; None: it does not say."""
+    policies = {}
+    for name, trained in sources.items():
+        what = f"the training of {name}"
+        _check_remembered(what, trained)
+        policies[what] = remembered_prompts(trained)
     return {**seen, **policies}
+
+
+def _check_remembered(what: str, trained: TrainedPolicy) -> None:
+    """Refuse a policy whose memory of its prompts is damaged: it would pass for one that has none."""
+    advice = "train the policy again, or take the folder's own router_config.json"
+    stored = Stored(
+        dict(trained.training), f"what is said of {what}", advice, error=CheckpointError
+    )
+    for key, item in stored.mapping().items():
+        if key in ("prompt_hashes", "plan_prompt_hashes"):
+            item.texts()
 
 
 def _plan(

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth.errors import BudgetError, ConfigError, LabelError, SearchError, TaskError
+from dynadepth.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    LabelError,
+    SearchError,
+    TaskError,
+)
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan, parse_plan, plan_depth, plan_text
 from dynadepth.policies.calibration import Calibration
@@ -493,6 +500,20 @@ def test_prompts_that_trained_a_policy_or_chose_its_plans_are_not_held_out(
     name = "routers" if where == "given" else "other"
     with pytest.raises(TaskError, match=f"of 10 .*: 3 in the training of {name}; give prompts"):
         _evaluate(model, **{"routers": routers, "front": front, "folder": tmp_path, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["prompt_hashes", "plan_prompt_hashes"])
+@pytest.mark.parametrize("value", [3, "abc", [["a"]], [None], {"a": 1}, None])
+def test_a_damaged_memory_of_the_training_prompts_is_none(
+    model: Any, routers: Any, front: Front, tmp_path: Path, key: str, value: Any
+) -> None:
+    damaged = replace(routers, training={key: value})
+    with pytest.raises(
+        CheckpointError,
+        match=f"the training of routers is damaged .{key}.* is .*; expected a .*train",
+    ):
+        _evaluate(model, damaged, front, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

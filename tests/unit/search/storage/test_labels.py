@@ -196,6 +196,76 @@ class TestUnfinished:
                 act()
         assert folder_bytes(tmp_path) == before
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"plans": ["7111"]},
+                r'plans\[0\] is "7111"; expected a plan of 4 digits, each 0 .skip.',
+            ),
+            ({"plans": ["111"]}, r'plans\[0\] is "111"; expected a plan of 4 digits'),
+            ({"label": "0222"}, 'label is "0222"; expected one of the plans that were evaluated'),
+            ({"rewards": []}, "rewards has 0 entries; expected 8"),
+            ({"rewards": 0.5}, "rewards is 0.5; expected a list"),
+            ({"rewards": ["0.5"] * 8}, r'rewards\[0\] is "0.5"; expected a finite number'),
+            ({"base_reward": True}, "base_reward is true; expected a finite number"),
+            ({"index": 18}, "index is 18; expected less than 18, the prompts of the task"),
+            ({"index": "1"}, 'index is "1"; expected a whole number, 0 or more'),
+            ({"extra": 1}, "it has unknown key 'extra'"),
+        ],
+    )
+    def test_a_value_that_is_none_of_its_kind(self, model, tmp_path, change, message):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        # Also the last line: it is whole, so no kill has made it.
+        for number in (1, 3):
+            row = json.dumps({**json.loads(lines[number]), **change}) + "\n"
+            path.write_text("".join([*lines[:number], row, *lines[number + 1 :]]))
+            before = folder_bytes(tmp_path)
+            for act in (
+                lambda: read_labels(tmp_path, accept_partial=True),
+                lambda: search_again(tmp_path, model),
+            ):
+                with pytest.raises(
+                    LabelError,
+                    match=rf"journal\.jsonl, line {number + 1} is damaged \({message}.*: remove that line and run",
+                ):
+                    act()
+            assert folder_bytes(tmp_path) == before
+
+    def test_a_missing_reward_one_that_is_none_and_a_line_that_is_twice(self, model, tmp_path):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        row = json.loads(lines[1])
+        del row["rewards"]
+        for line, message in (
+            (json.dumps(row) + "\n", r"line 2 is damaged \(it has no 'rewards'\): remove"),
+            (
+                lines[1].replace('"rewards":[', '"rewards":[NaN,'),
+                "line 2 cannot be read .NaN is no num",
+            ),
+            (
+                lines[0],
+                r"line 2 is damaged \(prompt [0-9a-f]{16} is on an earlier line too\): remove",
+            ),
+        ):
+            path.write_text("".join([lines[0], line, *lines[2:]]))
+            with pytest.raises(LabelError, match=message):
+                search_again(tmp_path, model)
+
+    def test_a_line_with_the_place_of_another(self, model, tmp_path):
+        self.interrupt(tmp_path, model, after=12)
+        path = tmp_path / "journal.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[1]["index"] = rows[2]["index"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(LabelError, match="two of its labels are of one prompt, or claim one"):
+            read_labels(tmp_path, accept_partial=True)
+        with pytest.raises(LabelError, match="with index 10; expected 9, its place in the task"):
+            search_again(tmp_path, model)
+
     def test_a_line_of_another_task(self, model, tmp_path):
         self.interrupt(tmp_path, model, after=12)
         path = tmp_path / "journal.jsonl"
@@ -309,6 +379,16 @@ class TestManifest:
             ),
             ({"sherds": []}, r"unknown key 'sherds' \(did you mean 'shards'\?\)"),
             ({"shards": [{"name": "x"}]}, "is damaged"),
+            (
+                {"task": {}},
+                r"manifest\.json is damaged \(task has no 'kind'\): run the search in a new",
+            ),
+            ({"task": None}, "task is null; expected an object"),
+            ({"num_layers": "4"}, 'num_layers is "4"; expected a whole number, 1 or more'),
+            ({"num_layers": 5}, "prior.mean has 8 entries; expected 10"),
+            ({"depth_penalty": -1.0}, "depth_penalty is -1.0; expected a finite number, 0 or more"),
+            ({"base_model": {"weights": "none"}}, "base_model has no 'scheme'"),
+            ({"base_model": []}, r"base_model is \[\]; expected an object"),
             ({"prior": {"mean": [0.0]}}, r"is damaged \(prior has no 'variance'\)"),
         ],
     )
@@ -316,6 +396,37 @@ class TestManifest:
         change_manifest(folder, **changes)
         with pytest.raises(LabelError, match=message):
             read_labels(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"name": "../part-00000.parquet"},
+                "expected a file of the folder, such as part-00000",
+            ),
+            ({"name": "/etc/passwd"}, "expected a file of the folder"),
+            ({"name": "part-00001.parquet"}, "part-00001.parquet is named twice; expected each"),
+            ({"sha256": "x" * 64}, "expected 64 hexadecimal digits"),
+            ({"prompts": "8"}, 'prompts is "8"; expected a whole number from 1 to 18'),
+            ({"prompts": 9}, "its shards hold more prompts than the 18 of its task"),
+        ],
+    )
+    def test_a_shard_that_is_none(self, folder, model, change, message):
+        shards = json.loads((folder / MANIFEST).read_text())["shards"]
+        change_manifest(folder, shards=[{**shards[0], **change}, *shards[1:]])
+        for act in (lambda: read_labels(folder), lambda: search_again(folder, model)):
+            with pytest.raises(LabelError, match=rf"manifest\.json is damaged .*{message}"):
+                act()
+
+    def test_a_shard_of_another_size(self, folder, model):
+        shards = json.loads((folder / MANIFEST).read_text())["shards"]
+        change_manifest(folder, shards=[{**shards[0], "prompts": 7}, *shards[1:]])
+        with pytest.raises(
+            LabelError, match="it holds 8 prompts; expected 7, as manifest.json says"
+        ):
+            read_labels(folder)
+        with pytest.raises(LabelError, match="part-00000.parquet has 7 prompts; expected 8"):
+            search_again(folder, model)
 
     def test_a_missing_key(self, folder):
         path = folder / MANIFEST
