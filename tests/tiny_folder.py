@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynadepth.checkpoints.save_load import save_routers
+from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.models.fingerprint import fingerprint
 from tests.tiny import tiny_model
 from tests.tiny_routers import random_routers
@@ -29,4 +29,4 @@ def save_tiny_routers(base: Path) -> Path:
         fingerprint=fingerprint(model),
         base_model=base.name,
     )
-    return save_routers(base / "routers", routers)
+    return save_policy(base / "routers", routers)

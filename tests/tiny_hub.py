@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dynadepth import TrainedPolicy, save_routers
+from dynadepth import TrainedPolicy, save_policy
 from dynadepth.checkpoints.save_load import export_policy
 from dynadepth.models.fingerprint import fingerprint
 from tests.tiny import tiny_model
@@ -31,7 +31,7 @@ def trained(kind: str, model: PreTrainedModel, **parts: Any) -> TrainedPolicy:
 
 def save_whole(folder: Path, policy: TrainedPolicy) -> Path:
     """Write a routers folder with its ONNX file."""
-    saved = save_routers(folder, policy)
+    saved = save_policy(folder, policy)
     export_policy(policy, saved / "routers.onnx")
     return saved
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynadepth._core import __version__
-    from dynadepth.checkpoints.hub import push_routers
-    from dynadepth.checkpoints.save_load import load_routers, save_routers
+    from dynadepth.checkpoints.hub import push_policy
+    from dynadepth.checkpoints.save_load import load_policy, save_policy
     from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
     from dynadepth.errors import DynadepthError, DynadepthWarning
     from dynadepth.execution.callbacks import VisitEvent
@@ -51,13 +51,13 @@ __all__ = [
     "bake",
     "check_plans",
     "identity_plan",
-    "load_routers",
+    "load_policy",
     "parse_plan",
     "plan_depth",
     "plan_ranges",
     "plan_text",
-    "push_routers",
-    "save_routers",
+    "push_policy",
+    "save_policy",
     "share_weights",
     "unwrap_model",
     "wrap_model",
@@ -82,13 +82,13 @@ _MODULES = {
     "bake": "wrapping.bake",
     "check_plans": "plans",
     "identity_plan": "plans",
-    "load_routers": "checkpoints.save_load",
+    "load_policy": "checkpoints.save_load",
     "parse_plan": "plans",
     "plan_depth": "plans",
     "plan_ranges": "plans",
     "plan_text": "plans",
-    "push_routers": "checkpoints.hub",
-    "save_routers": "checkpoints.save_load",
+    "push_policy": "checkpoints.hub",
+    "save_policy": "checkpoints.save_load",
     "share_weights": "models.weight_sharing",
     "unwrap_model": "wrapping.wrap",
     "wrap_model": "wrapping.wrap",

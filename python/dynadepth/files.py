@@ -197,7 +197,7 @@ def check_schema_version(
     """Check that content has the schema version that is read here.
 
     Args:
-        content: Has `schema_version`, and perhaps the `dynadepth_version` that wrote it.
+        content: Has `schema_version`, and possibly the `dynadepth_version` that wrote it.
         version: The schema version that is read here.
         name: What messages call the content.
         error: Raised if it is of another version.

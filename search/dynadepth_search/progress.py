@@ -1,12 +1,18 @@
-"""How long work tells where it is."""
+"""The callback through which long work reports its progress."""
 
 from collections.abc import Callable
 
 __all__ = ["Progress", "silent"]
 
-# Stage of the work, finished steps, all steps.
+# Called with the stage of the work, the number of finished steps and the number of all steps.
 Progress = Callable[[str, int, int], None]
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
-    """Tell nobody."""
+    """Report to nobody.
+
+    Args:
+        _stage: Name of the stage.
+        _done: Number of finished steps.
+        _total: Number of all steps.
+    """

@@ -235,5 +235,5 @@ def test_wrong_requests_for_plans():
         model.dynadepth.plan_prompts(ids)
     controller = model.dynadepth
     unwrap_model(model)
-    with pytest.raises(WrapError, match="not wrapped any more"):
+    with pytest.raises(WrapError, match="no longer wrapped"):
         controller.plan_prompts(**inputs())

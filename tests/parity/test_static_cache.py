@@ -225,7 +225,9 @@ class TestRows:
                 assert cache.get_seq_length() == 0
         with torch.no_grad():
             if family == "gemma3":
-                with pytest.raises(UnsupportedModelError, match="window of 6 tokens has been pass"):
+                with pytest.raises(
+                    UnsupportedModelError, match="window of 6 tokens has been exceeded"
+                ):
                     cache.crop(-1)
             else:
                 logits = model(ids, **{CACHE: cache}).logits
@@ -286,7 +288,9 @@ def test_settings_that_a_given_config_leaves_open_come_from_the_models_own():
     model = tiny_model("llama", num_layers=6)
     model.generation_config.prefill_chunk_size = 3
     wrap_model(model, policy=POLICIES["menu"]())
-    with pytest.raises(UnsupportedModelError, match="prefill_chunk_size=3 shows the policy a part"):
+    with pytest.raises(
+        UnsupportedModelError, match="prefill_chunk_size=3 shows the policy only a part"
+    ):
         model.generate(random_batch([9])[0], GenerationConfig(max_new_tokens=2))
     # What is said in the call counts first, None too.
     ids, mask = random_batch([9])

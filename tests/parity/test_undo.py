@@ -325,7 +325,9 @@ def test_a_reading_policy_refuses_what_would_mix_or_cut_prompts():
     model = tiny_model("llama")
     ids, _ = random_batch([9])
     wrap_model(model, policy=Reading())
-    with pytest.raises(UnsupportedModelError, match="prefill_chunk_size=3 shows the policy a part"):
+    with pytest.raises(
+        UnsupportedModelError, match="prefill_chunk_size=3 shows the policy only a part"
+    ):
         model.generate(ids, GenerationConfig(prefill_chunk_size=3))
     with pytest.raises(UnsupportedModelError, match="guidance without a cache"):
         model.generate(ids, guidance_scale=1.5, negative_prompt_ids=ids, use_cache=False)

@@ -184,7 +184,7 @@ class DepthCache(Cache):
         )
 
     def reset(self) -> None:
-        """Forget all states and the plans: the next prompt is planned anew."""
+        """Forget all states and the plans: the next prompt gets new plans."""
         super().reset()
         self.slots.clear()
         self.row_plans = None

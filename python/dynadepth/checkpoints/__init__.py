@@ -1,1 +1,1 @@
-"""Trained policies: on disk, beside their base model, on the hub."""
+"""Trained policies on disk, beside their base model and on the hub."""

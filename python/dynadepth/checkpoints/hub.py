@@ -1,6 +1,6 @@
 """Routers published on the Hugging Face hub: checked first, then sent in one commit.
 
-Owns what may be pushed where, and the errors of the hub. Loading from the hub is `dynadepth.checkpoints.save_load`'s.
+Decides what may be pushed where, and explains the errors of the hub. `dynadepth.checkpoints.save_load` loads from it.
 """
 
 import os
@@ -19,7 +19,7 @@ from dynadepth.checkpoints.paths import (
     ROUTERS_FILES,
     first_lines,
 )
-from dynadepth.checkpoints.save_load import export_policy, load_routers, save_routers
+from dynadepth.checkpoints.save_load import export_policy, load_policy, save_policy
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import CheckpointError, ConfigError, DynadepthError, HubError
 from dynadepth.models.names import HUB_ID
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-__all__ = ["push_routers"]
+__all__ = ["push_policy"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Files at the top of a repository that belong to nobody's model.
+# Files at the top of a repository that are not part of a model.
 _NEUTRAL = re.compile(r"\.git\w+|LICEN[CS]E(\.\w+)?")
 _ADVICE = {
     401: "the hub does not know who is pushing; log in with `hf auth login`, or give a token that may write there",
-    402: "the hub wants a paid plan for this repository; push to another one",
+    402: "the hub requires a paid plan for this repository; push to another one",
     403: "the token may not write there; log in with `hf auth login` as a member, or give a token that may",
-    404: "there is no such repository or revision, or this token may not see it; check the names and the token",
+    404: "there is no such repository or revision, or this token may not read it; check the names and the token",
     409: "someone else is changing the repository; push again",
     412: "someone else has pushed in between; look at their commit, then push again",
     429: "the hub has had too many requests; push again later",
 }
 
 
-def push_routers(
+def push_policy(
     folder_or_routers: str | os.PathLike[str] | TrainedPolicy,
     repo_id: str,
     *,
@@ -57,42 +57,42 @@ def push_routers(
 ) -> str:
     """Publish routers, or a menu, on the Hugging Face hub.
 
-    Everything is checked before anything is sent. All files go in one commit, which also takes away a `routers.onnx` of
-    other routers: readers of the repository see the former routers or these. Nothing but the four files of a routers
-    folder is sent.
+    Everything is checked before anything is sent. All files go into one commit, which also removes a `routers.onnx` of
+    other routers: readers of the repository see either the previous routers or these. Nothing but the four files of a
+    routers folder is sent.
 
     Args:
-        folder_or_routers: A routers folder, a folder that has one called `routers`, or routers in memory; these are
-            sent with a model card, and with an ONNX file if the `onnx` extra is installed.
-        repo_id: Where on the hub, `org/name`; a model repository, made if it is missing.
-        private: Whether a new repository is private; an old one must be what is said here. None: as its owner's
-            settings have it.
-        revision: Branch to push to, made from the main branch if it is missing; None: the main branch.
-        token: Who pushes; None: who has logged in.
+        folder_or_routers: A routers folder, a folder that contains one called `routers`, or routers in memory; the
+            latter are sent with a model card, and with an ONNX file if the `onnx` extra is installed.
+        repo_id: The model repository on the hub, `org/name`; it is created if it does not exist.
+        private: Whether a new repository is private; an existing one must match. None: a new one follows its owner's
+            settings.
+        revision: Branch to push to, created from the main branch if it does not exist; None: the main branch.
+        token: Access token of the hub; None: that of the user who is logged in.
         commit_message: Title of the commit; None: one that names the base model.
-        create_pr: Open a pull request instead, for a repository that others own.
+        create_pr: Open a pull request instead, for a repository that someone else owns.
         beside_model: Put the files into `routers/`, where `wrap_model` finds them if the repository is the base
             model's own.
 
     Returns:
-        The commit's URL; the last one's if the repository holds the same files already.
+        The URL of the commit, or of the last commit if the repository already holds the same files.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or `routers.onnx` is of other routers. Nothing was sent.
-        ConfigError: Not a hub id, or not a branch; or there is a `routers.onnx` and no onnxruntime to check it. Nothing
-            was sent.
+        CheckpointError: A file is missing or damaged, or `routers.onnx` was made from other routers. Nothing was sent.
+        ConfigError: `repo_id` is not a hub id or `revision` not a branch; or there is a `routers.onnx` and no
+            onnxruntime to check it. Nothing was sent.
         ExportError: Routers in memory cannot be written as ONNX. Nothing was sent.
         FileNotFoundError: There is no such folder. Nothing was sent.
-        HubError: The hub cannot be reached or refuses; or the repository holds something else, or is public and was to
-            be private. Its files are as they were; a new repository or branch may have been made.
+        HubError: The hub cannot be reached or refuses; or the repository holds something else, or `private` does not
+            match it. Its files are unchanged; a new repository or branch may have been created.
     """
     _check_names(repo_id, revision)
     if isinstance(folder_or_routers, TrainedPolicy):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = save_routers(Path(scratch) / FOLDER_NAME, folder_or_routers)
+            folder = save_policy(Path(scratch) / FOLDER_NAME, folder_or_routers)
             if find_spec("onnx") and find_spec("onnxruntime"):
                 export_policy(folder_or_routers, folder / ONNX_NAME)
-            return push_routers(
+            return push_policy(
                 folder,
                 repo_id,
                 private=private,
@@ -138,10 +138,10 @@ def _check_names(repo_id: str, revision: str | None) -> None:
 
 
 def _check_folder(path: Path) -> tuple[Path, TrainedPolicy]:
-    """Return the routers folder and what it holds, if all of it can be loaded."""
+    """Return the routers folder and its policy, after checking that every file can be loaded."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; expected a routers folder")
-    routers = load_routers(path)
+    routers = load_policy(path)
     folder = routers.folder or path
     card = folder / CARD_NAME
     try:
@@ -154,7 +154,7 @@ def _check_folder(path: Path) -> tuple[Path, TrainedPolicy]:
         raise CheckpointError(f"{card}, the model card, is empty; save the routers again")
     if (folder / ONNX_NAME).is_file():
         lowest, highest = calibrated = routers.calibration.range
-        # A depth of the table; any other budget could warn that it is far from one.
+        # A depth of the table, so that the policy does not warn of a distant one.
         depths = [depth for depth in routers.calibration.depths if lowest <= depth <= highest]
         routers.policy((depths or calibrated)[0], backend="onnx")
     return folder, routers
@@ -168,7 +168,7 @@ def _message(routers: TrainedPolicy) -> str:
 def _prepare(
     api: "HfApi", repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool
 ) -> "ModelInfo":
-    """Make what is missing and return what the repository holds where the commit goes."""
+    """Create the repository and the branch if need be, and return their content."""
     api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
     found = api.model_info(repo_id)
     if private is not None and bool(found.private) is not private:
@@ -195,7 +195,7 @@ def _names(found: "ModelInfo") -> set[str]:
 
 
 def _check_content(repo_id: str, found: "ModelInfo") -> None:
-    """Refuse the top of a repository of something else, whose model card the routers' would replace."""
+    """Refuse the top of a repository that holds something else: the routers' model card would replace its own."""
     names = _names(found)
     others = sorted(
         name for name in names if name not in ROUTERS_FILES and not _NEUTRAL.fullmatch(name)
@@ -233,7 +233,7 @@ def _commit(
         commit_message=message,
         revision=revision,
         create_pr=create_pr,
-        # What was looked at is what is changed: two pushes at once cannot mix their files.
+        # The commit builds on the revision that was checked, so two simultaneous pushes cannot mix their files.
         parent_commit=found.sha,
     )
     return str(info.commit_url)
@@ -243,7 +243,7 @@ def _advice(error: Exception) -> str:
     """Say what an error of the hub means and what to do about it."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    # An upload in a thread fails with a RuntimeError of which the hub's answer is the cause.
+    # An upload in a thread fails with a RuntimeError whose cause is the hub's answer.
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -254,10 +254,10 @@ def _advice(error: Exception) -> str:
     if status in _ADVICE:
         return _ADVICE[status]
     if status is not None and status >= 500:
-        return "the hub is out of order; push again later"
+        return "the hub has failed; push again later"
     if status is not None or isinstance(error, ValueError):
-        return "the hub does not take what it was given; change that and push again"
-    # The base is the HTTP client's own, whichever client this huggingface_hub has.
+        return "the hub rejects the request; correct it and push again"
+    # The base class comes from the HTTP client, whichever one this huggingface_hub uses.
     if isinstance(error, (OSError, *HfHubHTTPError.__bases__)):
         return (
             "the hub cannot be reached; check the network, a proxy and HF_ENDPOINT, then push again"

@@ -19,7 +19,7 @@ def policy_card(policy: TrainedPolicy) -> str:
 
     Args:
         policy: Routers or a menu. Of its `metrics`, the rows under `table` become a table, the texts under `drifts` a
-            list, and plain values another.
+            list, and plain values another list.
 
     Returns:
         Markdown with the hub's front matter.
@@ -68,8 +68,8 @@ def policy_card(policy: TrainedPolicy) -> str:
 
 
 def _front_matter(policy: TrainedPolicy) -> ModelCardData:
-    """Return what the hub reads of a card; YAML is written by its own library, so that any name can be quoted."""
-    # A name that is no hub id would be a broken link on the hub.
+    """Return the metadata that the hub reads; huggingface_hub writes the YAML, so that any name is quoted properly."""
+    # A name that is not a hub id would become a broken link on the hub.
     on_hub = "/" in policy.base_model
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if on_hub else {}
     return ModelCardData(

@@ -1,7 +1,4 @@
-"""Where routers folders are: beside a base model, on the hub, and how one takes the place of another.
-
-Knows the names of a routers folder's files and nothing of their content.
-"""
+"""Where routers folders are (beside a base model or on the hub), and how one replaces another."""
 
 import os
 import shutil
@@ -40,8 +37,8 @@ ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME)
 def find_routers(model: nn.Module) -> Path:
     """Find the routers beside a base model, where `from_pretrained` found the model itself.
 
-    On the hub they are the main branch's, whatever revision the model is of: transformers notes it on no model (where
-    a configuration has `_commit_hash`, that commit is asked). `load_routers` takes a revision.
+    On the hub they are taken from the main branch, whatever the revision of the model: transformers does not record it
+    (if a configuration has `_commit_hash`, that commit is used). `load_policy` takes a revision.
 
     Args:
         model: A transformers model.
@@ -50,7 +47,7 @@ def find_routers(model: nn.Module) -> Path:
         The folder, on this machine.
 
     Raises:
-        FileNotFoundError: There is none; says what was looked for.
+        FileNotFoundError: There is none; the message says what was looked for.
     """
     base = _origin(model)
     advice = "give routers=<folder or hub id>, or train some with `dynadepth train`"
@@ -68,7 +65,7 @@ def find_routers(model: nn.Module) -> Path:
         )
     if not is_hub_id(base):
         raise FileNotFoundError(
-            f"the base model came from {base}, which is not there any more; {advice}"
+            f"the base model came from {base}, which no longer exists; {advice}"
         )
     folder = _download(
         base, [f"{FOLDER_NAME}/*"], revision=getattr(model.config, "_commit_hash", None)
@@ -84,7 +81,7 @@ def find_routers(model: nn.Module) -> Path:
 def base_model_name(model: nn.Module) -> str:
     """Return a model's hub id, or the last part of the local path that it came from.
 
-    A whole path would tell readers of a published folder about the machine that made it.
+    A full path would reveal details of the machine in a published folder.
 
     Example:
         >>> base_model_name(nn.Linear(1, 1))
@@ -95,15 +92,15 @@ def base_model_name(model: nn.Module) -> str:
 
 
 def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """Return the routers folder that a path or a hub id means, fetched if need be.
+    """Return the routers folder for a path or a hub id; one on the hub is downloaded.
 
     Args:
-        path_or_hub_id: A routers folder, a folder that has one called `routers`, or a hub id of either.
+        path_or_hub_id: A routers folder, a folder that contains one called `routers`, or a hub id of either.
         revision: Branch, tag or commit of the hub repository; None: its main branch.
 
     Raises:
-        ConfigError: A revision of a folder on this machine.
-        FileNotFoundError: There is none; says what was looked for.
+        ConfigError: A revision was given for a folder on this machine.
+        FileNotFoundError: There is none; the message says what was looked for.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -117,7 +114,9 @@ def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
         if not is_hub_id(path_or_hub_id):
             backup = _backup(path)
             former = (
-                f"; an interrupted save left the former ones in {backup}" if backup.is_dir() else ""
+                f"; an interrupted save left the previous ones in {backup}"
+                if backup.is_dir()
+                else ""
             )
             raise FileNotFoundError(
                 f"there is no folder {path}; expected a routers folder or a hub id like org/name{former}"
@@ -146,12 +145,12 @@ def _download(hub_id: str, patterns: list[str], *, revision: str | None = None) 
     except Exception as error:
         at = "" if revision is None else f" at revision {revision}"
         raise FileNotFoundError(
-            f"there is no folder {hub_id}, and the hub repository of that name cannot be had{at}: {first_lines(error)}"
+            f"there is no folder {hub_id}, and the hub repository of that name cannot be read{at}: {first_lines(error)}"
         ) from error
 
 
 def first_lines(error: Exception) -> str:
-    r"""Return the head of an error of the hub in one line; its first line alone is often but a status.
+    r"""Return the beginning of an error of the hub in one line; its first line alone is often just a status.
 
     Example:
         >>> first_lines(OSError("404 Client Error.\n\nRepository Not Found.\nPlease make sure"))
@@ -162,11 +161,11 @@ def first_lines(error: Exception) -> str:
 
 
 def replace_folder(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> Path:
-    """Write a routers folder whole or not at all, in place of the one that is there.
+    """Write a routers folder whole or not at all, replacing an existing one.
 
     Args:
-        folder: Where; it may hold the files of earlier routers, but nothing else.
-        files: Name to content of everything that the folder will hold.
+        folder: The folder to write; it may hold the files of earlier routers, but nothing else.
+        files: The content of each file, by name.
 
     Returns:
         The folder.
@@ -193,7 +192,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder for the routers")
     names = {entry.name for entry in target.iterdir()}
-    # A model card by itself is somebody's README.
+    # A README.md on its own need not be a model card.
     others = sorted(names - set(ROUTERS_FILES) if CONFIG_NAME in names else names)
     if others:
         raise CheckpointError(
@@ -207,12 +206,12 @@ def _backup(target: Path) -> Path:
 
 
 def restore_folder(folder: str | os.PathLike[str]) -> None:
-    """Put back the routers folder that a replacement killed between its two renames had moved away.
+    """Put back the routers folder that a replacement had moved away when it was killed between its two renames.
 
-    Only for who writes that folder: to a running replacement this is a disturbance.
+    Only the writer of the folder may call this, since it would disturb a replacement that is running.
 
     Args:
-        folder: Where the routers belong; left as it is if it is there, or if nothing was moved.
+        folder: Where the routers belong; nothing is done if it exists or if nothing was moved away.
     """
     target = Path(folder).resolve()
     backup = _backup(target)
@@ -222,7 +221,7 @@ def restore_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Put a finished folder in a place; only a kill between two renames can leave it empty."""
+    """Move a finished folder to its destination, which is missing only if killed between the two renames."""
     backup = _backup(target)
     if target.exists():
         target.rename(backup)

@@ -1,7 +1,7 @@
 """The routers folder: saved, found, loaded and checked against its base model.
 
-Owns `router_config.json` and `routers.safetensors` and reads them strictly. Never writes a part of
-a folder, and never touches a file that it did not write.
+`router_config.json` and `routers.safetensors` are read strictly. A folder is never written in part, and
+files of others are never touched.
 """
 
 import json
@@ -46,8 +46,8 @@ __all__ = [
     "base_model_name",
     "export_policy",
     "find_routers",
-    "load_routers",
-    "save_routers",
+    "load_policy",
+    "save_policy",
 ]
 
 SCHEMA_VERSION = 2
@@ -65,7 +65,7 @@ _KEYS = (
     "metrics",
     "training",
 )
-# What each kind has besides.
+# The additional keys of each kind.
 _KIND_KEYS = {"routers": ("router", "action_order", "shrinkage"), "menu": ("menu", "mix")}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "base_model": dict,
@@ -78,22 +78,22 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _JSON_WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a fraction"}
 
 
-def save_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
+def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
     """Write a routers folder: configuration, weights and model card.
 
-    The folder appears whole or not at all; routers that were there before are replaced whole, their `routers.onnx` with
-    them, since it decides as they did.
+    The folder appears complete or not at all. Earlier routers in it are replaced, including their `routers.onnx`, which
+    decides as they did.
 
     Args:
-        folder: Where; it may hold earlier routers, but nothing else.
+        folder: The folder to write; it may hold earlier routers, but nothing else.
         routers: The routers or the menu.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The folder holds other files, or metrics or training notes are not JSON-able. Nothing was
-            changed.
+        CheckpointError: The folder holds other files, or metrics or training notes cannot be written as JSON. Nothing
+            was changed.
     """
     content = _to_json(routers)
     tensors = {
@@ -110,14 +110,14 @@ def save_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path
 
 
 def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
-    """Write routers or a menu as one ONNX file, after checking that it decides as they do.
+    """Write routers or a menu as one ONNX file, after checking that the file decides as they do.
 
     Args:
         routers: What to export.
-        path: The file; written whole or not at all.
+        path: The file; it is written whole or not at all.
 
     Raises:
-        ExportError: A package is missing, or the graph does not do what the routers do. No file is written then.
+        ExportError: A package is missing, or the graph does not decide as the routers do. No file is written then.
     """
     if isinstance(routers, TrainedMenu):
         export_menu_onnx(routers, path)
@@ -125,7 +125,7 @@ def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
         export_onnx(routers, path)
 
 
-def load_routers(
+def load_policy(
     path_or_hub_id: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
@@ -135,20 +135,20 @@ def load_routers(
     """Load routers, or a menu, from a folder or from the hub.
 
     Args:
-        path_or_hub_id: A routers folder, a folder that has one called `routers`, or a hub id of
+        path_or_hub_id: A routers folder, a folder that contains one called `routers`, or a hub id of
             either.
-        model: The base model; its fingerprint is compared if it is given.
-        accept_mismatch: Use the routers although the base model differs in its weights (a
-            fine-tuned or quantised one), knowing that depth and quality were not measured on it.
+        model: The base model; if it is given, its fingerprint is checked.
+        accept_mismatch: Use the routers although the weights of the base model differ (a fine-tuned
+            or quantised one); depth and quality were not measured on it.
         revision: Branch, tag or commit of the hub repository; None: its main branch.
 
     Returns:
         The routers, on the host.
 
     Raises:
-        CheckpointError: A file is damaged, newer than this dynadepth, or the base model is another
-            one.
-        ConfigError: A revision of a folder on this machine.
+        CheckpointError: A file is damaged or newer than this dynadepth, or the routers belong to another
+            base model.
+        ConfigError: A revision was given for a folder on this machine.
         FileNotFoundError: There is no such folder, locally or on the hub.
     """
     folder = locate_routers(path_or_hub_id, revision=revision)
@@ -233,7 +233,7 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
 
 
 def _check_content(file: Path, content: Mapping[str, Any]) -> None:
-    """Check keys, kinds and fixed values of everything that no class checks for itself."""
+    """Check the keys, types and fixed values of everything that no class checks itself."""
     kind = content.get("kind")
     if kind not in _KIND_KEYS:
         raise CheckpointError(

@@ -1,7 +1,6 @@
-"""Trained policies with everything that is needed to use them: weights, calibration, the base model they belong to.
+"""Trained policies with everything that is needed to use them: weights, calibration and the base model they belong to.
 
-Owns the two kinds, routers of all layers and menus, and the check that a model is the one they were trained on. Knows
-nothing of files.
+There are two kinds: routers of all layers, and menus. Both can check that a model is the one they were trained on.
 """
 
 import warnings
@@ -37,23 +36,23 @@ Backend = Literal["torch", "onnx"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainedPolicy(ABC):
-    """What a routers folder holds, whatever its kind.
+    """The content of a routers folder, of either kind.
 
-    Immutable and free of the base model; safe to share between models and threads.
+    Immutable and independent of the base model object; safe to share between models and threads.
 
     Attributes:
-        calibration: From budget to penalty.
+        calibration: The table from budget to penalty.
         fingerprint: `dynadepth.models.fingerprint.fingerprint` of the base model.
         protect: Layers that always run once.
-        base_model: Its name, as `base_model_name` gives it.
-        revision: Its hub commit, if known.
-        metrics: What was measured, JSON-able; the list of rows under `table` becomes the model card's table.
-        training: How it was trained, JSON-able.
-        folder: Where it was loaded from.
-        accepted: The user has accepted that the base model differs from the fingerprint.
+        base_model: The name of the base model, as `base_model_name` returns it.
+        revision: The hub commit of the base model, if known.
+        metrics: Measurements, as values that JSON can hold; the rows under `table` become the model card's table.
+        training: How it was trained, as values that JSON can hold.
+        folder: Where it was loaded from; None if it was not.
+        accepted: Whether the user has accepted that the base model differs from the fingerprint.
 
     Raises:
-        ConfigError: A value of the wrong shape or out of range.
+        ConfigError: A value has the wrong shape or is out of range.
     """
 
     calibration: Calibration
@@ -78,7 +77,7 @@ class TrainedPolicy(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What the folder calls it."""
+        """The kind of policy, as written in the folder."""
 
     @property
     @abstractmethod
@@ -100,8 +99,8 @@ class TrainedPolicy(ABC):
 
         Args:
             budget: Mean depth over prompts, each counting once, as a fraction of the layers.
-            backend: What computes the decisions. `"onnx"` runs the folder's `routers.onnx`, or a graph made on the spot
-                if there is none.
+            backend: The library that computes the decisions. `"onnx"` runs the folder's `routers.onnx`, or, if there is
+                none, a graph that is built for the purpose.
 
         Raises:
             BudgetError: The budget is not a number or outside the calibrated range.
@@ -111,13 +110,13 @@ class TrainedPolicy(ABC):
         """
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that a model is the one that this was trained on.
+        """Check that a model is the one that the policy was trained on.
 
         Args:
             model: The base model, wrapped or not.
 
         Raises:
-            CheckpointError: It differs and that was not accepted, or the routers do not fit it at all.
+            CheckpointError: It differs and that was not accepted, or the shapes do not fit.
         """
         where = f"the routers in {self.folder}" if self.folder else "the routers"
         path = repr(str(self.folder)) if self.folder else "path"
@@ -130,7 +129,7 @@ class TrainedPolicy(ABC):
             shape=(self.num_layers, self.hidden_size),
             accepted=self.accepted,
             advice="use routers trained on this model",
-            how_to_accept=f"pass routers=load_routers({path}, model=model, accept_mismatch=True)",
+            how_to_accept=f"pass routers=load_policy({path}, model=model, accept_mismatch=True)",
         )
 
     def _graph(self, built: bytes) -> tuple[Path | bytes, str | None]:
@@ -143,15 +142,15 @@ class TrainedPolicy(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Routers(TrainedPolicy):
-    """Trained routers of all layers with everything that makes a `RouterPolicy` of them.
+    """Trained routers of all layers, with everything that a `RouterPolicy` needs.
 
     Attributes:
         heads: The trained part h.
         bias: The static part b. Shape (num_layers, 3), float32, on the host.
-        shrinkage: s in 0..1, how far prompts may deviate from the static part.
+        shrinkage: s, how far prompts may deviate from the static part, from 0 to 1.
 
     Raises:
-        ConfigError: A value of the wrong shape or out of range.
+        ConfigError: A value has the wrong shape or is out of range.
     """
 
     heads: RouterHeads
@@ -163,7 +162,7 @@ class Routers(TrainedPolicy):
         RouterPolicy(self.heads, self.bias, shrinkage=self.shrinkage)
         object.__setattr__(self, "bias", self.bias.detach().to("cpu", torch.float32))
         object.__setattr__(self, "shrinkage", float(self.shrinkage))
-        # A dataclass with slots is made anew, and `super()` would look for the class before that.
+        # A dataclass with slots is a new class, but `super()` would refer to the original one.
         TrainedPolicy.__post_init__(self)
 
     @property
@@ -191,13 +190,13 @@ class Routers(TrainedPolicy):
         return {**self.heads.state_dict(), "bias": self.bias}
 
     def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
-        """Return the policy whose mean depth in calibration is nearest to the budget; see `TrainedPolicy.policy`."""
+        """Return the policy whose calibrated mean depth is nearest to the budget; see `TrainedPolicy.policy`."""
         _check_backend(backend)
         penalty = self.calibration.penalty_for(budget)
         nearest, step = self.calibration.depth_for(budget), 0.5 / self.config.num_layers
         if abs(nearest - budget) > max(0.02, step + 1e-6):
             message = (
-                f"a budget of {budget} gives a mean depth of {nearest:.3f}: these routers reach no depth nearer to it; "
+                f"a budget of {budget} gives a mean depth of {nearest:.3f}, the nearest that these routers can reach; "
                 "calibrate on more prompts, or ask for a depth of their table"
             )
             warnings.warn(message, DynadepthWarning, stacklevel=2)
@@ -209,13 +208,13 @@ class Routers(TrainedPolicy):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainedMenu(TrainedPolicy):
-    """A trained menu with everything that makes a `MenuPolicy` of it.
+    """A trained menu, with everything that a `MenuPolicy` needs.
 
     Attributes:
         menu: The plans and the heads that choose among them.
 
     Raises:
-        ConfigError: A value out of range, or a plan that edits a protected layer.
+        ConfigError: A value is out of range, or a plan edits a protected layer.
     """
 
     menu: Menu
@@ -249,7 +248,7 @@ class TrainedMenu(TrainedPolicy):
         return self.menu.state_dict()
 
     def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
-        """Return the policy whose mean depth in calibration is the budget; see `TrainedPolicy.policy`."""
+        """Return the policy whose calibrated mean depth is the budget; see `TrainedPolicy.policy`."""
         _check_backend(backend)
         mix = self.calibration.mix_for(budget)
         if backend == "torch":

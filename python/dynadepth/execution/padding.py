@@ -19,9 +19,9 @@ class SpecialTokens:
     """Token ids that may pad the end of a row.
 
     Attributes:
-        padding: The id that is padding and nothing else; None if the model has none.
-        doubtful: Ids that may be padding or a row's own last token: 0, with which evaluation harnesses pad, and where
-            no id is padding alone, those that begin or end texts.
+        padding: The id that is used only for padding; None if the model has none.
+        doubtful: Ids that may be padding or a row's own last token: 0, with which evaluation harnesses pad, and, if no
+            id is used only for padding, those that begin or end texts.
     """
 
     padding: int | None
@@ -48,12 +48,12 @@ def unmarked_padding(
 ) -> torch.Tensor:
     """Return which tokens are real in a batch that has no mask to tell its padding.
 
-    A causal model needs no mask for padding on the right, so evaluation harnesses give none; a policy that took the
-    padding for text would give a row another plan than the row alone.
+    A causal model needs no mask for padding on the right, so evaluation harnesses pass none; a policy that took the
+    padding for text would plan a row differently from the same row alone.
 
     Args:
         real: True for tokens that are not known to be padding. Shape (rows, tokens), bool.
-        tokens: Token ids, shape (rows, tokens), integer; embeddings, of which nothing can be told, are passed over.
+        tokens: Token ids, shape (rows, tokens), integer; embeddings, which do not tell padding, are ignored.
         special: The ids that may be padding.
 
     Returns:

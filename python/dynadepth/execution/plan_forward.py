@@ -33,7 +33,7 @@ class Planner(Protocol):
         ...
 
     def only_plans(self) -> bool:
-        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        """Say whether this forward is only for the plans, so that nothing runs once they are decided."""
         ...
 
     def finish(self, plans: RowPlans, *, is_prefill: bool) -> None:
@@ -41,7 +41,7 @@ class Planner(Protocol):
         ...
 
     def knows_lengths(self) -> bool:
-        """Say whether the caller has told how many tokens of each row are the prompt."""
+        """Say whether the caller has set how many tokens of each row form the prompt."""
         ...
 
     def prompt_mask(self, real: torch.Tensor) -> torch.Tensor:
@@ -77,9 +77,10 @@ class PlanScope:
     Args:
         owner: The planner.
         attention_mask: As above.
-        tokens: What the model's forward got as tokens: ids (rows, tokens) or embeddings (rows, tokens, hidden).
-        special_tokens: Where the model's forward got no mask at all: what its padding may be. None: it got one.
-        same_rows: Whether the outputs asked for need every layer that runs to run for all rows: `router_logits`.
+        tokens: The tokens passed to the model's forward: ids (rows, tokens) or embeddings (rows, tokens, hidden).
+        config: The model's config.
+        mask_given: Whether the model's forward got a mask of any form, which says what is padding.
+        router_logits: What the forward was given as `output_router_logits`; None leaves it to the config.
     """
 
     def __init__(
@@ -88,14 +89,15 @@ class PlanScope:
         attention_mask: torch.Tensor | None,
         tokens: torch.Tensor | None = None,
         *,
-        special_tokens: SpecialTokens | None = None,
-        same_rows: bool = False,
+        config: Any = None,
+        mask_given: bool = True,
+        router_logits: bool | None = None,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
         self._planner = owner
         self._tokens = tokens
-        self._special_tokens, self._same_rows = special_tokens, same_rows
+        self._config, self._mask_given, self._router_logits = config, mask_given, router_logits
         self.attention_mask = attention_mask
         self._plans: RowPlans | None = None
         # The same at every decision, so it is built once.
@@ -142,7 +144,11 @@ class PlanScope:
             if len(rows) == num_rows:
                 states = call.visit(states, cache=view)
             else:
-                if self._same_rows:
+                # transformers combines these into a tensor that assumes every layer to run for all rows.
+                if self._router_logits or (
+                    self._router_logits is None
+                    and getattr(self._config, "output_router_logits", False)
+                ):
                     raise UnsupportedModelError(
                         f"output_router_logits=True needs one plan for all rows, but layer {layer_idx} runs for "
                         f"{len(rows)} of {num_rows}; leave it out (config.output_router_logits), or use one plan"
@@ -184,9 +190,8 @@ class PlanScope:
         """Find the prompts' tokens."""
         tokens = self._tokens_of(call.hidden_states)
         real = real_tokens(call, self.attention_mask)
-        special = self._special_tokens
-        if special is not None and tokens is not None and not self._planner.knows_lengths():
-            real = unmarked_padding(real, tokens, special)
+        if not self._mask_given and tokens is not None and not self._planner.knows_lengths():
+            real = unmarked_padding(real, tokens, SpecialTokens.of(self._config))
         return PromptBatch(self._planner.prompt_mask(real), plans.plans, tokens)
 
     def _tokens_of(self, states: torch.Tensor) -> torch.Tensor | None:
@@ -212,7 +217,7 @@ class PlanScope:
         self._callbacks = None if self._only_plans else callbacks_of(self._planner)
         plans, self._is_prefill = self._planner.start(states.shape[0], cache)
         if cache is not None:
-            # From here on the cache has the plans, and soon states of some layers.
+            # From here on the cache has the plans, and soon the states of some layers.
             cache.in_forward = True
         self._num_tokens = states.shape[1]
         self._look_ahead(plans)

@@ -1,7 +1,7 @@
-"""From a prompt to tokens: the one way, for generation, search, scoring, training and evaluation alike.
+"""From a prompt to tokens, in one way for generation, search, scoring, training and evaluation.
 
-A policy must see in use what it saw in training, to the token. So nobody else applies a chat template or decides on
-special tokens. This module knows tokenizers, and nothing of models, tasks or plans.
+A policy must see exactly the same tokens in use as in training, so only this module applies a chat template or decides
+on special tokens.
 """
 
 from typing import Any
@@ -17,15 +17,15 @@ def encode_prompt(
     """Return the tokens of a prompt, as the model is given them.
 
     Args:
-        tokenizer: Of the base model.
-        prompt: What the user says.
+        tokenizer: Tokenizer of the base model.
+        prompt: The user's text.
         chat: False: the tokens of `tokenizer(prompt)`, special tokens included. True: those of
             `tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)`, the prompt being the
-            user's turn. The template then says which special tokens there are, and the tokenizer adds none.
-        system: What the system's turn says; None leaves it to the template. It goes with `chat`.
+            user's turn. The special tokens are then those of the template, and the tokenizer adds none.
+        system: Text of the system's turn; None: that of the template. It is used only with `chat`.
 
     Returns:
-        One token or more.
+        Token ids, at least one.
 
     Raises:
         TaskError: The tokenizer has no chat template, the template cannot be applied, or the prompt has no tokens or
@@ -42,14 +42,14 @@ def encode_prompt(
 
 
 def chat_text(tokenizer: Any, prompt: str, *, system: str | None = None) -> str:
-    """Return what the chat template makes of a prompt, up to where the model answers.
+    """Return the text that the chat template makes of a prompt, up to the point where the model answers.
 
     Its tokens are those of `encode_text(tokenizer, text, special_tokens=False)`.
 
     Args:
-        tokenizer: Of the base model.
-        prompt: What the user says.
-        system: What the system's turn says; None leaves it to the template.
+        tokenizer: Tokenizer of the base model.
+        prompt: The user's text.
+        system: Text of the system's turn; None: that of the template.
 
     Returns:
         The text.
@@ -66,12 +66,12 @@ def encode_text(tokenizer: Any, text: str, *, special_tokens: bool = True) -> li
     """Return the tokens of a text.
 
     Args:
-        tokenizer: Of the base model.
-        text: Any.
-        special_tokens: Whether the tokenizer adds its own, as it does for a user.
+        tokenizer: Tokenizer of the base model.
+        text: Any text.
+        special_tokens: Whether the tokenizer adds its special tokens, as it does by default.
 
     Returns:
-        The tokens; there may be none.
+        Token ids; there may be none.
 
     Raises:
         TaskError: The text cannot be tokenised.
@@ -80,19 +80,19 @@ def encode_text(tokenizer: Any, text: str, *, special_tokens: bool = True) -> li
     options = {} if special_tokens else {"add_special_tokens": False}
     try:
         return list(tokenizer(text, **options)["input_ids"])
-    except Exception as error:  # tokenizers raise whatever they like
+    except Exception as error:  # tokenizers may raise anything
         raise TaskError(
             f"the tokenizer cannot tokenise {_short(text)} ({type(error).__name__}: {error}); give another text"
         ) from error
 
 
 def lone_surrogate(text: str) -> int | None:
-    r"""Return where a text holds half of a UTF-16 pair, which is no character and has no UTF-8 form.
+    r"""Return the index of the first half of a UTF-16 pair in a text, which is not a character and has no UTF-8 form.
 
-    JSON can write one, and so can a command line that is not UTF-8.
+    JSON can contain one, and so can a command line that is not UTF-8.
 
     Args:
-        text: Any.
+        text: Any text.
 
     Returns:
         Its index; None if there is none.
@@ -115,12 +115,12 @@ def _apply(tokenizer: Any, prompt: str, system: str | None, *, tokenize: bool) -
         )
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    # Without `tokenize` transformers returns no dictionary, whatever is asked for.
+    # Without `tokenize`, transformers never returns a dictionary.
     try:
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
         )
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:  # templates may raise anything
         raise TaskError(
             f"the chat template cannot be applied to {_short(prompt)}: {error}"
         ) from error
@@ -136,5 +136,5 @@ def _check_text(text: str) -> None:
 
 
 def _short(text: str) -> str:
-    # `repr` escapes what cannot be printed, lone surrogates among it.
+    # `repr` escapes what cannot be printed, including lone surrogates.
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

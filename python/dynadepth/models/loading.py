@@ -73,22 +73,22 @@ def load_model(
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that a model cannot run on here, before anything is loaded.
+    """Refuse a device that this machine cannot use, before anything is loaded.
 
     Args:
-        device: As torch names it.
+        device: Name of a torch device.
 
     Raises:
-        ConfigError: Torch knows no such device, or there is none on this machine.
+        ConfigError: There is no such torch device, or this machine does not have it.
     """
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"device {device!r} is none that torch knows; expected a name such as cpu, cuda, cuda:1 or mps"
+            f"device {device!r} is unknown to torch; expected a name such as cpu, cuda, cuda:1 or mps"
         ) from error
     try:
-        # Reading back fails on the device that holds no values.
+        # Reading a value back fails on the meta device.
         torch.zeros(1, device=place).item()
     except Exception as error:  # what torch raises differs from device to device
         raise ConfigError(
@@ -98,13 +98,13 @@ def check_device(device: str) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that a model cannot be loaded in.
+    """Refuse a dtype in which a model cannot be loaded.
 
     Args:
-        dtype: Its name.
+        dtype: Name of the dtype, or "auto".
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: The name is unknown.
     """
     if dtype not in _DTYPES:
         raise ConfigError(
@@ -112,24 +112,29 @@ def check_dtype(dtype: str) -> None:
         )
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left, as generation needs.
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str], *, for_generation: bool = True
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
 
     Args:
         name_or_path: A folder with the tokenizer's files, or a Hugging Face Hub id.
+        for_generation: Whether it pads on the left, and with the end-of-text token if it has no padding token. False:
+            as its files say, which is how a checkpoint is saved.
 
     Returns:
-        The tokenizer. Its padding token is the end-of-text token if it has none of its own.
+        The tokenizer.
 
     Raises:
         AssetError: There is no such tokenizer, or one of its files is damaged.
     """
     name = _local_or_hub(name_or_path, "tokenizer")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left")
+        options = {"padding_side": "left"} if for_generation else {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise AssetError(_cannot_load("tokenizer", name, error)) from error
-    if tokenizer.pad_token_id is None:
+    if for_generation and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded

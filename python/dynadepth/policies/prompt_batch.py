@@ -1,4 +1,4 @@
-"""What a policy is told about the prompts besides their states.
+"""What a policy is told about the prompts in addition to their states.
 
 This includes a number in [0, 1) for each prompt. It depends on the prompt's token ids alone, so that two penalties can
 be mixed over prompts without drawing random numbers and independently of the batch.

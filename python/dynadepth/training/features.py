@@ -1,6 +1,6 @@
 """What training and static baselines read of a model: pooled states under a plan, and block influence.
 
-One teacher-forced pass gives the features of a prompt, so that training never runs the base model again.
+One pass under given plans yields the features of a prompt, so that training never runs the base model again.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["block_influence", "prompt_features"]
 
 
 class _TeacherPolicy(Policy):
-    """Runs given plans and keeps what a router would have read on the way."""
+    """Runs given plans and keeps what a router would read."""
 
     def __init__(self, plans: Plans, num_windows: int) -> None:
         self.num_layers = int(plans.shape[1])
@@ -47,18 +47,18 @@ def prompt_features(
     """Return what routers would read of prompts that run given plans.
 
     Args:
-        model: An unwrapped, supported model; left unwrapped.
+        model: An unwrapped, supported model; unwrapped again afterwards.
         input_ids: Prompt tokens only. Shape (rows, tokens), int64.
         attention_mask: 1 for real tokens. Shape (rows, tokens).
         plans: The plan of each row. Shape (rows, num_layers), uint8.
-        num_windows: Windows of the prompt.
+        num_windows: Number of windows per prompt.
 
     Returns:
-        The means over the windows and, last, the last token's state, of the states that enter each layer. Shape (rows,
-        num_layers, num_windows + 1, hidden), float32, on the host.
+        For the states that enter each layer: their means over the windows, then the state of the last token. Shape
+        (rows, num_layers, num_windows + 1, hidden), float32, on the host.
 
     Raises:
-        PlanError: A plan is not one of this model, or there is not one for each row.
+        PlanError: A plan does not fit this model, or there is not one for each row.
         WrapError: The model is wrapped.
     """
     teacher = _TeacherPolicy(
@@ -76,16 +76,16 @@ def prompt_features(
 def block_influence(
     model: Any, input_ids: Tensor, attention_mask: Tensor
 ) -> npt.NDArray[np.float64]:
-    """Return how much each layer turns the states that pass it.
+    """Return how much each layer changes the direction of the states.
 
     Args:
-        model: An unwrapped, supported model; left as it is.
+        model: An unwrapped, supported model; not changed.
         input_ids: Prompt tokens. Shape (rows, tokens), int64.
         attention_mask: 1 for real tokens. Shape (rows, tokens).
 
     Returns:
-        1 - cosine of a layer's input and output, averaged over the real tokens of each row and then over rows. Shape
-        (num_layers,), float64.
+        1 - cosine similarity of a layer's input and output, averaged over the real tokens of each row, then over rows.
+        Shape (num_layers,), float64.
 
     Raises:
         WrapError: The model is wrapped.
@@ -120,7 +120,7 @@ def block_influence(
 
 
 def _forward(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Run the decoder layers of left- or right-padded prompts; the output head would be wasted."""
+    """Run the decoder layers on left- or right-padded prompts, without the output head."""
     positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     layer_stack(model).stack(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False

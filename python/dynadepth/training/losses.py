@@ -1,7 +1,4 @@
-"""What routers are trained towards: labels to imitate, or costs of skips to predict.
-
-Owns the losses and the best constant to start from. Works on tensors; knows nothing of features or optimisers.
-"""
+"""The objectives of router training (labels to imitate, or costs of skips to predict) and the best constant outputs."""
 
 from typing import Any, Protocol
 
@@ -18,11 +15,11 @@ _CONSTANT_STEPS = 200
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
-    """Return the weight of each class from how often it occurs.
+    """Return the weight of each class by its effective number of labels.
 
     Args:
-        counts: Labels of each class. Shape (classes,), whole numbers.
-        beta: 0 weighs all classes alike; towards 1 the weights become inverse frequencies.
+        counts: Number of labels of each class. Shape (classes,), whole numbers.
+        beta: 0 weights all classes equally; towards 1 the weights become inverse frequencies.
 
     Returns:
         Weights that sum to the number of classes that occur; 0 for one that does not. Shape (classes,), float32.
@@ -47,7 +44,7 @@ def focal_loss(logits: Tensor, actions: Tensor, *, gamma: float, weights: Tensor
     Args:
         logits: Shape (..., 3), float32.
         actions: The labels. Shape (...), int64.
-        gamma: How much easy decisions count less; 0 gives the weighted cross-entropy.
+        gamma: How strongly easy decisions are down-weighted; 0 gives the weighted cross-entropy.
         weights: Weight of each action. Shape (3,), float32.
 
     Returns:
@@ -63,12 +60,12 @@ def focal_loss(logits: Tensor, actions: Tensor, *, gamma: float, weights: Tensor
 
 
 class Goal(Protocol):
-    """What routers are trained towards."""
+    """The objective of router training."""
 
     def begin(self, used: Any) -> tuple[Tensor, Tensor]:
-        """Look at the training prompts; return which logits may vary, and the best constant ones.
+        """Read the training prompts; return which logits may vary (1 or 0) and the best constant logits.
 
-        Shapes (num_layers, 3), float32, on the host.
+        Both have shape (num_layers, 3), float32, on the host.
         """
 
     def losses(self, logits: Tensor, prompts: Any) -> Tensor:
@@ -79,7 +76,7 @@ class Imitation:
     """The focal loss of labelled actions.
 
     Args:
-        labels: Shape (prompts, num_layers), int64.
+        labels: The labelled actions. Shape (prompts, num_layers), int64.
         training: The recipe.
 
     Source:
@@ -105,10 +102,10 @@ class Imitation:
 
 
 class Regression:
-    """The squared error of SKIP's logit against minus the cost of the skip, in spreads of all costs.
+    """The squared error of SKIP's logit as a prediction of minus the cost of the skip, in units of the costs' spread.
 
     Args:
-        skip_costs: Shape (prompts, num_layers), float32.
+        skip_costs: The cost of each skip, in reward. Shape (prompts, num_layers), float32.
     """
 
     def __init__(self, skip_costs: Tensor) -> None:
@@ -131,8 +128,8 @@ class Regression:
 def _learnable(labels: Tensor) -> Tensor:
     """Return 1 where a layer's logit of an action may depend on the prompt. Shape (num_layers, 3), float32.
 
-    An action that a layer's labels never have is only pushed down, and with a single action all logits are: what such
-    logits say about a prompt is an accident of the other directions.
+    An action that never occurs among a layer's labels is only pushed down, and if only one action occurs, so are all
+    logits: how such logits depend on the prompt is an accident.
     """
     seen = functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) > 0
     return (seen & (seen.sum(dim=1, keepdim=True) > 1)).to(torch.float32)
@@ -140,7 +137,7 @@ def _learnable(labels: Tensor) -> Tensor:
 
 def _best_constant(labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return the constant logits of lowest focal loss for each layer. Shape (num_layers, 3), float32."""
-    # Half a label of each action keeps the optimum finite for an action that a layer never has.
+    # Half a label added to each action keeps the optimum finite if an action never occurs.
     share = (functional.one_hot(labels, NUM_ACTIONS).sum(dim=0) + 0.5) / (len(labels) + 1.5)
     actions = torch.arange(NUM_ACTIONS).expand(labels.shape[1], NUM_ACTIONS)
     logits = torch.log(share).requires_grad_()

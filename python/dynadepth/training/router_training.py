@@ -1,7 +1,6 @@
 """Training of routers on cached features: arrays in, weights out.
 
-Owns one batched loop that trains the routers of all layers together. Knows
-nothing of models, labels on disk or budgets; a base model is never run here.
+One batched loop trains the routers of all layers together; the base model is never run here.
 """
 
 import math
@@ -21,9 +20,9 @@ from dynadepth.training.train_config import TrainConfig
 
 __all__ = ["centre_heads", "logits_of", "train_heads", "train_skip_cost_heads"]
 
-# A dimension that varies by less than this share of its size is rounding noise of half precision.
+# A dimension that varies by less than this fraction of its magnitude is rounding noise of half precision.
 _SMALLEST_SPREAD = 1e-3
-# Elements of the features that are copied at a time: 16 M are 64 MB.
+# How many elements of the features are copied at a time: 16 M are 64 MB.
 _BLOCK = 1 << 24
 
 
@@ -40,8 +39,8 @@ def train_heads(
 ) -> RouterHeads:
     """Train the routers of all layers to imitate labels, on cached features.
 
-    The layers share nothing but the order of the prompts: each is trained as if alone, all of them in one batched
-    product. The same seed gives the same weights on one machine and build.
+    The layers share only the order of the prompts: each is trained independently, all of them in one batched
+    product. The same seed gives the same weights on the same machine and build.
 
     Args:
         features: Views of the states entering each layer. Shape (prompts, num_layers, views, hidden), float32; views
@@ -49,18 +48,19 @@ def train_heads(
         actions: The labelled action of each layer. Shape (prompts, num_layers), whole numbers 0 to 2.
         config: Shape of the routers.
         training: The recipe.
-        seed: Of the initial weights, the held-out prompts and the order.
-        groups: What identifies each prompt, such as its text; equal ones are held out together. None: all differ.
-        device: Where to train; features that are elsewhere go there batch by batch. None: where the features are.
+        seed: Seed of the initial weights, the held-out prompts and their order.
+        groups: What identifies each prompt, such as its text; equal prompts are held out together. None: all differ.
+        device: The device to train on; features on another device are copied batch by batch. None: that of the
+            features.
         progress: Called as `progress(epoch, epochs)` after each epoch.
 
     Returns:
         The routers, without gradients, on that device.
 
     Raises:
-        ConfigError: Features of another shape or dtype, not finite, fewer than two different prompts, or groups that
-            are not one for each.
-        PlanError: Actions of another shape or out of range.
+        ConfigError: The features have another shape or dtype or are not finite, there are fewer than two distinct
+            prompts, or there is not one group for each.
+        PlanError: The actions have another shape or are out of range.
     """
     _check_features(features, config)
     names = _names(features, groups)
@@ -83,14 +83,15 @@ def train_skip_cost_heads(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RouterHeads:
-    """Train the router of each layer to predict what skipping the layer costs a prompt.
+    """Train the router of each layer to predict how much reward a prompt loses when the layer is skipped.
 
-    The logit of SKIP is minus the predicted cost, in spreads of all costs, so that layers stay comparable; those of
-    EXECUTE and REPEAT are 0. Otherwise as `train_heads`: the recipe's focal loss and class weights are not used.
+    The logit of SKIP is minus the predicted cost, in units of the spread of all costs, so that layers are comparable;
+    those of EXECUTE and REPEAT are 0. Otherwise as in `train_heads`, but without focal loss and class weights.
 
     Args:
-        features: As `train_heads` takes them, under the plan whose neighbours were measured.
-        skip_costs: What each prompt loses when a layer is skipped. Shape (prompts, num_layers), finite numbers.
+        features: As in `train_heads`, under the plan whose neighbours were measured.
+        skip_costs: The reward that each prompt loses when a layer is skipped. Shape (prompts, num_layers), finite
+            numbers.
         config: Shape of the routers.
         training: The recipe.
         seed: As in `train_heads`.
@@ -102,7 +103,7 @@ def train_skip_cost_heads(
         The routers, without gradients, on that device.
 
     Raises:
-        ConfigError: As `train_heads`, or costs of another shape or not finite.
+        ConfigError: As for `train_heads`, or the costs have another shape or are not finite.
     """
     _check_features(features, config)
     names = _names(features, groups)
@@ -145,7 +146,7 @@ def _train(
     free = torch.ones(config.num_layers, NUM_ACTIONS)
     if training.held_out > 0:
         free = learnable
-        # Learning starts at the best constant, so that any epoch which beats it has learnt from the features.
+        # Training starts at the best constant, so that any epoch that beats it has learned from the features.
         for name in [name for name in parameters if ".second_" in name]:
             parameters[name] = torch.zeros_like(parameters[name])
         parameters["windows.second_bias"] = constant
@@ -193,14 +194,14 @@ def _train(
 
 @torch.no_grad()
 def logits_of(heads: RouterHeads, features: Tensor) -> Tensor:
-    """Return the routers' logits for cached features, in blocks of prompts so that memory stays bounded.
+    """Return the routers' logits for cached features, computed in blocks of prompts to bound memory.
 
     Args:
         heads: The routers.
-        features: As `train_heads` takes them.
+        features: As in `train_heads`.
 
     Returns:
-        Shape (prompts, num_layers, 3), float32, on the features' device.
+        Logits. Shape (prompts, num_layers, 3), float32, on the features' device.
     """
     block = max(1, _BLOCK // max(1, features[0].numel()))
     device = heads.windows.second_bias.device
@@ -214,11 +215,11 @@ def centre_heads(heads: RouterHeads, features: Tensor) -> RouterHeads:
 
     Args:
         heads: The routers.
-        features: As `train_heads` takes them.
+        features: As in `train_heads`.
 
     Returns:
         Routers whose logits have mean zero over these prompts for every layer and action: the mean is folded into the
-        last bias, so they say only how a prompt differs from the others.
+        last bias, so the logits express only how a prompt differs from the others.
     """
     tensors = dict(heads.state_dict())
     mean = logits_of(heads, features).cpu().to(torch.float64).mean(dim=0).to(torch.float32)
@@ -280,7 +281,7 @@ def _names(features: Tensor, groups: Sequence[str] | None) -> Sequence[Hashable]
 
 
 def _rate(step: int, steps: int, training: TrainConfig) -> float:
-    """Return the share of the peak rate at a step: linear warm-up, then half a cosine."""
+    """Return the fraction of the peak learning rate at a step: linear warm-up, then half a cosine."""
     if step < training.warmup_steps:
         return (step + 1) / training.warmup_steps
     done = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
@@ -294,7 +295,7 @@ def _mean_losses(losses: Callable[[Plans], Tensor], prompts: Any, batch_size: in
 
 
 def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return weights and biases uniform within 1 / sqrt(inputs), as torch's own linear layers start."""
+    """Return weights and biases uniform within 1 / sqrt(inputs), the initialisation of torch's linear layers."""
     parameters = {}
     for name, shape in RouterHeads.expected_shapes(config).items():
         inputs = config.hidden_size if ".first_" in name else config.bottleneck
@@ -306,7 +307,7 @@ def _initial_parameters(config: RouterConfig, generator: torch.Generator) -> dic
 def _spread(
     features: Tensor, prompts: Any, config: RouterConfig, *, enabled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and inverse spread of every dimension, equal for all windows. Shapes (num_layers, views, hidden)."""
+    """Return mean and inverse spread of each dimension, equal for all windows. Shapes (num_layers, views, hidden)."""
     shape = (config.num_layers, config.num_views, config.hidden_size)
     mean = torch.zeros(shape, device=features.device)
     scale = torch.ones(shape, device=features.device)
@@ -330,7 +331,7 @@ def _spread(
 def _without_scaling(
     parameters: Mapping[str, Tensor], mean: Tensor, scale: Tensor, config: RouterConfig
 ) -> dict[str, Tensor]:
-    """Return weights that do on raw features what the given ones do on scaled features."""
+    """Return weights that compute on raw features what the given ones compute on scaled features."""
     folded = {name: tensor.detach() for name, tensor in parameters.items()}
     for part, view in (("windows", 0), ("last", config.num_windows)):
         weight = folded.get(f"{part}.first_weight")
@@ -344,7 +345,7 @@ def _without_scaling(
 
 
 def _parts(parameters: Mapping[str, Tensor], free: Tensor) -> tuple[Bottleneck, Bottleneck | None]:
-    """Return weights over these tensors, gradients included, that are constant for the actions that are not free."""
+    """Return weights made of these tensors, with gradients, whose logits are constant for actions that are not free."""
 
     def part(prefix: str) -> Bottleneck:
         named = {name.split(".")[1]: t for name, t in parameters.items() if name.startswith(prefix)}

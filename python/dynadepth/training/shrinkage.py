@@ -1,7 +1,6 @@
-"""How far routers may deviate from the static plans, as far as held-out evidence supports it.
+"""The cross-validation that chooses the shrinkage s: how far routers may deviate from the static plans.
 
-Owns the cross-validation that chooses the shrinkage s. Works on cached features; rewards come from a function that it
-is given, and a base model is never run here.
+It works on cached features; rewards come from a function argument, and the base model is never run here.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 SHRINKAGES = (0.25, 0.5, 1.0)
-# Of the range of depths, where static and routed plans are compared.
+# Where static and routed plans are compared, as fractions of the range of depths.
 _COMPARED_AT = (0.25, 0.5, 0.75)
 _BISECTIONS = 50
 
@@ -46,12 +45,12 @@ class ShrinkageTrial:
     """What one shrinkage gained over the static plans on held-out prompts.
 
     Args:
-        shrinkage: s.
+        shrinkage: The shrinkage s.
         gain: Mean over prompts of the reward minus that of the static mixture of equal mean depth, averaged over the
-            depths compared.
-        standard_error: Of `gain`, over prompts.
-        depths: Mean depth reached at each depth compared.
-        gains: Mean gain at each of them.
+            compared depths.
+        standard_error: Standard error of `gain` over prompts.
+        depths: Mean depth reached at each compared depth.
+        gains: Mean gain at each compared depth.
     """
 
     shrinkage: float
@@ -71,10 +70,10 @@ class ShrinkageChoice:
     """The shrinkage chosen, and the evidence.
 
     Args:
-        shrinkage: The largest one supported, else 0.
+        shrinkage: The largest one that is supported, else 0.
         trials: One for each shrinkage tried, ascending.
-        prompts: Number of held-out prompts, each once.
-        evaluations: Distinct pairs of prompt and plan that were evaluated.
+        prompts: Number of held-out prompts, each counted once.
+        evaluations: Number of distinct pairs of prompt and plan that were evaluated.
     """
 
     shrinkage: float
@@ -83,7 +82,7 @@ class ShrinkageChoice:
     evaluations: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as values that JSON knows."""
+        """Return all fields as values that JSON can hold."""
         return {
             "shrinkage": self.shrinkage,
             "prompts": self.prompts,
@@ -102,13 +101,13 @@ class ShrinkageChoice:
 
 
 def logit_scale(logits: Tensor) -> float:
-    """Return the spread over prompts of EXECUTE's lead over SKIP, over the layers where there is any.
+    """Return the spread over prompts of the difference between the logits of EXECUTE and SKIP.
 
     Args:
-        logits: Of the routers for some prompts. Shape (prompts, num_layers, 3).
+        logits: Logits of the routers for some prompts. Shape (prompts, num_layers, 3).
 
     Returns:
-        Root of the mean variance; 1 if no layer's lead varies.
+        Root of the mean variance, over the layers where the difference varies; 1 if there is none.
     """
     lead = logits[..., 1].to(torch.float64) - logits[..., 0].to(torch.float64)
     variance = lead.var(dim=0, correction=0)
@@ -120,13 +119,13 @@ def plans_of(logits: Tensor, bias: Tensor, *, shrinkage: float, penalty: float) 
     """Return the plans that the routers' logits give, as the policy would if states did not depend on plans.
 
     Args:
-        logits: Of the routers. Shape (prompts, num_layers, 3), float32.
-        bias: b. Shape (num_layers, 3), float32.
-        shrinkage: s.
-        penalty: lambda.
+        logits: Logits of the routers. Shape (prompts, num_layers, 3), float32.
+        bias: The static part b. Shape (num_layers, 3), float32.
+        shrinkage: The shrinkage s.
+        penalty: The penalty lambda.
 
     Returns:
-        Shape (prompts, num_layers), uint8; a plan that would skip every layer runs the last.
+        Plans. Shape (prompts, num_layers), uint8; a plan that would skip every layer runs the last one.
     """
     plans: Plans = actions_of(bias + shrinkage * logits, penalty).to(torch.uint8).cpu().numpy()
     plans[plans.sum(axis=1) == 0, -1] = int(EXECUTE)
@@ -154,27 +153,27 @@ def select_shrinkage(
     else 0.
 
     Args:
-        features: What the routers read of the prompts, under a plan that does not depend on what is learned: states
-            under a prompt's own label would betray which layers it skipped. Shape (prompts, num_layers, views, hidden),
-            float32.
+        features: What the routers read of the prompts, under a plan that does not depend on the labels: states under a
+            prompt's own label would reveal which layers it skips. Shape (prompts, num_layers, views, hidden), float32.
         train: Given indices of prompts and a seed, returns routers that learned from these prompts alone.
         front: As in `front_bias`.
-        evaluate: Given indices of prompts (pairs, int64) and plans (pairs, num_layers, uint8), distinct as pairs,
+        evaluate: Given indices of prompts (pairs, int64) and plans (pairs, num_layers, uint8), all pairs distinct,
             returns their rewards (pairs, float64). Called once.
-        seed: Of the folds and the training.
-        front_rewards: Mean reward of each front plan, so that the mixture is made of the plans on their concave hull,
-            as in the evaluation; None: of the two neighbouring front plans. Shape (plans,), float64.
+        seed: Seed of the folds and the training.
+        front_rewards: Mean reward of each front plan; the static mixture then consists of plans on their concave hull,
+            as in the evaluation. None: it consists of the two neighbouring front plans. Shape (plans,), float64.
         protect: Layers that always run once.
-        groups: Of each prompt the group with which it stays in one fold, such as its text; None: each prompt its own.
-        folds: Parts of the groups.
+        groups: The group of each prompt, such as its text; prompts of one group share a fold. None: every prompt is a
+            group of its own.
+        folds: Number of folds.
         progress: Called as `progress(fold, folds)` after each training.
 
     Returns:
         The choice and its evidence; shrinkage 0 without any evaluation if the front is the identity alone.
 
     Raises:
-        ConfigError: Fewer groups than twice the folds, or not one for each prompt.
-        PlanError: The plans are no front or skip a protected layer.
+        ConfigError: There are fewer groups than twice the folds, or there is not one for each prompt.
+        PlanError: The plans do not form a front, or skip a protected layer.
     """
     count = len(features)
     names = [str(index) for index in range(count)] if groups is None else groups
@@ -218,7 +217,7 @@ def select_shrinkage(
 
 
 def _on_hull(front: Plans, front_rewards: Any) -> Plans:
-    """Return the front's plans that the best mixtures are made of, the deepest first."""
+    """Return the plans of the front that the best mixtures consist of, the deepest first."""
     rewards = np.asarray(front_rewards, dtype=np.float64)
     if rewards.shape != (len(front),) or not np.isfinite(rewards).all():
         raise ConfigError(
@@ -229,14 +228,14 @@ def _on_hull(front: Plans, front_rewards: Any) -> Plans:
 
 
 class _Pairs:
-    """Pairs of prompt and plan, each kept once, so that none is evaluated twice."""
+    """Distinct pairs of prompt and plan, so that none is evaluated twice."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._index: dict[tuple[int, bytes], int] = {}
 
     def add(self, prompts: Any, plans: Plans) -> npt.NDArray[np.int64]:
-        """Return the place of each pair among the rewards."""
+        """Return the index of each pair in the rewards."""
         keys = [(int(prompt), plan.tobytes()) for prompt, plan in zip(prompts, plans, strict=True)]
         return np.array(
             [self._index.setdefault(key, len(self._index)) for key in keys], dtype=np.int64
@@ -260,7 +259,7 @@ class _Pairs:
 class _Cell:
     """One fold's held-out prompts under one shrinkage at one depth, and the static mixture to compare with.
 
-    Places count the rewards of `_Pairs`; all have shape (held-out prompts,).
+    Indices refer to the rewards of `_Pairs`; all have shape (held-out prompts,).
     """
 
     shrinkage: float
@@ -286,7 +285,7 @@ def _compare_fold(
     front: Plans,
     pairs: _Pairs,
 ) -> list[_Cell]:
-    """Plan one fold's held-out prompts for every shrinkage and depth, and note what must be evaluated."""
+    """Plan one fold's held-out prompts for every shrinkage and depth, and record what must be evaluated."""
     depths = plan_depth(front)
     rising = np.argsort(depths, kind="stable")
     cells = []
@@ -330,7 +329,7 @@ def _trial(shrinkage: float, cells: Sequence[_Cell], rewards: Floats, count: int
 
 
 def _penalty_at(logits: Tensor, bias: Tensor, shrinkage: float, target: float) -> float:
-    """Return the penalty whose mean depth is nearest to a target, by bisection of a falling step function."""
+    """Return the penalty whose mean depth is nearest to a target, by bisection of a decreasing step function."""
 
     def depth(penalty: float) -> float:
         return float(

@@ -1,7 +1,6 @@
-"""The static front: nested plans for all prompts, and how one penalty walks along them.
+"""The static front: nested plans for all prompts, traversed as one penalty grows.
 
-Owns the check of a front, the static part b of the policy's logits that reproduces it, and its exact budgets. Knows
-nothing of routers or of how a front is found.
+The check of a front, the static part b of the policy's logits that reproduces it, and its exact budgets.
 """
 
 from collections.abc import Iterable
@@ -18,24 +17,24 @@ from dynadepth.policies.calibration import Calibration
 
 __all__ = ["front_bias", "front_calibration", "neighbours", "removed_layers"]
 
-# In spreads of the routers' logits. A prompt one spread away from the mean moves along the whole front with s = 1, half
-# of it with s = 1/2, a quarter with s = 1/4: from free choice to the trade of close neighbours.
+# In units of the spread of the routers' logits. A prompt one spread away from the mean moves along the whole front with
+# s = 1, along half of it with s = 1/2, and along a quarter with s = 1/4.
 _FRONT_SPAN = 1.0
-# Beyond the front's last threshold: what no static plan skips takes a prompt of its own to go.
+# Beyond the front's last threshold: a layer that no static plan skips is skipped only if the prompt itself asks for it.
 _NEVER_SKIPPED = 1.0
-# Below EXECUTE: labels that repeat are few, so a prompt needs strong evidence.
+# Below EXECUTE: few labels repeat a layer, so a prompt needs strong evidence.
 _REPEAT_GAP = 2.0
-# Logits that no router outweighs.
+# A logit that no router can outweigh.
 _OUT_OF_REACH = 1e4
 
 
 def front_bias(front: Any, *, scale: float = 1.0, protect: Iterable[int] = ()) -> Tensor:
-    """Return the static part b of the policy's logits, which alone walks the static front as the penalty grows.
+    """Return the static part b of the policy's logits, which by itself traverses the static front as the penalty grows.
 
     The k-th of K layers that the front removes is skipped once lambda reaches `scale k / K`; the layers that it
-    never removes follow together, one `scale` after its last. With lambda >= 0 and s = 0 REPEAT never wins: it stands
-    two `scale` below EXECUTE. Only the order matters while s = 0; the spacing says how far along the front a prompt may
-    move when s > 0.
+    never removes follow together, one `scale` after the last. With lambda >= 0 and s = 0 REPEAT is never chosen: it is
+    two `scale` below EXECUTE. With s = 0 only the order matters; with s > 0 the spacing determines how far along the
+    front a prompt may move.
 
     Args:
         front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
@@ -47,8 +46,8 @@ def front_bias(front: Any, *, scale: float = 1.0, protect: Iterable[int] = ()) -
         b. Shape (num_layers, 3), float32; 0 for EXECUTE.
 
     Raises:
-        PlanError: The plans are no such front, or skip a protected layer.
-        ConfigError: A scale that is not positive and finite.
+        PlanError: The plans do not form such a front, or skip a protected layer.
+        ConfigError: The scale is not positive and finite.
     """
     removed = removed_layers(front)
     if not 0.0 < scale < float("inf"):
@@ -78,15 +77,16 @@ def front_calibration(front: Any, bias: Tensor) -> Calibration:
         bias: What `front_bias` returned for it.
 
     Returns:
-        Penalties midway between the thresholds, and the plans' depths; accepts the budgets between the front's ends.
+        Penalties midway between the thresholds, and the depths of the plans; it accepts the budgets from the shallowest
+        plan to the deepest.
 
     Raises:
-        PlanError: The plans are no front.
+        PlanError: The plans do not form a front.
     """
     removed = removed_layers(front)
     depths = plan_depth(front)
     thresholds = [0.0, *(-float(bias[layer_idx, SKIP]) for layer_idx in removed)]
-    # What lies beyond the last plan may be out of reach: then any penalty behind its threshold will do.
+    # Beyond the last plan there may be no further threshold: then any penalty above its threshold will do.
     beyond = thresholds[-1] + 1.0
     never = [
         -float(value) for layer_idx, value in enumerate(bias[:, SKIP]) if layer_idx not in removed
@@ -102,17 +102,17 @@ def front_calibration(front: Any, bias: Tensor) -> Calibration:
 
 
 def neighbours(plan: Any) -> Plans:
-    """Return a plan and all that differ from it in one layer, skipped there if it runs and run once if it is skipped.
+    """Return a plan and all plans that differ from it in one layer: skipped if it runs, run once if it is skipped.
 
     Args:
         plan: Shape (num_layers,), whole numbers.
 
     Returns:
-        The plan first; plan 1 + l differs at layer l. One that would run no layer is left as the plan. Shape
-        (1 + num_layers, num_layers), uint8.
+        The plan first; plan 1 + l differs at layer l. A neighbour that would run no layer is replaced by the plan
+        itself. Shape (1 + num_layers, num_layers), uint8.
 
     Raises:
-        PlanError: It is no plan.
+        PlanError: The argument is not a plan.
     """
     given = np.asarray(plan)
     row = check_plans(given, given.shape[-1], num_rows=1)[0]
@@ -125,7 +125,7 @@ def neighbours(plan: Any) -> Plans:
 
 
 def removed_layers(front: Any) -> list[int]:
-    """Return the layers that a front skips, in its order, having checked that it is a front.
+    """Check a front and return the layers that it skips, in its order.
 
     Args:
         front: Nested plans: the identity first, each with one more layer skipped than the one before. Shape
@@ -135,7 +135,7 @@ def removed_layers(front: Any) -> list[int]:
         One layer for each plan after the first.
 
     Raises:
-        PlanError: The plans are no such front.
+        PlanError: The plans do not form such a front.
     """
     given = np.asarray(front)
     if given.ndim != 2 or given.shape[0] == 0:

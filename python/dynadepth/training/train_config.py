@@ -16,26 +16,26 @@ __all__ = [
 class TrainConfig:
     """How routers are trained.
 
-    The defaults are the preset `dynadepth`'s: features standardised, a perceptron whose output starts at the best
-    constant, and for each layer the weights of the epoch that did best on prompts held out of the training prompts. A
-    layer that learns nothing which holds there keeps its constant output, and so never deviates from the static plans.
+    The defaults are those of the preset `dynadepth`: features are standardised, the output of the perceptron starts at
+    the best constant, and each layer keeps the weights of the epoch that was best on prompts held out from training. A
+    layer that learns nothing that generalises keeps its constant output, and so never deviates from the static plans.
 
     Args:
         epochs: Passes over the prompts.
-        batch_size: Prompts of a step.
-        learning_rate: Peak rate of AdamW.
-        weight_decay: Of the weight matrices.
-        warmup_steps: Steps of linear warm-up; the cosine begins after them and ends at zero. If there are no more
-            steps than these, the peak is never reached.
+        batch_size: Prompts per step.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of the weight matrices.
+        warmup_steps: Steps of linear warm-up; the cosine begins after them and ends at zero. If there are not more
+            steps in total, the peak is never reached.
         focal_gamma: Exponent of the focal loss.
-        class_balance: beta of the effective number of labels; 0 weighs all actions alike.
+        class_balance: beta of the effective number of labels; 0 weights all actions equally.
         standardise: Scale every dimension to unit spread; folded into the first linear layer afterwards.
         centre: Subtract the mean logits over the prompts; folded into the last bias.
-        held_out: Share of the prompts that choose each layer's epoch; 0 starts from random outputs and keeps the last
-            epoch's weights.
+        held_out: Fraction of the prompts that is held out to choose each layer's epoch; 0: outputs start at random and
+            the weights of the last epoch are kept.
 
     Raises:
-        ConfigError: A value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
 
     Source:
         Dr.LLM (arXiv 2510.12773), for what `for_preset("drllm")` returns.
@@ -69,7 +69,7 @@ class TrainConfig:
                 raise ConfigError(f"TrainConfig.{name} is {getattr(self, name)}; expected {words}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
+        """Return all settings as values that JSON can hold."""
         return config_to_dict(self)
 
     @classmethod
@@ -77,7 +77,7 @@ class TrainConfig:
         """Make the configuration from what `to_dict` wrote.
 
         Raises:
-            ConfigError: An unknown key, or a value of the wrong type or size.
+            ConfigError: A key is unknown, or a value has the wrong type or size.
         """
         return config_from_dict(cls, content)
 
@@ -89,7 +89,7 @@ class TrainConfig:
             preset: `"dynadepth"` or `"drllm"`, the published settings.
 
         Raises:
-            ConfigError: Unknown preset.
+            ConfigError: The preset is unknown.
         """
         check_preset(preset)
         if preset != "drllm":

@@ -1,4 +1,4 @@
-"""Budgets: the policies that one trained policy gives, by the budget asked for."""
+"""Budgets: the policies that one trained policy provides, one for each budget."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from dynadepth.policies.base import Policy
 
 __all__ = ["Budgets"]
 
-# A server asks for a few budgets again and again; each policy holds its heads on the device.
+# A server uses the same few budgets repeatedly; each policy holds its heads on the device.
 _MOST_KEPT = 16
 
 
 class Budgets:
-    """Makes the policy of a budget once and keeps it while it is in use.
+    """Makes the policy of each budget once, and caches those that were made last.
 
-    Safe to share between threads: two that ask for a new budget at once may both make its policy.
+    Safe to share between threads; two that ask for a new budget at the same time may both make its policy.
 
     Args:
-        trained: The routers or the menu; None where the model was wrapped with a plan or a policy of the user's own.
-        backend: What computes the decisions.
+        trained: The routers or the menu; None if the model was wrapped with a plan or the user's own policy.
+        backend: The library that computes the decisions.
     """
 
     def __init__(self, trained: TrainedPolicy | None, backend: Backend = "torch") -> None:
@@ -38,13 +38,13 @@ class Budgets:
         """
         if self._trained is None:
             raise ConfigError(
-                "this model was wrapped with a plan or a policy, which no budget changes; unwrap_model(model) and wrap "
-                "it with a budget and routers"
+                "this model was wrapped with a plan or a policy, which a budget does not change; call "
+                "unwrap_model(model) and wrap it with a budget and routers"
             )
         found = self._kept.get(budget) if isinstance(budget, float) else None
         if found is None:
             found = self._trained.policy(budget, backend=self._backend)
             kept = [*self._kept.items(), (float(budget), found)]
-            # Replaced whole, so that another thread never sees it half done.
+            # Replaced as a whole, so that another thread never sees a partial change.
             self._kept = dict(kept[-_MOST_KEPT:])
         return found

@@ -26,7 +26,7 @@ class ContextMethods:
     Args:
         limits: The limits that given plans must respect.
         stats: Where the memory of a generation's cache is recorded.
-        budgets: The policies of the budgets that can be asked for.
+        budgets: Makes the policy of each budget.
     """
 
     def __init__(self, limits: Limits, stats: Stats, budgets: Budgets) -> None:
@@ -68,10 +68,10 @@ class ContextMethods:
 
     @contextmanager
     def at_budget(self, budget: float) -> Iterator[None]:
-        """Keep another budget, for the prompts that are planned inside the block.
+        """Use another budget for the prompts that are planned inside the block.
 
-        The block is this thread's, so each request of a server can have a budget of its own. Caches that hold planned
-        prompts go on with the plans that these have.
+        The block applies to this thread, so each request of a server can have its own budget. Caches of prompts that
+        are already planned keep their plans.
 
         Args:
             budget: Mean depth over prompts, each counting once, as a fraction of the full depth.

@@ -1,6 +1,6 @@
 """The controller of a wrapped model: plans each prompt once and lets the executor run the plan.
 
-The stack's forward pre-hook opens a `PlanScope`; the first layers of the first forward on an empty cache plan the
+A hook opens a `PlanScope` for each forward; the first layers of the first forward on an empty cache plan the
 prompts (the policy sees prompt tokens only); the plans are kept on the cache, or by `generate` if there is none.
 `model.dynadepth` is the controller.
 """
@@ -8,7 +8,6 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 import inspect
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +19,10 @@ from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
-from dynadepth.execution.executor import (
-    check_installed,
-    enter_scope,
-    install_executor,
-    leave_scope,
-    obeys,
-    remove_executor,
-)
-from dynadepth.execution.padding import SpecialTokens
-from dynadepth.execution.plan_forward import PlanScope
-from dynadepth.models.families import layer_stack
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.wrapping.attachment import Attachment
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.contexts import ContextMethods
@@ -41,8 +30,7 @@ from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
 
-# The attribute in which the stack of layers and the model keep their controller.
-_CONTROLLER = "_dynadepth_controller"
+# The attribute in which a model keeps its controller.
 _ATTRIBUTE = "dynadepth"
 
 
@@ -53,6 +41,7 @@ class Controller(ContextMethods):
 
     Attributes:
         num_layers: Decoder layers of the model.
+        attachment: What it has put on the model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,28 +75,11 @@ class Controller(ContextMethods):
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
-        self._handles: list[Any] = []
-        # Weak, so that a discarded layer is freed.
-        self._wrapped: WeakSet[nn.Module] = WeakSet()
-        self._list_name = ""
-        self._stack: ref[nn.Module] | None = None
-
-    # A copy of the model has a stack of its own, and no layers but those that stand in it.
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_wrapped": None,
-            "_stack": None if self._stack is None else self._stack(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._wrapped = WeakSet()
-        self._stack = None if state["_stack"] is None else ref(state["_stack"])
+        self.attachment = Attachment()
 
     @property
     def policy(self) -> Policy:
-        """What turns prompts into plans here and now: that of an `at_budget` block, else the model's own."""
+        """The policy that plans prompts now: that of the current `at_budget` block, or else the model's own."""
         given = next((each.policy for each in contexts_of(self) if each.policy is not None), None)
         return self._default if given is None else given
 
@@ -115,11 +87,11 @@ class Controller(ContextMethods):
     def budget(self) -> float | None:
         """The mean depth asked for, as a fraction of the full depth; None if the model was wrapped without a budget.
 
-        Can be set while the model is wrapped: prompts planned from then on are planned with it, in all threads; caches
-        under way keep their plans.
+        It can be set while the model is wrapped. It then applies to all prompts planned later, in all threads; existing
+        caches keep their plans.
 
         Raises:
-            BudgetError: On setting: it is not a number or outside the calibrated range. Nothing has changed then.
+            BudgetError: On setting: it is not a number or outside the calibrated range. Nothing is changed then.
             ConfigError: On setting: the model was wrapped without a budget.
         """
         return self._budget
@@ -137,21 +109,21 @@ class Controller(ContextMethods):
     ) -> Plans:
         """Return the plans that `generate` would give prompts, without generating.
 
-        Runs the layers up to the policy's last decision, and nothing of it counts: so that a server can put prompts
-        of equal plans into one batch, which is faster than plans that differ, and run it inside `plans(...)`.
+        Runs the layers up to the policy's last decision, which is not counted in `totals`. A server can then put
+        prompts with the same plan into one batch, which is faster than mixed plans, and run it inside `plans(...)`.
 
         Args:
             input_ids: Token ids of the prompts. Shape (batch, tokens), int64, on the model's device.
             attention_mask: 1 for real tokens. Shape (batch, tokens).
-            **inputs: What else the model's forward takes, such as `inputs_embeds` in place of token ids.
+            **inputs: Other arguments of the model's forward, such as `inputs_embeds` instead of token ids.
 
         Returns:
-            Shape (batch, num_layers), uint8.
+            Plans. Shape (batch, num_layers), uint8.
 
         Raises:
             ConfigError: There are no prompts.
-            UnsupportedModelError: The padding of the prompts cannot be told.
-            WrapError: The model is not wrapped any more.
+            UnsupportedModelError: The padding of the prompts cannot be determined.
+            WrapError: The model is no longer wrapped.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -162,12 +134,12 @@ class Controller(ContextMethods):
             array([[1, 0, 1],
                    [1, 0, 1]], dtype=uint8)
         """
-        stack = None if self._stack is None else self._stack()
-        if stack is None or stack.__dict__.get(_CONTROLLER) is not self:
-            raise WrapError("this model is not wrapped any more; call wrap_model(model, ...) first")
+        stack = self.attachment.stack
+        if stack is None:
+            raise WrapError("this model is no longer wrapped; call wrap_model(model, ...) first")
         if input_ids is None and inputs.get("inputs_embeds") is None:
             raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
-        # As `generate` numbers them; families that have no such argument read the mask by themselves.
+        # Numbered as in `generate`; families without this argument use the mask instead.
         takes_positions = "position_ids" in inspect.signature(type(stack).forward).parameters
         if attention_mask is not None and takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -178,7 +150,7 @@ class Controller(ContextMethods):
         planned = context.row_plans
         if planned is None:
             raise WrapError(
-                "the forward passed no decoder layer; unwrap the model and wrap it again"
+                "the forward did not reach any decoder layer; unwrap the model and wrap it again"
             )
         plans: Plans = planned.plans.copy()
         return plans
@@ -269,10 +241,10 @@ class Controller(ContextMethods):
         return known, is_new
 
     def check_menu(self) -> None:
-        """Refuse limits that leave some prompt of a menu of several steps without a plan.
+        """Refuse limits that can leave a prompt without a plan, for a menu of several steps.
 
         Raises:
-            ConfigError: They do.
+            ConfigError: Some step can be left without a plan.
         """
         menu = self.policy.known_plans()
         if menu is not None:
@@ -305,7 +277,7 @@ class Controller(ContextMethods):
             self._stats.planned(plans)
 
     def only_plans(self) -> bool:
-        """Say whether this forward is for the plans alone, so that nothing runs once they are decided."""
+        """Say whether this forward is only for the plans, so that nothing runs once they are decided."""
         return any(context.only_plans for context in contexts_of(self))
 
     def decide(
@@ -348,7 +320,7 @@ class Controller(ContextMethods):
         return checked
 
     def knows_lengths(self) -> bool:
-        """Say whether the caller has told how many tokens of each row are the prompt."""
+        """Say whether the caller has set how many tokens of each row form the prompt."""
         return self._prompt_lengths(contexts_of(self)) is not None
 
     @staticmethod
@@ -383,69 +355,9 @@ class Controller(ContextMethods):
             mask[:, width:] = False
         return mask
 
-    def check_layers(self, stack: nn.Module) -> None:
-        """Refuse a stack whose layers are no longer those that were wrapped.
-
-        Raises:
-            WrapError: They were changed after wrapping.
-        """
-        check_installed(getattr(stack, self._list_name), self, self.num_layers)
-
-    def attach(self, model: nn.Module) -> None:
-        """Put the executor and the hooks on a model; if it raises, nothing is changed."""
-        stack = layer_stack(model)
-        install_executor(stack, self)
-        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
-        self._stack = ref(stack.stack)
-        stack.stack.__dict__[_CONTROLLER] = self
-        self._handles = [
-            stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
-            stack.stack.register_forward_hook(_close_scope, always_call=True),
-        ]
-
-    def detach(self, model: nn.Module) -> None:
-        """Remove everything that `attach` put on the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        # Other libraries may have moved, copied or replaced layers since wrapping.
-        modules = list(model.modules())
-        for module in modules:
-            if module.__dict__.get(_CONTROLLER) is self:
-                del module.__dict__[_CONTROLLER]
-        remove_executor(modules)
-        remove_executor([layer for layer in self._wrapped if obeys(layer, self)])
-        # An interrupt (Ctrl-C) in a forward leaves its scope open.
-        leave_scope(self)
-
 
 def _summary(what: str, rows: int, depth: float) -> str:
     return f"{what} {rows} {'row' if rows == 1 else 'rows'} at depth {depth:.3f}"
-
-
-# Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
-# controller.
-def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    controller, config = module.__dict__[_CONTROLLER], module.config
-    controller.check_layers(module)
-    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    # transformers combines these into a tensor that assumes every layer to run for all rows.
-    experts = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
-    padding = None if given is not None else SpecialTokens.of(config)
-    enter_scope(
-        PlanScope(controller, mask, tokens, special_tokens=padding, same_rows=bool(experts))
-    )
-
-
-def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    scope = leave_scope(module.__dict__[_CONTROLLER])
-    # There is no output if the forward raised.
-    if output is not None and isinstance(scope, PlanScope):
-        scope.finish()
 
 
 def controller_of(model: nn.Module) -> Controller:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_routers
+from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_policy
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.execution.executor import is_installed
@@ -40,7 +40,7 @@ def wrap_model(
     Args:
         model: A supported transformers causal language model, bare or inside a PEFT or a `torch.compile` model.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
-        routers: A routers folder, a hub id, or what `load_routers` returned. None: `routers/` beside the base model.
+        routers: A routers folder, a hub id, or what `load_policy` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
         policy: Any other policy, made for a model of as many layers.
         max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
@@ -133,7 +133,7 @@ def wrap_model(
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()
-    controller.attach(inner)
+    controller.attachment.attach(controller, inner)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
     inner.__dict__["generate"] = partial(_generate, inner)
@@ -155,7 +155,8 @@ def unwrap_model(model: Any) -> Any:
         WrapError: The model is not wrapped.
     """
     inner = _causal_lm(model)
-    controller_of(inner).detach(inner)
+    controller = controller_of(inner)
+    controller.attachment.detach(controller, inner)
     for name in ("dynadepth", "generate", *_PACKED):
         inner.__dict__.pop(name, None)
     return model
@@ -272,4 +273,4 @@ def _resolve_routers(model: nn.Module, routers: Any) -> TrainedPolicy:
     if isinstance(routers, TrainedPolicy):
         routers.check_model(model)
         return routers
-    return load_routers(find_routers(model) if routers is None else routers, model=model)
+    return load_policy(find_routers(model) if routers is None else routers, model=model)

@@ -1,1 +1,1 @@
-"""The verbs that this distribution adds to the command line `dynadepth`."""
+"""The commands that this distribution adds to the command line `dynadepth`."""

@@ -1,7 +1,4 @@
-"""Progress of long commands on stderr.
-
-Owns how progress looks: bars on a terminal, a few plain lines elsewhere. Knows nothing of what is done.
-"""
+"""Progress of long commands on stderr: bars on a terminal, a few plain lines elsewhere."""
 
 import sys
 import time
@@ -19,17 +16,17 @@ from rich.progress import (
 
 __all__ = ["ProgressDisplay"]
 
-# Where there is no terminal, a stage says no more than this often where it is.
+# If stderr is not a terminal, the progress of a stage is printed at most this often.
 _QUIET_SECONDS = 20.0
 
 
 class ProgressDisplay:
-    """Shows stages of work; call it with a stage, the finished steps and all steps.
+    """Shows stages of work; it is called with a stage, the number of finished steps and the number of all steps.
 
-    Use it as a context manager. Results on stdout are never mixed with it.
+    It is used as a context manager. It never mixes with results on stdout.
 
     Args:
-        console: Where it is shown; None takes stderr.
+        console: The console to write to; None: stderr.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -58,19 +55,19 @@ class ProgressDisplay:
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is.
+        """Show the progress of a stage.
 
         Args:
-            stage: What is done; a stage that was finished begins anew when it comes again.
-            done: Finished steps.
-            total: All steps.
+            stage: Name of the stage; a finished stage starts again if it is named again.
+            done: Number of finished steps.
+            total: Number of all steps.
         """
         if self._console.is_terminal:
             self._draw(stage, done, total)
             return
         now = time.monotonic()
         first = stage not in self._said
-        # A single step needs no second line.
+        # A stage of a single step needs no second line.
         ended = done >= total and total > 1
         if first or ended or now - self._said[stage] >= _QUIET_SECONDS:
             self._console.print(f"{stage}: {done}/{total}", highlight=False, markup=False)
@@ -79,7 +76,7 @@ class ProgressDisplay:
             self._said.pop(stage, None)
 
     def log(self, text: str) -> None:
-        """Show one line of its own."""
+        """Show a separate line of text."""
         self._console.print(text, highlight=False, markup=False)
 
     def _draw(self, stage: str, done: int, total: int) -> None:

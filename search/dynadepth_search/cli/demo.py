@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dynadepth.checkpoints.paths import restore_folder
-from dynadepth.checkpoints.save_load import TrainedPolicy, load_routers
+from dynadepth.checkpoints.save_load import TrainedPolicy, load_policy
 from dynadepth.errors import ConfigError
 from dynadepth.models.families import layer_stack
 from dynadepth.models.loading import load_model, load_tokenizer
@@ -271,7 +271,7 @@ class _Demo:
     def _policy(self, model: Any, name: str) -> TrainedPolicy:
         """Load a policy of this run, also after a kill in the middle of its saving."""
         restore_folder(self._out / name)
-        return load_routers(self._out / name, model=model)
+        return load_policy(self._out / name, model=model)
 
     def _evaluate(
         self,

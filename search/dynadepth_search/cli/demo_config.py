@@ -1,4 +1,4 @@
-"""What a demo is asked for, and the sizes of its parts."""
+"""The settings of a demo and the sizes of its parts."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,20 +21,20 @@ __all__ = ["DemoConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """What a demo is asked for.
+    """The settings of a demo.
 
     Args:
         out: Folder of the run.
-        cache: Folder of what is fetched.
-        model: Folder or Hub id of a base model; None fetches SmolLM2-135M-Instruct.
-        task: A task file; None fetches PIQA.
+        cache: Folder for downloads.
+        model: Folder or Hub id of a base model; None: SmolLM2-135M-Instruct is downloaded.
+        task: A task file; None: PIQA is downloaded.
         scoring: How the choices of `task` are scored.
         objective: `preserve` (label-free) or `reward`.
-        prompts: Training prompts.
-        heldout: Held-out prompts.
-        evaluations: Plans evaluated for each prompt that is labelled, for `drllm`.
-        seed: Of everything random.
-        quick: Smaller in every part; for a look, not for figures.
+        prompts: Number of training prompts.
+        heldout: Number of held-out prompts.
+        evaluations: Number of plans evaluated for each labelled prompt, for `drllm`.
+        seed: Seed of everything random.
+        quick: Make every part smaller, for a quick look rather than meaningful results.
     """
 
     out: Path
@@ -53,17 +53,17 @@ class DemoConfig:
         check_objective(self.objective)
         if self.task is not None and self.task.exists() and not self.task.is_file():
             raise ConfigError(
-                f"task {self.task} is no file; a demo reads its task again when it goes on: write it to a file first"
+                f"task {self.task} is not a file, but a demo reads its task again when it continues: save it as a file"
             )
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """Budgets that are evaluated; the last one generates the answer."""
+        """The budgets that are evaluated; the last one is used to generate the answer."""
         return (0.95, 0.9) if self.quick else (0.95, 0.9, 0.85, 0.8)
 
     @property
     def search(self) -> PromptSearchSpec:
-        """What is searched."""
+        """The settings of the per-prompt search."""
         forest = SearchConfig(
             max_evaluations=self.evaluations, probe_trees=2 if self.quick else 16, round_size=4
         )
@@ -72,12 +72,12 @@ class DemoConfig:
         )
 
     def static(self, num_layers: int) -> StaticSpec:
-        """Say how plans for all prompts are searched: down to less than every budget.
+        """Return the settings of the search for static plans, which go below every budget.
 
         Args:
-            num_layers: Of the base model.
+            num_layers: Number of decoder layers of the base model.
         """
-        # One layer fewer than the lowest budget allows, so that no budget is the menu's end.
+        # One layer fewer than the lowest budget allows, so that no budget is at the end of the menu.
         fewest = max(1, math.floor(min(self.budgets) * num_layers + 1e-9) - 1)
         full = StaticSpec(
             objective=check_objective(self.objective),
@@ -95,14 +95,14 @@ class DemoConfig:
 
     @property
     def evaluation(self) -> EvaluationConfig:
-        """How policies are evaluated."""
+        """The settings of the evaluation."""
         full = EvaluationConfig(budgets=self.budgets, seed=self.seed)
         if not self.quick:
             return full
         return replace(full, random_draws=2, timing_prompts=3, timing_rounds=2, check_prompts=4)
 
     def asked(self) -> dict[str, Any]:
-        """Return everything that the results depend on, as values that JSON knows."""
+        """Return everything that the results depend on, as values that JSON can hold."""
         return {
             "dynadepth": __version__,
             "model": self.model or SMOLLM2.sha256,

@@ -3,12 +3,21 @@
 Progress goes to stderr, results to stdout.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dynadepth_search.cli.options import Objective, Scoring, Seed, display, print_evaluation, quiet
+from dynadepth_search.cli.options import (
+    Json,
+    Objective,
+    Scoring,
+    Seed,
+    display,
+    print_evaluation,
+    quiet,
+)
 from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
 from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
 
@@ -62,12 +71,9 @@ def _demo(
         Path | None,
         typer.Option("--cache", help="Folder of what is fetched [default: the user's cache]"),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write everything measured into this file")
-    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Go the whole way on one small model: search, train, evaluate, report, generate; goes on if it was killed."""
-    from dynadepth.files import write_json_atomic
     from dynadepth_search.cli.demo import run_demo, show_answer
     from dynadepth_search.cli.demo_config import DemoConfig
     from dynadepth_search.data.downloads import default_cache
@@ -88,7 +94,8 @@ def _demo(
     quiet()
     with display() as progress:
         result = run_demo(config, progress=progress)
-    if json_path is not None:
-        write_json_atomic(json_path, result)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, sort_keys=True))
+        return
     typer.echo(f"{show_answer(result['answer'])}\n")
     print_evaluation(result["evaluation"], Path(result["report"]), as_json=False)

@@ -6,7 +6,7 @@ Progress goes to stderr, results to stdout. Heavy imports are inside the functio
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,13 +39,14 @@ Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the bas
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of everything random")]
 Scoring = Annotated[
-    str,
+    Literal["raw", "normalized", "letter"],
     typer.Option(
-        "--scoring", help="How choices are scored: raw, normalized (for each byte) or letter"
+        "--scoring",
+        help="How choices are scored: by their tokens, by these for each byte, or by the letters they are listed under",
     ),
 ]
 Objective = Annotated[
-    str,
+    Literal["preserve", "reward"],
     typer.Option(
         "--objective",
         help="preserve: stay with the base model's answers, no labels needed; reward: the right answers",
@@ -65,7 +66,7 @@ def layer_numbers(text: str, option: str) -> tuple[int, ...]:
     """Read layer numbers separated by commas.
 
     Raises:
-        typer.BadParameter: Something else.
+        typer.BadParameter: The text is something else.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
@@ -82,7 +83,13 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":
-    """Return a task, as turns of a chat if asked for."""
+    """Return a task, as turns of a chat if that is asked for.
+
+    Args:
+        task: The task as it was read.
+        tokenizer: That of the base model, whose chat template the turns take.
+        chat: Whether each prompt is the user's turn of a chat.
+    """
     from dynadepth_search.data.chat_template import as_chat
 
     return as_chat(task, tokenizer) if chat else task

@@ -1,11 +1,11 @@
-"""The verbs `search static`, `search prompts` and `score`: which plans there are, and what they do to prompts.
+"""The commands `search static`, `search prompts` and `score`: finding plans, and scoring prompts under them.
 
-Each verb checks its options, loads what they name and calls functions that Python can call as well. Heavy imports are
-inside the verbs.
+Each command checks its options, loads what they name and calls functions that are available from Python too. Heavy
+imports are inside the commands.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,11 +29,12 @@ from dynadepth_search.cli.options import (
 __all__ = ["score", "search_prompts", "search_static"]
 
 _Task = Annotated[
-    Path, typer.Option("--task", help="The training prompts: JSON lines, or text, one a line")
+    Path,
+    typer.Option("--task", help="The training prompts: JSON lines, or text, one prompt per line"),
 ]
 
 _Out = Annotated[
-    Path, typer.Option("--out", help="Folder of the result; a killed run goes on in it")
+    Path, typer.Option("--out", help="Folder of the result; a run that was killed continues in it")
 ]
 
 
@@ -49,11 +50,14 @@ def search_static(
         int, typer.Option("--from-layer", min=0, help="No plan edits a layer before this one")
     ] = 0,
     min_depth: Annotated[
-        float, typer.Option("--min-depth", help="No plan falls below this depth")
+        float, typer.Option("--min-depth", help="No plan has a lower depth than this")
     ] = 0.75,
-    size: Annotated[int, typer.Option("--size", min=2, help="Plans on the menu")] = 16,
+    size: Annotated[int, typer.Option("--size", min=2, help="Number of plans on the menu")] = 16,
     beam: Annotated[
-        int, typer.Option("--beam", min=1, help="Plans of each depth that are carried on")
+        int,
+        typer.Option(
+            "--beam", min=1, help="Number of plans of each depth that are extended further"
+        ),
     ] = 6,
     protect: Protect = "",
     limit: Limit = None,
@@ -61,7 +65,7 @@ def search_static(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Search plans that suit all prompts, and a menu of them; a killed run goes on."""
+    """Search for plans that suit all prompts, and choose a menu of them; a run that was killed continues."""
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.objectives import check_objective
     from dynadepth_search.search import static
@@ -101,18 +105,20 @@ def search_prompts(
     scoring: Scoring = "raw",
     chat: Chat = False,
     evaluations: Annotated[
-        int, typer.Option("--evaluations", min=2, help="Plans evaluated for each prompt")
+        int, typer.Option("--evaluations", min=2, help="Number of plans evaluated for each prompt")
     ] = 24,
     probe: Annotated[
         int,
-        typer.Option("--probe", min=1, help="Prompts on which every single edit is measured first"),
+        typer.Option(
+            "--probe", min=1, help="Number of prompts on which every single edit is measured first"
+        ),
     ] = 8,
     depth_penalty: Annotated[
         float | None,
         typer.Option(
             "--depth-penalty",
             min=0.0,
-            help="What a depth of 1 costs in units of the objective [default: chosen by the probe]",
+            help="Price of a depth of 1, in units of the objective [default: chosen by the probe]",
         ),
     ] = None,
     protect: Protect = "",
@@ -121,7 +127,7 @@ def search_prompts(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Search the best plan of each prompt, its label; a killed run goes on."""
+    """Search for the best plan of each prompt, its label; a run that was killed continues."""
     from dynadepth.tree_search.config import SearchConfig
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.objectives import check_objective
@@ -162,15 +168,15 @@ def score(
     *,
     model: Model,
     task: Annotated[
-        Path, typer.Option("--task", help="The prompts: JSON lines, or text, one prompt a line")
+        Path, typer.Option("--task", help="The prompts: JSON lines, or text, one prompt per line")
     ],
     plans: Annotated[Path, typer.Option("--plans", help="Folder that `search static` wrote")],
     out: _Out,
     policy: Annotated[
-        str,
+        Literal["menu", "routers"],
         typer.Option(
             "--policy",
-            help="menu: the menu's plans; routers: those that routers of all layers learn from",
+            help="menu: the plans of the menu; routers: those that routers of all layers learn from",
         ),
     ] = "menu",
     scoring: Scoring = "raw",
@@ -179,20 +185,22 @@ def score(
         str,
         typer.Option(
             "--layers",
-            help="Layers whose states are kept, such as 10,14 [default: chosen by the plans]",
+            help="Layers whose states are stored, such as 10,14 [default: chosen from the plans]",
         ),
     ] = "",
     windows: Annotated[
         int,
-        typer.Option("--windows", min=0, help="Windows kept besides the last prompt token's state"),
+        typer.Option(
+            "--windows",
+            min=0,
+            help="Number of windows stored in addition to the last prompt token's state",
+        ),
     ] = 0,
     limit: Limit = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score prompts under plans: what each plan does to the base model's answers; can be killed and started again."""
-    if policy not in ("menu", "routers"):
-        raise typer.BadParameter(f"--policy is {policy!r}; expected menu or routers")
+    """Score prompts under plans, to see what each plan does to the base model's answers; a killed run continues."""
     wanted = layer_numbers(layers, "--layers")
 
     from dynadepth.training.menu.fit import decision_layers

@@ -5,7 +5,7 @@ inside the verbs.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,17 +41,20 @@ def train(
     ] = None,
     plans: Annotated[
         Path | None,
-        typer.Option("--plans", help="Folder that `search static` wrote; routers need it"),
+        typer.Option(
+            "--plans",
+            help="Folder that `search static` wrote; routers need it, and `eval` finds it",
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", help="Folder that `search` wrote, for --policy drllm"),
+        typer.Option("--labels", help="Folder that `search prompts` wrote, for --policy drllm"),
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the routers; routers there are replaced")
     ],
     policy: Annotated[
-        str,
+        Literal["menu", "routers", "drllm"],
         typer.Option(
             "--policy",
             help="menu: one of a few plans for each prompt; routers: one router for each layer; drllm: the published "
@@ -73,8 +76,6 @@ def train(
     """Train a policy, calibrate its budget, and export it to ONNX."""
     needed = {"menu": {"--scores": scores}, "drllm": {"--labels": labels}}
     needed["routers"] = {"--scores": scores, "--plans": plans}
-    if policy not in needed:
-        raise typer.BadParameter(f"--policy is {policy!r}; expected menu, routers or drllm")
     missing = [option for option, value in needed[policy].items() if value is None]
     if missing:
         raise typer.BadParameter(f"--policy {policy} needs {' and '.join(missing)}")
@@ -86,6 +87,7 @@ def train(
     from dynadepth_search.storage.labels import read_labels
     from dynadepth_search.training.menu_fit import fit_trained_menu
     from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
+    from dynadepth_search.training.run_folders import with_folders
 
     base, tokenizer = load(model, device)
     if scores is not None and policy != "drllm":
@@ -115,7 +117,8 @@ def train(
                 seed=seed,
                 progress=progress,
             )
-        write_routers(out, trained)
+        folders = {"plans": plans, "scores": scores}
+        write_routers(out, with_folders(trained, out, folders))
     lowest, highest = trained.calibration.range
     result: dict[str, Any] = {
         "routers": str(out),
@@ -136,15 +139,22 @@ def evaluate_policy(
     *,
     model: Model,
     routers: Annotated[Path, typer.Option("--routers", help="Folder of the routers")],
-    plans: Annotated[
-        Path,
-        typer.Option("--plans", help="Folder that `search static` wrote: the static plans"),
-    ],
-    scores: Annotated[
-        Path, typer.Option("--scores", help="Folder that `score` wrote: the training prompts")
-    ],
     task: Annotated[Path, typer.Option("--task", help="The held-out prompts")],
     out: Annotated[Path, typer.Option("--out", help="Folder of results and report")],
+    plans: Annotated[
+        Path | None,
+        typer.Option(
+            "--plans",
+            help="Folder that `search static` wrote: the static plans [default: where the routers say]",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            help="Folder that `score` wrote: the training prompts [default: where the routers say]",
+        ),
+    ] = None,
     budget: Annotated[
         list[float] | None,
         typer.Option(
@@ -167,7 +177,7 @@ def evaluate_policy(
     as_json: Json = False,
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
-    from dynadepth.checkpoints.save_load import load_routers
+    from dynadepth.checkpoints.save_load import load_policy
     from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
@@ -175,8 +185,11 @@ def evaluate_policy(
     from dynadepth_search.scoring.score_table import read_scores
     from dynadepth_search.search.static import read_static
     from dynadepth_search.storage.compatibility import chat_form
+    from dynadepth_search.training.run_folders import named_folder
 
     others = _named(against or [])
+    plans = plans or named_folder(routers, "plans")
+    scores = scores or named_folder(routers, "scores")
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
     heldout = read_task(task, scoring=scoring, limit=limit)
     other = None if unseen is None else read_task(unseen)
@@ -187,8 +200,8 @@ def evaluate_policy(
     heldout = in_chat(heldout, tokenizer, chat=chat)
     other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
-    given = load_routers(routers, model=base)
-    presets = {name: load_routers(path, model=base) for name, path in others.items()}
+    given = load_policy(routers, model=base)
+    presets = {name: load_policy(path, model=base) for name, path in others.items()}
     check_trained_on({str(routers): given}, asked)
     with display() as progress:
         content = evaluate(

@@ -1,1 +1,1 @@
-"""Tasks: read, encoded as tokens, split, fetched."""
+"""Tasks: reading, encoding as tokens, splitting and downloading."""

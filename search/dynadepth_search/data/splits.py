@@ -1,7 +1,4 @@
-"""Training and held-out prompts: a seeded split in which no prompt is on both sides.
-
-Owns the split and the writing of task files. Knows nothing of models.
-"""
+"""Training and held-out prompts: a seeded split in which no prompt is on both sides, and the writing of task files."""
 
 import json
 import os
@@ -21,20 +18,20 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Draw training and held-out examples.
 
-    Examples with the same prompt are one group, of which the first alone takes part: what a policy
-    sees in training it never sees in the test, whatever the choices.
+    Of examples with the same prompt, only the first takes part: no prompt that a policy sees in training
+    is in the held-out part, whatever its choices.
 
     Args:
-        examples: To draw from.
-        train: Training examples wanted.
-        heldout: Held-out examples wanted.
-        seed: Of the draw.
+        examples: The examples to draw from.
+        train: Number of training examples wanted.
+        heldout: Number of held-out examples wanted.
+        seed: Seed of the draw.
 
     Returns:
         Training and held-out examples.
 
     Raises:
-        TaskError: Fewer than one wanted, or not enough different prompts.
+        TaskError: Fewer than one example is wanted on a side, or there are not enough distinct prompts.
     """
     if train < 1 or heldout < 1:
         raise TaskError(
@@ -55,12 +52,12 @@ def split_examples(
 
 
 def prompt_hashes(examples: Sequence[Example]) -> list[str]:
-    """Return a short hash of each different prompt, sorted: what plans, score tables and policies remember of theirs.
+    """Return a short hash of each distinct prompt, sorted; plans, score tables and policies store such hashes.
 
-    It is that of the prompt as the user wrote it, whatever form it was put into.
+    The prompt is hashed as the user wrote it, whether or not it is in chat form.
 
     Args:
-        examples: Their choices and answers are not in it.
+        examples: The examples; choices and answers are not hashed.
 
     Returns:
         12 hexadecimal digits each.
@@ -71,22 +68,22 @@ def prompt_hashes(examples: Sequence[Example]) -> list[str]:
 def check_held_out(
     examples: Sequence[Example], seen: Mapping[str, Iterable[str]], *, what: str = "held-out"
 ) -> None:
-    """Refuse prompts as held out that took part in making what they are to judge.
+    """Refuse held-out prompts that took part in making what is to be evaluated on them.
 
     Args:
         examples: The prompts.
-        seen: Hashes of the prompts that took part, see `prompt_hashes`, by what the user calls the file that says so.
-        what: What the prompts are called.
+        seen: Hashes of the prompts that took part, see `prompt_hashes`, by the user's name of the file that holds them.
+        what: What the message calls the prompts.
 
     Raises:
-        TaskError: Some took part; the message says how many of them are in which file.
+        TaskError: Some took part; the message says how many are in which file.
     """
     hashes = set(prompt_hashes(examples))
     shared = {name: len(hashes.intersection(known)) for name, known in seen.items()}
     found = [f"{number} in {name}" for name, number in shared.items() if number]
     if found:
         raise TaskError(
-            f"of {len(hashes)} different {what} prompts some took part in what they are to judge: {', '.join(found)}; "
+            f"of {len(hashes)} different {what} prompts, some took part in what they evaluate: {', '.join(found)}; "
             "give prompts that took no part in search or training"
         )
 
@@ -95,8 +92,8 @@ def write_task(path: str | os.PathLike[str], examples: Sequence[Example]) -> Non
     """Write examples as a task file of JSON lines, whole or not at all.
 
     Args:
-        path: Where it goes.
-        examples: At least one.
+        path: The file to write.
+        examples: The examples, at least one.
     """
     lines = []
     for example in examples:

@@ -1,7 +1,7 @@
-"""Tasks: the questions that a search, a training or an evaluation is about.
+"""Tasks: the prompts of a search, a training or an evaluation, with their right answers if any.
 
-Owns the reading of task files and their checks, line by line. Knows nothing of models or tokenizers: how an example
-becomes tokens is `prompts`, how it becomes a reward is `scoring`.
+Task files are read and checked line by line. `dynadepth_search.data.encoding` turns an example into tokens,
+`dynadepth_search.scoring` into a reward.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ Kind = Literal["choices", "completion", "prompt"]
 
 _KEYS = ("prompt", "choices", "answer", "completion")
 _LETTERS = 26
-# By the ending of a file's name, in any case; what has another one, or none, is told by its first line.
+# By file name extension, in any case; a file with another extension, or none, is recognised by its first line.
 _JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
 _TEXT_ENDINGS = (".txt", ".text", ".md")
 _OBJECT = re.compile(rb'\s*\{\s*"')
@@ -46,15 +46,16 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt, with what its answer is judged by.
+    """One prompt and, if any, the right answer.
 
     Args:
         prompt: What the model is given; the only part of the example that a policy sees.
         choices: Answers to choose from, or None.
         answer: Index of the right choice; None if there are no choices.
-        completion: The right continuation, or None. Neither choices nor completion: only `preserve` can be asked for.
-        where: File and line that it was read from, for messages; empty if there is none. Two examples that differ in
-            this alone are equal.
+        completion: The right continuation, or None. Without choices or completion, only the objective `preserve` is
+            possible.
+        where: File and line that the example was read from, for messages; empty if there is none. It is ignored when
+            examples are compared.
     """
 
     prompt: str
@@ -65,24 +66,24 @@ class Example:
 
     @property
     def kind(self) -> Kind:
-        """What the example is judged by."""
+        """Whether the right answer is one of several choices, a completion, or missing."""
         if self.choices is not None:
             return "choices"
         return "prompt" if self.completion is None else "completion"
 
     @property
     def prompt_id(self) -> str:
-        """Hash of the prompt with its choices or completion, 16 hexadecimal digits; the answer is no part of it."""
+        """Hash of the prompt with its choices or completion, 16 hexadecimal digits; the answer is not hashed."""
         return _digest([self.prompt, self.choices, self.completion])[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatForm:
-    """The chat that every prompt of a task is the user's turn of.
+    """The chat in which every prompt of a task is the user's turn.
 
     Args:
-        template: Hash of the chat template, hexadecimal: another one makes other tokens of the same prompts.
-        system: What the system's turn says; None leaves it to the template.
+        template: Hash of the chat template, in hexadecimal; another template gives other tokens for the same prompts.
+        system: Text of the system's turn; None: that of the template.
     """
 
     template: str
@@ -94,12 +95,12 @@ class Task:
     """Examples of one kind, and how their choices are scored.
 
     Args:
-        name: What messages and reports call it.
-        examples: In the order of the file; no two with the same `prompt_id`.
-        scoring: `raw`: log-probability of a choice's tokens given the prompt. `normalized`: that, for each byte of the
-            choice. `letter`: the prompt lists the choices under letters, and the letters are scored. Without choices
-            it has no effect.
-        chat: The chat that the prompts are turns of; None: each stands alone. The examples are the same in either case.
+        name: Name of the task in messages and reports.
+        examples: The examples, in the order of the file; no two have the same `prompt_id`.
+        scoring: `raw`: log-probability of a choice's tokens given the prompt. `normalized`: the same, divided by the
+            bytes of the choice. `letter`: the prompt lists the choices under letters, and the letters are scored.
+            Without choices it has no effect.
+        chat: The chat form of the prompts; None: they are not turns of a chat. The examples are the same in both cases.
     """
 
     name: str
@@ -109,12 +110,12 @@ class Task:
 
     @property
     def kind(self) -> Kind:
-        """What all its examples are judged by."""
+        """The kind of all its examples."""
         return self.examples[0].kind
 
     @property
     def sha256(self) -> str:
-        """Hash of every example, of the scoring and of the chat form; the name is no part of it."""
+        """Hash of the examples, the scoring and the chat form, but not of the name."""
         rows = [[item.prompt, item.choices, item.answer, item.completion] for item in self.examples]
         content: list[Any] = [self.scoring, rows]
         if self.chat is not None:
@@ -124,10 +125,10 @@ class Task:
 
 @contextmanager
 def located(example: Example) -> Iterator[None]:
-    """Have errors about an example say where it was read.
+    """Make errors about an example name the file and line that it was read from.
 
     Raises:
-        TaskError: As raised inside, with file and line before it.
+        TaskError: As raised inside, preceded by file and line.
     """
     try:
         yield
@@ -138,10 +139,10 @@ def located(example: Example) -> Iterator[None]:
 
 
 def check_scoring(scoring: str) -> Scoring:
-    """Return the scoring if there is one of that name.
+    """Check the name of a scoring and return it.
 
     Raises:
-        TaskError: There is none.
+        TaskError: There is no scoring of that name.
     """
     if scoring not in get_args(Scoring):
         raise TaskError(
@@ -160,19 +161,19 @@ def read_task(
 ) -> Task:
     """Read a task from a file of JSON lines, or of text with one prompt a line.
 
-    A name that ends in .jsonl, .json or .ndjson, in any case, is that of JSON lines; one that ends in .txt, .text or
-    .md that of text. Whatever else there is (a pipe, say) is JSON lines if its first line that is not blank begins with
-    `{"`. A line ends at a line feed and nowhere else; blank lines and a byte order mark are passed over.
+    A file whose name ends in .jsonl, .json or .ndjson, in any case, holds JSON lines; one whose name ends in .txt,
+    .text or .md holds text. Anything else (a pipe, for example) is read as JSON lines if its first line that is not
+    blank begins with `{"`. A line ends only at a line feed; blank lines and a byte order mark are skipped.
 
     A JSON line is an object with `prompt` and either `choices` (a list of strings) with `answer` (the index of the
-    right one), or `completion`, or neither. All lines of a file are of one kind. Of text, each prompt is taken once,
-    without the white space around it.
+    right one), or `completion`, or neither. All lines of a file are of one kind. In a text file, repeated prompts
+    are read once, and white space around a prompt is removed.
 
     Args:
         path: The file, UTF-8; it is read once, from its beginning.
         scoring: How choices are scored, see `Task`.
-        limit: Read no more examples than this; the lines behind them are not looked at. None reads all.
-        name: Name of the task; None takes the file's name without its ending.
+        limit: Maximum number of examples; later lines are not read. None: no limit.
+        name: Name of the task; None: the name of the file without its extension.
 
     Returns:
         The task.
@@ -207,7 +208,7 @@ def read_task(
 
 
 def _lines_of(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines that are not blank. Binary streams cut at line feeds alone."""
+    """Number the lines that are not blank. Binary streams are split at line feeds only."""
     for number, line in enumerate(stream, start=1):
         content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
         if content.strip():
@@ -261,7 +262,7 @@ def _read_line(line: bytes, where: str, scoring: Scoring) -> Example:
         row = json.loads(line.decode(), object_pairs_hook=partial(_object, where))
     except TaskError:
         raise
-    # Besides what is no JSON: numbers of thousands of digits, and lists within lists without end.
+    # Besides invalid JSON: numbers of thousands of digits, and lists nested too deeply.
     except (ValueError, RecursionError) as error:
         raise TaskError(
             f"{where}: not JSON ({error}); expected one JSON object on each line"
@@ -308,13 +309,13 @@ def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_characters(where: str, **texts: str | None) -> None:
-    """Refuse what JSON can write and UTF-8 cannot: no tokenizer reads it, and no file of ours holds it."""
+    """Refuse text that JSON can express and UTF-8 cannot: it can be neither tokenised nor stored."""
     for key, text in texts.items():
         place = None if text is None else lone_surrogate(text)
         if text is not None and place is not None:
             raise TaskError(
-                f"{where}: `{key}` holds {text[place]!a} at character {place}, half of a surrogate pair, which is no "
-                "character; write whole ones"
+                f"{where}: `{key}` holds {text[place]!a} at character {place}, half of a surrogate pair, which is not "
+                "a character; write complete characters"
             )
 
 
@@ -334,7 +335,7 @@ def _check_choices(row: dict[str, Any], where: str, scoring: Scoring) -> None:
         raise TaskError(
             f"{where}: {len(choices)} choices; letter scoring has letters for {_LETTERS}"
         )
-    # bool is an int to Python, but `true` is no index.
+    # bool is an int in Python, but `true` is not an index.
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise TaskError(
             f"{where}: `answer` is {_show(row, 'answer')}; expected the index of the right choice, "

@@ -1,1 +1,1 @@
-"""Policies against their baselines on held-out prompts."""
+"""The comparison of policies with their baselines on held-out prompts."""

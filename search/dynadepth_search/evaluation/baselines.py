@@ -1,7 +1,4 @@
-"""What a router has to beat: plans that do not look at the prompt.
-
-Owns random plans and ShortGPT's order of removal. Knows nothing of routers or rewards.
-"""
+"""Baselines that do not look at the prompt: random plans, and ShortGPT's order of removal."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,20 +15,20 @@ __all__ = ["mean_influence", "random_plans", "removal_plans"]
 
 
 def random_plans(num_layers: int, num_prompts: int, depth: float, *, seed: int) -> Plans:
-    """Draw plans that skip layers at random, of a given mean depth over prompts.
+    """Draw plans that skip layers at random and have a given mean depth over prompts.
 
     Args:
-        num_layers: Decoder layers.
-        num_prompts: Plans wanted.
-        depth: Mean depth over the plans, at most 1. It is met to half a visit of one prompt; the
-            plans differ by one visit at most.
-        seed: Of the draw.
+        num_layers: Number of decoder layers.
+        num_prompts: Number of plans, one for each prompt.
+        depth: Mean depth over the plans, at most 1. It is met to within half a visit of one prompt; the
+            plans differ by at most one visit.
+        seed: Seed of the draw.
 
     Returns:
-        Shape (num_prompts, num_layers), uint8, actions SKIP and EXECUTE.
+        Plans of actions SKIP and EXECUTE. Shape (num_prompts, num_layers), uint8.
 
     Raises:
-        BudgetError: The depth needs repeats, or plans in which no layer runs.
+        BudgetError: The depth would need repeats, or plans in which no layer runs.
     """
     total = round(depth * num_layers * num_prompts)
     if not num_prompts <= total <= num_layers * num_prompts:
@@ -52,11 +49,11 @@ def removal_plans(influence: npt.NDArray[np.float64]) -> Plans:
     """Return the static plans that remove the least influential layers one by one.
 
     Args:
-        influence: Of each layer. Shape (num_layers,).
+        influence: The influence of each layer. Shape (num_layers,), float64.
 
     Returns:
-        Row k skips the k layers of lowest influence, ties by lowest index; one layer is left in the
-        last. Shape (num_layers, num_layers), uint8.
+        Plans; row k skips the k layers of lowest influence, ties by lowest index, and one layer is left
+        in the last row. Shape (num_layers, num_layers), uint8.
     """
     num_layers = influence.shape[0]
     plans = np.tile(identity_plan(num_layers), (num_layers, 1))
@@ -71,11 +68,11 @@ def mean_influence(
     """Return each layer's block influence, averaged over prompts.
 
     Args:
-        model: An unwrapped base model; it is left as it was.
-        batches: Token ids and attention masks of prompts. Shapes (rows, tokens).
+        model: An unwrapped base model; not changed.
+        batches: Token ids and attention masks of prompts. Shape (rows, tokens) each, int64.
 
     Returns:
-        Shape (num_layers,), float64.
+        Influence. Shape (num_layers,), float64.
 
     Source:
         ShortGPT (arXiv 2403.03853), equation 1.

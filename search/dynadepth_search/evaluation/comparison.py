@@ -1,7 +1,6 @@
-"""Who is compared with whom: routed policies, and for each what has its depth without seeing a prompt.
+"""The comparison of routed policies with baselines of the same depth that do not see the prompt.
 
-Collects the sets of plans that have to be scored and makes runs of their outcomes. Works on arrays;
-knows nothing of models or files.
+It collects the sets of plans that have to be scored, and turns their outcomes into runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,15 +21,15 @@ __all__ = ["ComparedRun", "Comparison", "Front", "PlannedPolicy", "check_preset_
 
 Floats = npt.NDArray[np.float64]
 
-# What the rows of a comparison that are no presets are called.
+# The names of rows of a comparison that are not presets.
 _TAKEN = ("routed", "base", "static", "static mixture", "front", "shortgpt", "random", "oracle")
 
 
 def check_preset_names(names: Iterable[str]) -> None:
-    """Refuse presets that are named like something else in a comparison.
+    """Refuse presets that have the name of something else in a comparison.
 
     Args:
-        names: Of the presets.
+        names: The names of the presets.
 
     Raises:
         ConfigError: A name is taken.
@@ -38,18 +37,18 @@ def check_preset_names(names: Iterable[str]) -> None:
     for name in names:
         if name.casefold() in _TAKEN:
             raise ConfigError(
-                f"routers to compare are named {name!r}, as something else in the comparison is "
+                f"routers to compare are named {name!r}, which names something else in the comparison "
                 f"({', '.join(_TAKEN)}); rename their folder"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """Static plans and what they were worth on the training prompts.
+    """Static plans and their quality on the training prompts.
 
     Args:
-        plans: Shape (plans, num_layers), uint8.
-        quality: Mean of the objective's reward on the training prompts. Shape (plans,), float64.
+        plans: The plans. Shape (plans, num_layers), uint8.
+        quality: Mean reward of each plan on the training prompts. Shape (plans,), float64.
     """
 
     plans: Plans
@@ -61,10 +60,10 @@ class PlannedPolicy:
     """A policy that looks at the prompt.
 
     Args:
-        name: Shown in tables.
-        kind: The routers under test, or a preset to compare them with.
+        name: Its name in tables.
+        kind: `routed` for the policy under test, `preset` for one that it is compared with.
         budget: Mean depth asked for.
-        plans: What it planned. Shape (prompts, num_layers), uint8.
+        plans: The plans it made. Shape (prompts, num_layers), uint8.
     """
 
     name: str
@@ -80,7 +79,7 @@ class PlannedPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ComparedRun:
-    """A run, and the static mixture of its mean depth if it is to be compared with one."""
+    """A run, and the static mixture of its mean depth if it is compared with one."""
 
     run: PolicyRun
     static: PolicyRun | None = None
@@ -93,16 +92,16 @@ class Comparison:
     Args:
         policies: Policies that look at the prompt.
         front: Static plans found on training prompts.
-        influence: ShortGPT's, of each layer. Shape (num_layers,), float64.
-        num_prompts: Held-out prompts.
-        random_draws: Draws of random plans for each routed policy.
-        seed: Of the draws.
+        influence: ShortGPT's block influence of each layer. Shape (num_layers,), float64.
+        num_prompts: Number of held-out prompts.
+        random_draws: Number of draws of random plans for each routed policy.
+        seed: Seed of the draws.
 
     Attributes:
-        sets: Plans to be scored, by name. Shape (prompts, num_layers) each.
+        sets: Plans to be scored, by name. Shape (prompts, num_layers) each, uint8.
 
     Raises:
-        ConfigError: Two policies have one name, or a policy has the name of a baseline.
+        ConfigError: Two policies have the same name, or a policy has the name of a baseline.
     """
 
     policies: Sequence[PlannedPolicy]
@@ -144,7 +143,7 @@ class Comparison:
             return None
 
     def compared(self, table: Table, headline: str) -> Iterator[ComparedRun]:
-        """Return every run with what it is compared with, those of one budget side by side.
+        """Return every run with its static mixture; runs of one budget are adjacent.
 
         Args:
             table: Outcomes of `sets`.
@@ -200,7 +199,7 @@ class Comparison:
             )
 
     def front_metrics(self, table: Table) -> list[dict[str, Any]]:
-        """Return depth and quality of the static plans that mixtures are made of, depth rising."""
+        """Return depth and quality of the static plans that mixtures consist of, by ascending depth."""
         return [
             {
                 "plan": plan_text(self.front.plans[index]),
@@ -218,11 +217,11 @@ class Comparison:
         self.sets[name] = np.tile(plan, (self.num_prompts, 1))
 
     def _add_front(self) -> None:
-        """Add the plans that the mixtures of these depths are made of, and all above up to the base."""
+        """Add the plans that the mixtures of the policies' depths consist of, and all deeper ones up to the base."""
         depths = plan_depth(self.front.plans)
         hull = concave_hull(depths, self.front.quality)
         lowest = min((policy.mean_depth for policy in self.policies), default=1.0)
-        # The deepest vertex at or below the lowest depth; all of them if it is out of reach.
+        # Start at the deepest vertex at or below the lowest depth, or at the first one if there is none.
         first = max(0, int(np.searchsorted(depths[hull], lowest + 1e-9, side="right")) - 1)
         self._hull = hull[first:].tolist()
         for index in self._hull:

@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts: the routed model against everything that does not look at the prompt.
 
-Plans come from the real runtime, outcomes from the sweep, and a sample is scored both ways. Owns
-`evaluation.json`. Knows nothing of how routers are trained or reports are drawn.
+Plans come from the real runtime, outcomes from the sweep, and a sample is scored both ways. The result
+is the file `evaluation.json`.
 """
 
 import os
@@ -77,16 +77,16 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """How an evaluation is done.
+    """The settings of an evaluation.
 
     Args:
-        budgets: Mean depths asked of the routed model.
-        seed: Of random plans and of resampling.
-        random_draws: Draws of random plans for each budget, whose mean is reported.
-        batch_size: Prompts of one forward while they are planned.
-        timing_prompts: Prompts whose prefill is timed.
-        timing_rounds: Rounds of that.
-        check_prompts: Prompts scored by the wrapped model as well.
+        budgets: Mean depths at which the routed model is evaluated.
+        seed: Seed of random plans and of resampling.
+        random_draws: Number of draws of random plans for each budget; their mean is reported.
+        batch_size: Number of prompts of one forward in planning.
+        timing_prompts: Number of prompts whose prefill is timed.
+        timing_rounds: Number of rounds of timing.
+        check_prompts: Number of prompts that the wrapped model scores as well.
     """
 
     budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8)
@@ -126,28 +126,28 @@ def evaluate(
     more budgets, policies or prompts scores what is new alone. Then `evaluation.json` is written there.
 
     Args:
-        model: The unwrapped base model; it is left as it was.
-        tokenizer: Of the base model.
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        tokenizer: Tokenizer of the base model.
         heldout: The prompts to evaluate on.
         train: The prompts that the routers were trained on; ShortGPT's influence is measured on
             them.
-        routers: What is evaluated.
+        routers: The policy to evaluate.
         front: Static plans found on the training prompts.
         objective: `preserve`, whose headline is agreement, or `reward`, whose headline is the graded reward.
-        folder: Where the results go.
-        presets: Other routers to compare, by name.
-        unseen: Prompts of another kind than any that the calibration saw; what their mean depth is, is reported.
-        seen: Hashes of other prompts that took part, such as those that chose the static plans, by what the user calls
-            the file that says so; None for a file that does not.
-        config: How it is done.
-        progress: Called with what goes on, how much of it is done, and of how much.
+        folder: Folder of the results.
+        presets: Other policies to compare it with, by name.
+        unseen: Prompts of a kind that the calibration has not seen; their mean depth is reported.
+        seen: Hashes of other prompts that took part, such as those that chose the static plans, by the user's name of
+            the file that holds them; None for a file that does not record them.
+        config: Settings of the evaluation; None: the defaults.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         The content of `evaluation.json`.
 
     Raises:
-        BudgetError: A budget is out of the routers' range.
-        ConfigError: The objective is unknown, or needs labels that the task does not have; or a
+        BudgetError: A budget is outside the calibrated range.
+        ConfigError: The objective is unknown, or needs answers that the task does not have; or a
             preset has the name of something else in the comparison.
         CheckpointError: A policy's memory of the prompts that trained it is damaged.
         LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
@@ -159,7 +159,7 @@ def evaluate(
     sources = {routers.kind: routers, **(presets or {})}
     if len(sources) <= len(presets or {}):
         raise ConfigError(
-            f"routers to compare are named {routers.kind!r}, as those under test are; rename their folder"
+            f"routers to compare are named {routers.kind!r}, like those under test; rename their folder"
         )
     goal = check_objective(objective)
     headline = "agreement" if goal == "preserve" else "reward"
@@ -179,7 +179,7 @@ def evaluate(
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
     scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat)
-    # What cannot be encoded is known before an hour of work.
+    # Fail on prompts that cannot be encoded before an hour of work, not after it.
     for example in heldout.examples:
         scorer.encode(example)
     if unseen is not None:
@@ -283,7 +283,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `evaluate` wrote.
 
     Args:
-        folder: Its folder.
+        folder: The folder of the evaluation.
 
     Returns:
         The content of `evaluation.json`.
@@ -304,13 +304,13 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:
-    """Refuse routers that record another training task than that of the labels.
+    """Refuse routers that were trained on another task than that of the labels.
 
-    The held-out prompts are kept apart from those of the labels only, and the labels' static front
-    is the baseline.
+    Held-out prompts are only compared with the prompts of the labels, and the labels' static front is the
+    baseline.
 
     Args:
-        routers: By what names them for the user.
+        routers: The routers, by the user's name for them.
         task: `name` and `sha256` of the labels' task.
 
     Raises:
@@ -336,7 +336,7 @@ def _drift(
     routers: TrainedPolicy,
     config: EvaluationConfig,
 ) -> list[dict[str, Any]]:
-    """Return the mean depth of prompts that the calibration has not seen the like of, for each budget."""
+    """Return the mean depth on prompts of a kind that the calibration has not seen, for each budget."""
     scorer = Scorer(model, tokenizer, unseen.scoring, chat=unseen.chat)
     rows = []
     for budget in config.budgets:
@@ -389,7 +389,7 @@ def _plan(
     config: EvaluationConfig,
     progress: Progress,
 ) -> tuple[list[PlannedPolicy], dict[str, dict[str, Any]], list[str]]:
-    """Let the real runtime plan the prompts for every source and budget; the first source is under test."""
+    """Plan the prompts with the real runtime for every source and budget; the first source is the one under test."""
     planned_policies: list[PlannedPolicy] = []
     arguments: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
@@ -402,7 +402,7 @@ def _plan(
             with wrapped(model, budget=budget, routers=sources[source]):
                 plans = planned(model, scorer, task.examples, batch_size=config.batch_size)
         except BudgetError as error:
-            # The routers under test were checked before; another preset may reach less.
+            # The policy under test was checked before; a preset may have a smaller range of budgets.
             notes.append(f"{name} was left out: {error}.")
             continue
         arguments[name] = {"budget": budget, "routers": sources[source]}
@@ -421,7 +421,7 @@ def _time(
     config: EvaluationConfig,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """Time the planned_policies and the plans of their baselines; a mixture takes the time of its parts."""
+    """Time the policies and the plans of their baselines; the time of a mixture is that of its parts."""
     policies: dict[str, Mapping[str, Any]] = dict(arguments)
     mixtures = {
         item.run.name: _timed_parts(item.run)
@@ -448,10 +448,10 @@ def _time(
 
 
 def _timed_parts(run: PolicyRun) -> tuple[Plans, list[float]]:
-    """Return the plans whose times make up a baseline's, and their shares."""
+    """Return the plans whose times add up to a baseline's, and their shares."""
     if run.weights is not None:
         return run.plans, run.weights.tolist()
-    # Random plans have one of two numbers of visits; one plan stands for all of its number.
+    # Random plans have one of two numbers of visits; one plan is timed for each.
     _, first, counts = np.unique(run.plans.sum(axis=1), return_index=True, return_counts=True)
     return run.plans[first], (counts / counts.sum()).tolist()
 

@@ -1,7 +1,7 @@
-"""What a menu does on prompts whose every plan has been scored: no forward is needed to know.
+"""The outcomes of a menu on prompts whose plans have all been scored, computed without a forward.
 
-Works on score tables. The comparison is with the best mixture of the same plans of equal depth that looks at no
-prompt.
+They come from score tables. A menu is compared with the best mixture of the same plans that has the same depth and
+does not look at the prompt.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,10 @@ from dynadepth_search.storage.compatibility import chat_form
 __all__ = ["chosen_plans", "compare_menu", "menu_scores", "table_mix"]
 
 Floats = npt.NDArray[np.float64]
-# Its multiples are spread evenly.
+# The multiples of this number, modulo 1, are evenly spread.
 _GOLDEN = 0.6180339887498949
-# Figures, the factor they are shown with, and the training figure whose best static mixture is the opponent.
+# For each metric: its name, the field of the table, the factor that it is shown with, and the sign that makes higher
+# values better; the opponent is the static mixture that is best by this metric on the training prompts.
 _METRICS = (
     ("agreement", "agreement", 100.0, 1.0),
     ("total variation", "total_variation", 1.0, -1.0),
@@ -41,14 +42,14 @@ _METRICS = (
 
 
 def menu_scores(menu: Menu, table: ScoreTable) -> list[Floats]:
-    """Return what each head scores, every plan by the states under its own prefix.
+    """Return the scores of each head, for every plan from the states under its own prefix.
 
     Args:
-        menu: Its plans are the table's, or some of them, in any order.
-        table: With states of every layer that a head reads.
+        menu: A menu whose plans are all in the table, in any order.
+        table: The table, with states of every layer that a head reads.
 
     Returns:
-        One array for each head. Shape (prompts, K), float64.
+        Scores, one array for each head. Shape (prompts, K), float64.
     """
     rows = _rows(menu, table)
     return [
@@ -68,12 +69,13 @@ def chosen_plans(
 
     Args:
         trained: The menu with its calibration.
-        budget: Mean depth.
-        mix: The prompts' numbers, see `dynadepth.policies.prompt_batch.prompt_mix`. Shape (prompts,).
+        budget: Mean depth over prompts, as a fraction of the number of layers.
+        mix: The number in [0, 1) of each prompt, see `dynadepth.policies.prompt_batch.prompt_mix`. Shape (prompts,),
+            float64.
         scores: What `menu_scores` returned.
 
     Returns:
-        Index into the menu's plans. Shape (prompts,).
+        Indices into the menu's plans. Shape (prompts,), int64.
     """
     penalties = trained.calibration.mix_for(budget)
     menu = trained.menu
@@ -85,7 +87,7 @@ def chosen_plans(
 
 
 def table_mix(table: ScoreTable, tokenizer: Any) -> Floats:
-    """Return the number in [0, 1) of each prompt. Shape (prompts,)."""
+    """Return the number in [0, 1) of each prompt, see `prompt_mix`. Shape (prompts,), float64."""
     task = table.manifest["asked"]["task"]
     scoring, chat = task["scoring"], chat_form(task)
     found = []
@@ -105,23 +107,23 @@ def compare_menu(
     mix: Floats | None = None,
     kinds: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Compare a menu with the static mixture of the mean depth that it had, on held-out prompts.
+    """Compare a menu on held-out prompts with the static mixture of the mean depth that it had there.
 
-    The mixture is made of the same plans; which plans is decided on the training prompts, for each figure by itself.
+    The mixture consists of plans of the menu, which are chosen on the training prompts, for each metric separately.
 
     Args:
         trained: The menu.
         train: Training prompts under its plans.
         heldout: Held-out prompts under its plans.
         budgets: Mean depths asked for; those below its range are left out.
-        mix: The held-out prompts' numbers; None takes evenly spaced ones, whose plans differ from those of the prompts'
-            own numbers for single prompts but not in the mean.
-        kinds: What kind each training and each held-out prompt is of. Then the mean depth of each kind is reported, and
-            a second opponent: the best mixtures of equal depth overall that look at a prompt's kind alone.
+        mix: The number in [0, 1) of each held-out prompt; None: evenly spaced numbers, with which single prompts may
+            get another plan than with their own numbers, but means stay the same.
+        kinds: The kind of each training and of each held-out prompt. If given, the mean depth of each kind is reported,
+            and a second opponent: the best mixtures of equal overall depth that look only at a prompt's kind.
 
     Returns:
-        A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each figure `static`,
-        `policy` and the paired `gain` with their 95 % intervals; with kinds also `depth by kind`, and for each figure
+        A row for each budget: `budget`, `depth`, `n`, `identity rate`, `different plans`, and for each metric `static`,
+        `policy` and the paired `gain` with their 95 % intervals; with kinds also `depth by kind`, and for each metric
         `static by kind` and the `gain by kind` over it.
 
     Raises:
@@ -185,10 +187,10 @@ class _Groups:
 
     Args:
         kinds: Kind of each training and of each held-out prompt.
-        counts: How many prompts there are of both.
+        counts: Number of training and of held-out prompts.
 
     Raises:
-        ConfigError: The kinds are not one for each prompt, or not the same on both sides.
+        ConfigError: There is not one kind for each prompt, or the kinds are not the same on both sides.
     """
 
     def __init__(self, kinds: tuple[Sequence[str], Sequence[str]], counts: tuple[int, int]) -> None:
@@ -204,14 +206,14 @@ class _Groups:
                 f"training prompts are of kinds {sorted(set(kinds[0]))} and held-out prompts of {sorted(self.names)}; "
                 "expected the same kinds on both sides"
             )
-        # Which prompts are of each kind. Shape (kinds, prompts), float64.
+        # 1 for the prompts of each kind. Shape (kinds, prompts), float64.
         self.train, self.heldout = (
             np.array([[kind == name for kind in side] for name in self.names], dtype=np.float64)
             for side in kinds
         )
 
     def expected(self, depths: Floats, known: Floats, values: Floats, depth: float) -> Floats:
-        """Return what each held-out prompt gets from the best mixtures of a depth, one for each kind. Shape (N,)."""
+        """Return each held-out prompt's expected value under the best mixtures of each kind at a depth. Shape (N,)."""
         means = self.train @ known / self.train.sum(axis=1, keepdims=True)
         mixtures = mix_by_kind(depths, means, self.heldout.mean(axis=1), depth)
         found = np.stack([mixture.expected(values.T) for mixture in mixtures])

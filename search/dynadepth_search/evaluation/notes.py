@@ -37,8 +37,8 @@ def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     shown = ", ".join(f"{row['depth']:.3f} for {show_budget(row['budget'])}" for row in drift)
     return [
-        f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which the calibration has not seen the like "
-        f"of, the mean depth is {shown}."
+        f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which took no part in the calibration, "
+        f"the mean depth is {shown}."
     ]
 
 

@@ -2,7 +2,7 @@
 
 Owns the file `outcomes.jsonl` of an evaluation. Its first line says what else the outcomes depend on; every other line
 holds the outcomes of one prompt under some plans, and a prompt has as many lines as there were runs that had new plans
-for it. Knows nothing of where the plans come from.
+for it.
 """
 
 import json
@@ -26,8 +26,8 @@ from dynadepth_search.storage.stored import Stored
 
 __all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table", "outcome_conditions"]
 
-# Figures of a pair of prompt and plan. `reward` and `accuracy` are missing where there are no
-# labels.
+# Metrics of a pair of prompt and plan. `reward` and `accuracy` are missing if there are no right
+# answers.
 METRICS = ("reward", "preserve", "agreement", "accuracy")
 SCHEMA_VERSION = 2
 _UNGRADED = ("preserve", "agreement")
@@ -43,15 +43,15 @@ class Table:
     """Outcomes of sets of plans on the prompts of a task.
 
     Args:
-        rows: Row of each set of plans.
-        values: Of each metric that the task has. Shape (sets, prompts) each, float64.
+        rows: The row of each set of plans, by its name.
+        values: The values of each metric that the task has. Shape (sets, prompts) each, float64.
     """
 
     rows: dict[str, int]
     values: dict[str, Floats]
 
     def of(self, name: str) -> dict[str, Floats]:
-        """Return the metrics of one set of plans. Shape (prompts,) each."""
+        """Return the metrics of one set of plans. Shape (prompts,) each, float64."""
         return {metric: values[self.rows[name]] for metric, values in self.values.items()}
 
 
@@ -85,7 +85,7 @@ class OutcomeCache:
     one run can move the last bits of their outcomes, since they share a sweep.
 
     Args:
-        scorer: Of the base model.
+        scorer: The scorer of the base model.
         task: The prompts.
         path: Where the outcomes are kept; nothing is written before something is scored.
 

@@ -1,1 +1,1 @@
-"""What plans do to prompts: outcomes of sweeps, and tables of them."""
+"""The effects of plans on prompts: outcomes of sweeps, and tables of outcomes."""

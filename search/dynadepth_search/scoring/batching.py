@@ -1,7 +1,6 @@
 """Examples under plans, packed into sweeps of bounded size, and read back as log-probabilities.
 
-Owns the layout of a sweep: which token rows and plan rows go together, and which places are scored.
-Knows nothing of rewards.
+The layout of a sweep: which token rows and plan rows are combined, and which places are scored.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from dynadepth_search.scoring.states import PromptStates, SweptPrompt
 
 __all__ = ["Answered", "Work", "pack", "pad_left", "run_sweep"]
 
-# Rows of logits normalised at a time; few enough to stay near the processor.
+# Number of rows of logits that are normalised at a time; few enough to stay in the processor's cache.
 _LOGIT_ROWS = 64
 
 
@@ -27,10 +26,10 @@ class Work:
     """Plans of one example.
 
     Args:
-        example: Number of the example, whatever the caller counts.
+        example: Index of the example, as the caller numbers them.
         encoded: Its token rows.
-        plans: Shape (plans, layers), uint8.
-        rows: Where the caller wants each plan's outcome. Shape (plans,), int64.
+        plans: The plans. Shape (plans, layers), uint8.
+        rows: The caller's row for the outcome of each plan. Shape (plans,), int64.
     """
 
     example: int
@@ -41,15 +40,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What the model says on one piece of work, K plans.
+    """The model's answers on one piece of work with K plans.
 
     Args:
-        scores: Summed log-probabilities of each answer's tokens, divided as the example asks.
+        scores: Summed log-probabilities of each answer's tokens, divided by the example's divisors.
             Shape (K, answers), float64.
-        greedy: Every scored token is the model's own choice. Shape (K,), bool; empty if it was not read.
+        greedy: Whether every scored token is the model's own choice. Shape (K,), bool; empty if it was not read.
         next_token: The model's choice at each place where the vocabulary is compared: after the prompt and, for a
-            completion, before each of its other tokens. Ties go to the lowest. Shape (K, compared), int64; empty if it
-            was not read.
+            completion, before each of its other tokens. Ties go to the lowest token. Shape (K, compared), int64; empty
+            if it was not read.
         next_log_probs: Log-probabilities there. Shape (K, compared, vocabulary), float32 (float64 if the model is), on
             the model's device; None if they were not read.
     """
@@ -66,11 +65,11 @@ def pad_left(
     """Return token rows as one batch.
 
     Args:
-        rows: Token ids; lengths differ.
-        device: Where the batch goes.
+        rows: Token ids of each row, of any lengths.
+        device: The device of the batch.
 
     Returns:
-        Token ids and attention mask. Shape (rows, longest), int64.
+        Token ids and attention mask. Shape (rows, longest), int64, each.
     """
     listed = list(rows)
     width = max((len(row) for row in listed), default=0)
@@ -87,17 +86,17 @@ def pack(
 ) -> Iterator[list[Work]]:
     """Group work, in the order given, into sweeps.
 
-    Examples share nothing but the call, so a sweep ends between two of them once it is large enough. Plans of one
-    example share visits, so they are parted only if the example by itself is over a bound; a single plan never is.
+    Different examples share no visits, so a sweep ends between two of them once it is large enough. Plans of one
+    example share visits, so they are split only if the example alone exceeds a bound; a single plan is never split.
 
     Args:
-        works: The work, best sorted by length.
-        max_scored: Most scored places of a sweep, every plan counted.
-        max_tokens: Most padded tokens of a sweep, every plan counted.
-        aim: As `max_tokens`, but only for more than one example.
+        works: The work, ideally sorted by length.
+        max_scored: Maximum number of scored places of a sweep, counted once for each plan.
+        max_tokens: Maximum number of padded tokens of a sweep, counted once for each plan.
+        aim: Like `max_tokens`, for sweeps of more than one example.
 
     Yields:
-        Work of one sweep.
+        The work of one sweep.
     """
     group: list[Work] = []
     rows = scored = width = 0
@@ -106,7 +105,7 @@ def pack(
         start = 0
         while start < len(work.plans):
             left = len(work.plans) - start
-            # The group's own rows get longer too when a longer one joins it.
+            # When a longer row joins the group, the rows that are already in it are padded further.
             longest = max(width, work.encoded.longest)
             tokens = (rows + left * num_rows) * longest
             if group and (scored + left * places > max_scored or tokens > min(aim, max_tokens)):
@@ -134,11 +133,11 @@ def run_sweep(
     """Run work in one sweep.
 
     Args:
-        sweeper: Of the model, entered.
-        works: What `pack` put together.
-        device: Of the model.
-        next_tokens: Also read the vocabulary: `greedy`, `next_token` and `next_log_probs`.
-        states: Collects states of the prompts on the way.
+        sweeper: The sweeper of the model, already entered.
+        works: One group of `pack`.
+        device: The device of the model.
+        next_tokens: Whether to read the vocabulary too: `greedy`, `next_token` and `next_log_probs`.
+        states: Collects the states of the prompts during the sweep; None: nothing is collected.
 
     Returns:
         One answer for each piece of work; naive visits; executed visits.
@@ -163,7 +162,7 @@ def run_sweep(
         pairs[..., 1] = width - lengths[row] + offset
         score.append(pairs.reshape(-1, 2))
         start = width - int(lengths[0])
-        # Every row of an example begins with the prompt; its first one will do.
+        # Every row of an example begins with the prompt, so the first one is used.
         firsts = first_plan_row + np.arange(count) * num_rows
         after = start + len(encoded.prompt_ids)
         swept.append(SweptPrompt(work.example, work.plans, firsts, start, after))
@@ -225,12 +224,12 @@ def _read(works: list[Work], logits: torch.Tensor, *, next_tokens: bool) -> list
 
 
 def _compared_places(encoded: EncodedExample) -> npt.NDArray[np.int64]:
-    """Return the places where whole vocabularies are compared, ascending; the first is the prompt's end."""
+    """Return the places where whole vocabularies are compared, ascending; the first is the end of the prompt."""
     return encoded.entry_place if encoded.num_answers == 1 else np.zeros(1, dtype=np.int64)
 
 
 class _Vocabulary:
-    """Log-probabilities of some tokens at some places, and what the model itself would say.
+    """Log-probabilities of some tokens at some places, and the model's own choices there.
 
     A few rows are normalised at a time, so that the vocabulary is held in full precision only once
     for each prompt's end.

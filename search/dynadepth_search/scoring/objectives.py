@@ -1,7 +1,4 @@
-"""What plans are judged by: the two objectives, and what a plan is worth under each.
-
-Works on figures. Knows nothing of models or of how figures come about.
-"""
+"""The two objectives, and the value of a plan under each, computed from metrics."""
 
 from typing import Literal, Protocol, cast, get_args
 
@@ -18,10 +15,10 @@ Objective = Literal["reward", "preserve"]
 
 
 def check_objective(objective: str) -> Objective:
-    """Return the objective if there is one of that name.
+    """Check the name of an objective and return it.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no objective of that name.
     """
     if objective not in get_args(Objective):
         raise ConfigError(
@@ -35,7 +32,7 @@ def check_answers(task: Task, objective: Objective) -> None:
     """Check that a task has the answers that an objective needs.
 
     Raises:
-        TaskError: The labelled reward is asked for, but there are prompts alone.
+        TaskError: The objective is the labelled reward, but the task has only prompts.
     """
     if objective == "reward" and task.kind == "prompt":
         raise TaskError(
@@ -44,16 +41,16 @@ def check_answers(task: Task, objective: Objective) -> None:
 
 
 class Scored(Protocol):
-    """Figures of pairs of prompt and plan, of any one shape; `Outcomes` and a score table have them."""
+    """Metrics of pairs of prompt and plan, all of one shape; `Outcomes` and a score table provide them."""
 
     @property
     def agreement(self) -> npt.NDArray[np.float64]:
-        """1 where the answer is the base model's."""
+        """1 where the answer equals the base model's, else 0; for a completion, the fraction of its tokens."""
         ...
 
     @property
     def total_variation(self) -> npt.NDArray[np.float64]:
-        """Between base and plan."""
+        """Total variation distance between the answers of base model and plan, 0 to 1."""
         ...
 
     @property
@@ -63,14 +60,14 @@ class Scored(Protocol):
 
 
 def plan_values(scored: Scored, objective: Objective) -> npt.NDArray[np.float64]:
-    """Return what plans are worth where policies are chosen, from 0 to 1.
+    """Return the values by which plans are chosen, from 0 to 1.
 
-    For `preserve` three quarters agreement, which is what is wanted, and one quarter closeness (1 - total variation),
-    which tells plans apart that few prompts cannot; the divergence would not do, since it is ruled by how sure an
-    answer is and not by which one. For `reward` the probability of the right answer.
+    For `preserve`: 0.75 * agreement + 0.25 * closeness. Agreement is the goal. Closeness, 1 - total variation distance,
+    tells plans apart whose agreement is equal on few prompts; the divergence is not used instead, because it depends on
+    how certain an answer is rather than on which answer it is. For `reward`: the probability of the right answer.
 
     Raises:
-        ConfigError: The objective needs answers that the prompts have not.
+        ConfigError: The objective needs answers that the prompts do not have.
     """
     if objective == "preserve":
         return 0.75 * scored.agreement + 0.25 * (1.0 - scored.total_variation)

@@ -1,6 +1,6 @@
-"""What became of answers under plans: from what a model says to scores, correctness, agreement and distances.
+"""Outcomes of plans: scores, correctness, agreement and distances from the model's answers.
 
-Compares each plan's answers with the identity plan's. Knows nothing of models or sweeps.
+Each plan's answers are compared with those of the identity plan.
 """
 
 from dataclasses import dataclass
@@ -19,27 +19,28 @@ __all__ = ["OutcomeBuilder", "Outcomes"]
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """What became of N pairs of example and plan, in the order given.
+    """The outcomes of N pairs of example and plan, in the given order.
 
     Args:
-        scores: Score of each answer: of every choice, or the mean log-probability of the completion's
-            tokens; empty for a prompt alone. N arrays, float64.
-        reward: `choices`: log-softmax over the scores, of the right one. `completion`: the score.
+        scores: The score of every choice, or the mean log-probability of the completion's tokens; empty
+            for a prompt alone. N arrays, float64.
+        reward: `choices`: the right one's log-softmax over the scores. `completion`: the score.
             A prompt alone: NaN. Shape (N,), float64.
-        preserve: Minus KL(base, plan) in nats: over the choices, or else over the vocabulary for the
-            token after the prompt. 0 for the identity plan. Shape (N,), float64.
-        answer: The best choice, or else the best token after the prompt; ties go to the lowest.
-            Shape (N,), int64.
+        preserve: Minus KL(base, plan) in nats, over the choices, or without choices over the vocabulary
+            for the token after the prompt. 0 for the identity plan. Shape (N,), float64.
+        answer: The best choice, or without choices the best token after the prompt; ties go to the
+            lowest index. Shape (N,), int64.
         correct: `choices`: the answer is the right one. `completion`: greedy decoding gives it. A
-            prompt alone: as `agrees`. Shape (N,), bool.
-        agrees: The answer is the identity plan's. Shape (N,), bool.
-        agreement: As `agrees`; for a completion the share of its tokens at which the best token is the identity
-            plan's. Shape (N,), float64.
-        divergence: KL(base, plan) in nats: over the choices, or else over the vocabulary, for a completion the mean
-            over its tokens. Shape (N,), float64.
-        total_variation: Half the sum of absolute differences of probability, over the same. Shape (N,), float64.
-        naive_visits: Visits of token rows to layers, had every plan that was run been run by itself.
-        executed_visits: Visits that were run.
+            prompt alone: same as `agrees`. Shape (N,), bool.
+        agrees: Whether the answer is the identity plan's. Shape (N,), bool.
+        agreement: 1 where `agrees`, else 0; for a completion, the fraction of its tokens at which the best token is the
+            identity plan's. Shape (N,), float64.
+        divergence: KL(base, plan) in nats, over the choices, or without choices over the vocabulary; for a completion,
+            the mean over its tokens. Shape (N,), float64.
+        total_variation: Total variation distance (half the sum of absolute differences of probability), over the
+            same. Shape (N,), float64.
+        naive_visits: Visits of token rows to layers, if every plan had been run in its own forward.
+        executed_visits: Visits of token rows to layers that were actually run.
     """
 
     scores: list[npt.NDArray[np.float64]]
@@ -60,10 +61,10 @@ class Outcomes:
 
 
 class OutcomeBuilder:
-    """Outcomes as they come in.
+    """Collects outcomes in the order in which they become known.
 
     Args:
-        count: Pairs of example and plan.
+        count: Number of pairs of example and plan.
     """
 
     def __init__(self, count: int) -> None:
@@ -76,7 +77,7 @@ class OutcomeBuilder:
         self.agreement = np.full(count, np.nan)
         self.divergence = np.full(count, np.nan)
         self.total_variation = np.full(count, np.nan)
-        # The identity plan's answers, and the rows that wait for them, by number of the example.
+        # The identity plan's answers, and the rows that wait for them, by index of the example.
         self.bases: dict[int, Answered] = {}
         self.waiting: dict[int, npt.NDArray[np.int64]] = {}
         self.naive_visits = 0
@@ -85,7 +86,14 @@ class OutcomeBuilder:
     def write(
         self, item: Example, number: int, rows: npt.NDArray[np.int64], given: Answered
     ) -> None:
-        """Judge an example's answers; one answer may stand for several rows, and row -1 for none."""
+        """Record the answers of one example.
+
+        Args:
+            item: The example.
+            number: Its index.
+            rows: The row of each answer in the outcomes; -1: it has none. Shape (plans,), int64.
+            given: The answers under each plan.
+        """
         base = self.bases[number]
         if item.kind == "choices":
             log_probs, base_log_probs = _log_softmax(given.scores), _log_softmax(base.scores)
@@ -106,7 +114,7 @@ class OutcomeBuilder:
         wanted = np.flatnonzero(rows >= 0)
         to = rows[wanted]
         taken = wanted if len(given.scores) == len(rows) else np.zeros_like(wanted)
-        # From 0, not negated: the identity plan's is 0, not -0.
+        # Subtracted from 0 rather than negated, so that the identity plan's is 0 and not -0.
         self.preserve[to] = 0.0 - divergence[taken, 0]
         self.divergence[to] = divergence.mean(axis=1)[taken]
         self.total_variation[to] = variation.mean(axis=1)[taken]
@@ -119,7 +127,7 @@ class OutcomeBuilder:
             self.scores[row] = given.scores[index]
 
     def outcomes(self) -> Outcomes:
-        """Return what has come in."""
+        """Return the collected outcomes."""
         return Outcomes(
             scores=self.scores,
             reward=self.reward,
@@ -144,7 +152,7 @@ def _log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _divergence(
     base: npt.NDArray[np.float64], given: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """KL(base, given) of log-probabilities, (1, C) and (K, C); rounding never makes it negative."""
+    """Return KL(base, given) of log-probabilities of shapes (1, C) and (K, C); never negative by rounding."""
     result: npt.NDArray[np.float64] = np.maximum((np.exp(base) * (base - given)).sum(axis=1), 0.0)
     return result
 
@@ -152,7 +160,7 @@ def _divergence(
 def _variation(
     base: npt.NDArray[np.float64], given: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Total variation of log-probabilities, (1, C) and (K, C)."""
+    """Return the total variation distance of log-probabilities of shapes (1, C) and (K, C)."""
     result: npt.NDArray[np.float64] = np.abs(np.exp(base) - np.exp(given)).sum(axis=1) / 2
     return result
 
@@ -160,16 +168,16 @@ def _variation(
 def _next_differences(
     base: Answered, given: Answered
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return KL(base, given) and the total variation of next tokens, plan by plan and place by place."""
+    """Return KL(base, given) and the total variation distance of next tokens, for each plan and place."""
     if base.next_log_probs is None or given.next_log_probs is None:
         raise TaskError(
             "examples of different kinds were scored in one call; call once for each kind"
         )
     divergence, variation = [], []
     base_probs = base.next_log_probs.exp()
-    # Plan by plan: a completion has a vocabulary for each of its tokens.
+    # One plan at a time, since a completion has a vocabulary for each of its tokens.
     for log_probs in given.next_log_probs.split(1):
-        # A token the base rules out (log-probability minus infinity) adds nothing.
+        # A token that the base excludes (log-probability minus infinity) contributes nothing.
         terms = torch.where(
             base.next_log_probs.isfinite(), base_probs * (base.next_log_probs - log_probs), 0.0
         )

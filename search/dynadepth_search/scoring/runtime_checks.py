@@ -1,7 +1,6 @@
-"""What only the real runtime can tell: the plans that a wrapped model makes, its scores, its time.
+"""What only the real runtime can show: the plans that a wrapped model makes, its scores and its time.
 
-Runs `wrap_model` as a user does, on prompts alone, and takes it off again. Knows nothing of
-baselines or intervals.
+The model is wrapped with `wrap_model`, as a user does it, run on prompts alone, and unwrapped again.
 """
 
 import time
@@ -26,15 +25,15 @@ __all__ = ["RuntimeCheck", "TimeRatio", "check_runtime", "planned", "time_prefil
 
 @dataclass(frozen=True, slots=True)
 class RuntimeCheck:
-    """How far the wrapped model's own scores are from those of the sweep.
+    """How much the wrapped model's own scores differ from those of the sweep.
 
     Args:
-        prompts: Prompts checked.
-        choices: Scores compared; 0 for prompts alone, whose differences are then 0 and mean nothing.
-        mean_difference: Mean difference of a choice's score without its sign, in nats.
-        max_difference: Largest one. Half-precision logits are rounded to steps of 1/16, so a score
-            that sums twenty of them may be off by half a nat.
-        plans_differing: Prompts whose plan changes when they are planned in another batch.
+        prompts: Number of prompts checked.
+        choices: Number of scores compared; 0 for prompts alone, whose differences are 0 and meaningless.
+        mean_difference: Mean absolute difference of a choice's score, in nats.
+        max_difference: Largest absolute difference, in nats. Half-precision logits are rounded to
+            multiples of 1/16, so a score that sums twenty of them may be off by half a nat.
+        plans_differing: Number of prompts whose plan changes when they are planned in another batch.
     """
 
     prompts: int
@@ -50,14 +49,14 @@ class RuntimeCheck:
 
 @dataclass(frozen=True, slots=True)
 class TimeRatio:
-    """Wall time of a prefill as a fraction of the base model's, in rounds that take turns.
+    """Wall time of a prefill as a fraction of the base model's, over rounds in which they take turns.
 
     Args:
-        median: Over the rounds.
-        low: Of the fastest round.
-        high: Of the slowest round.
-        rounds: Rounds; each runs every prompt once with every policy.
-        prompts: Prompts of a round, one at a time.
+        median: Median ratio over the rounds.
+        low: Ratio of the fastest round.
+        high: Ratio of the slowest round.
+        rounds: Number of rounds; each runs every prompt once with every policy.
+        prompts: Number of prompts of a round, which run one at a time.
         milliseconds: Median over the rounds of the mean time of one prompt.
     """
 
@@ -75,7 +74,7 @@ class TimeRatio:
 
 @contextmanager
 def wrapped(model: Any, **arguments: Any) -> Iterator[Any]:
-    """Wrap a model for the length of a block."""
+    """Wrap a model for the duration of a block."""
     wrap_model(model, **arguments)
     try:
         yield model
@@ -92,10 +91,10 @@ def planned(
         model: The wrapped model.
         scorer: Encodes the prompts, left-padded.
         examples: The prompts.
-        batch_size: Prompts of one forward.
+        batch_size: Number of prompts of one forward.
 
     Returns:
-        Shape (prompts, num_layers), uint8.
+        The plans. Shape (prompts, num_layers), uint8.
     """
     plans: list[Plans] = []
     with torch.inference_mode():
@@ -117,11 +116,11 @@ def check_runtime(
     """Score examples with the wrapped model itself and compare with the sweep.
 
     Args:
-        model: The unwrapped base model; it is left as it was.
-        scorer: The sweep's side.
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        scorer: Scores the same examples with sweeps.
         examples: A few examples with answers.
         plans: What the wrapped model planned for them. Shape (examples, num_layers), uint8.
-        **arguments: Of `wrap_model`.
+        **arguments: Arguments of `wrap_model`.
 
     Returns:
         The differences.
@@ -137,8 +136,8 @@ def check_runtime(
         with model.dynadepth.prompt(lengths):
             model(**inputs, use_cache=False, logits_to_keep=1)
         again: Plans = model.dynadepth.last_plans
-        # Scored under the plans that were evaluated: a near-tie may be decided otherwise in this
-        # batch.
+        # Scored under the plans that were evaluated: in this batch, a near-tie may be decided
+        # differently.
         with model.dynadepth.plans(plans[owner]):
             logits = model(**inputs, use_cache=False).logits
     differences: list[float] = []
@@ -189,15 +188,15 @@ def time_prefill(
 ) -> tuple[dict[str, TimeRatio], float]:
     """Time the prefill of prompts, one at a time and with a cache, against the base model.
 
-    Base and policies take turns within every round, so that a machine that slows down slows all of
+    Base and policies take turns within every round, so that a slowdown of the machine affects all of
     them.
 
     Args:
-        model: The unwrapped base model; it is left as it was.
+        model: The unwrapped base model; it is unwrapped again afterwards.
         scorer: Encodes the prompts.
         examples: The prompts of each round.
-        policies: Arguments of `wrap_model` by name.
-        rounds: Measured rounds; one more goes before them unmeasured.
+        policies: Arguments of `wrap_model` for each policy, by its name.
+        rounds: Number of measured rounds; they are preceded by one that is not measured.
 
     Returns:
         The ratio to the base model by name, and the base model's milliseconds for one prompt.
@@ -237,6 +236,6 @@ def time_prefill(
 
 
 def _wait(model: Any) -> None:
-    """Let an accelerator finish what it was given."""
+    """Wait until an accelerator has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -1,7 +1,7 @@
-"""The score table: what each plan of a menu does to the base model's answers, prompt by prompt.
+"""The score table: the effect of each plan of a menu on the base model's answers, for each prompt.
 
-Owns the loop that fills a table; its files are `damage_store`'s. Needs prompts alone; where there are right answers,
-they are graded too. Knows nothing of what is learned from a table.
+The loop that fills a table; `dynadepth_search.storage.score_store` writes its files. Prompts are enough; if there are
+right answers, they are graded too.
 """
 
 import os
@@ -61,17 +61,19 @@ class ScoreTable:
     """N prompts under K plans.
 
     Args:
-        plans: The identity first. Shape (K, layers), uint8.
-        examples: The prompts with what their answers are judged by, in the order of the task.
-        given: The answer under each plan: the best choice, or else the best token after the prompt. Shape (N, K),
-            int64.
-        agreement: 1 where it is the base model's; for a completion the share of its tokens. Shape (N, K), float64.
-        total_variation: Between base and plan, over the choices or else the vocabulary. Shape (N, K), float64.
-        divergence: KL(base, plan) in nats over the same. Shape (N, K), float64.
+        plans: The plans, the identity first. Shape (K, layers), uint8.
+        examples: The prompts, with their right answers if any, in the order of the task.
+        given: The answer under each plan: the best choice, or without choices the best token after the prompt. Shape
+            (N, K), int64.
+        agreement: 1 where it is the base model's answer; for a completion, the fraction of its tokens for which that
+            holds. Shape (N, K), float64.
+        total_variation: Total variation distance between base and plan, over the choices, or without choices over the
+            vocabulary. Shape (N, K), float64.
+        divergence: KL(base, plan) in nats, over the same. Shape (N, K), float64.
         reward: The graded reward; NaN for prompts alone. Shape (N, K), float64.
         correct: 1 where the answer is right; agreement for prompts alone. Shape (N, K), float64.
-        views: By layer, what a policy reads of the prompts that come there under each distinct prefix of the plans:
-            the windows' means, then the last token's state. Shape (N, prefixes, num_windows + 1, hidden), model dtype.
+        views: What a policy reads of the prompts at each layer under each distinct prefix of the plans: the means over
+            the windows, then the last token's state. Shape (N, prefixes, num_windows + 1, hidden), model dtype.
         manifest: What the table was made with.
     """
 
@@ -90,7 +92,7 @@ class ScoreTable:
         return len(self.examples)
 
     def take(self, prompts: Any) -> "ScoreTable":
-        """Return the table of some of its prompts, by index."""
+        """Return the table of some of its prompts, given by index."""
         rows = np.asarray(prompts, dtype=np.int64)
         return replace(
             self,
@@ -107,12 +109,12 @@ class ScoreTable:
 
     @property
     def num_windows(self) -> int:
-        """Windows in the views."""
+        """Number of windows in the views."""
         return int(self.manifest["asked"]["num_windows"])
 
     @property
     def prompt_hashes(self) -> tuple[str, ...]:
-        """Hashes of the task's prompts, scored or not yet."""
+        """Hashes of all prompts of the task, whether or not they have been scored."""
         known = stored_hashes(self.manifest, "prompt_hashes")
         return tuple(prompt_hashes(self.examples)) if known is None else known
 
@@ -123,7 +125,7 @@ class ScoreTable:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Of the base model."""
+        """The fingerprint of the base model."""
         known: dict[str, Any] = self.manifest["base_model"]["fingerprint"]
         return known
 
@@ -140,25 +142,26 @@ def score_prompts(
     plan_prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ScoreTable:
-    """Score prompts under plans, or go on with a table whose scoring was interrupted.
+    """Score prompts under plans, or continue a table whose scoring was interrupted.
 
     Args:
-        model: The unwrapped base model; left as it was.
-        tokenizer: Of the base model.
+        model: The unwrapped base model; not changed.
+        tokenizer: Tokenizer of the base model.
         task: The prompts, all of one kind.
-        plans: The identity first, all different. Shape (K, layers), uint8.
-        folder: Of the table; made if it is missing.
-        layers: Layers whose entering states are kept.
-        num_windows: Windows kept besides the last prompt token's state.
-        plan_prompts: Hashes of the prompts that chose the plans, kept for whoever judges what is learned of them.
+        plans: The plans, all different, the identity first. Shape (K, layers), uint8.
+        folder: Folder of the table; it is made if it is missing.
+        layers: Layers whose entering states are stored.
+        num_windows: Number of windows that are stored in addition to the last prompt token's state.
+        plan_prompts: Hashes of the prompts that chose the plans; they are stored so that held-out prompts can be
+            compared with them.
         progress: Called with the stage, finished prompts and all of them.
 
     Returns:
         The table.
 
     Raises:
-        ConfigError: A layer is not one of the model, or `num_windows` is negative.
-        LabelError: The folder holds a table of something else, is damaged, or is in use.
+        ConfigError: The model does not have a layer, or `num_windows` is negative.
+        LabelError: The folder holds a table with other settings, is damaged, or is in use.
         PlanError: The plans are not different plans of this model with the identity first.
         SearchError: A metric is not finite.
         TaskError: A prompt cannot be encoded.
@@ -229,12 +232,12 @@ def score_prompts(
 def read_scores(
     folder: str | os.PathLike[str], *, model: Any = None, accept_partial: bool = False
 ) -> ScoreTable:
-    """Read a score table, and check that it is whole.
+    """Read a score table, and check that it is complete.
 
     Args:
         folder: What `score_prompts` filled.
         model: The base model; its fingerprint is compared if it is given.
-        accept_partial: Read it also if the scoring has not finished: the blocks that are there from the first one on.
+        accept_partial: Accept a table whose scoring has not finished, and read its blocks up to the first missing one.
 
     Returns:
         The table.
@@ -298,18 +301,18 @@ def read_scores(
 
 
 def menu_data(table: ScoreTable, columns: Any = None) -> MenuData:
-    """Return a score table, or some of its plans, as what a menu is trained on.
+    """Return a score table, or some of its plans, as the data that a menu is trained on.
 
     Args:
         table: The table.
-        columns: Plans to take, in their order on the menu; None takes all.
+        columns: Indices of the plans to take, in their order on the menu; None: all plans.
     """
     taken = np.arange(len(table.plans)) if columns is None else np.asarray(columns)
     plans = table.plans[taken]
     views = {}
     for layer, view in table.views.items():
         old, new = prefix_numbers(table.plans, layer)[taken], prefix_numbers(plans, layer)
-        # The first plan of each new prefix says which of the old ones it was.
+        # The first plan of each new prefix tells which of the old prefixes it was.
         first = [int(old[np.flatnonzero(new == number)[0]]) for number in range(int(new.max()) + 1)]
         views[layer] = view[:, first]
     reward = np.exp(np.minimum(table.reward, 0.0))[:, taken] if table.graded else None
@@ -332,7 +335,7 @@ def _score_block(
     hidden_size: int,
     block: dict[str, str],
 ) -> None:
-    """Score a block of prompts by itself, so that its metrics depend on nothing before it, and write it."""
+    """Score a block of prompts on its own, so that its metrics depend on nothing before it, and write it."""
     scorer.forget()
     states = PromptStates(
         plans,

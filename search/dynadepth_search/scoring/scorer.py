@@ -1,6 +1,6 @@
-"""Scores examples under plans with a frozen model, and remembers what the identity plan gives.
+"""Scores examples under plans with a frozen model, and caches the outcomes of the identity plan.
 
-A plan belongs to a prompt: all answers of an example run under the same plans. Knows nothing of search.
+A plan belongs to a prompt: all answers of an example run under the same plans.
 """
 
 from collections import OrderedDict
@@ -32,24 +32,24 @@ _PROCESSOR_TOKENS = 1536
 class Scorer:
     """Scores examples under plans with a frozen model.
 
-    The model must not be wrapped; it is as it was after every call. The identity plan's outcome of an
-    example is kept once it is known, within `max_base_bytes`. Equal calls in equal order on a fresh
-    scorer give results equal to the last bit on one machine; which examples share a call, and whether
-    their base is known, moves results by float noise only.
+    The model must not be wrapped; no call changes it. The outcome of an example under the identity
+    plan is cached, within `max_base_bytes`. The same calls in the same order on a new scorer give
+    results that are equal to the last bit on one machine; which examples share a call, and whether
+    their base outcome is cached, changes results only by rounding.
 
     Args:
         model: The base model, in evaluation mode.
-        tokenizer: Of the base model.
+        tokenizer: Tokenizer of the base model.
         scoring: How choices are scored, see `Task`.
-        chat: The chat that the prompts are turns of, see `Task`.
-        max_logit_bytes: Bounds the logits of one sweep, counted in float32.
-        max_tokens: Bounds the padded tokens of one sweep, every plan counted.
-        sweep_tokens: Padded tokens at which a sweep takes no further example; None: what the device does best, few on a
-            processor (so that states stay in its caches), `max_tokens` elsewhere.
-        max_base_bytes: Bounds what is kept of the identity plan's next-token distributions.
+        chat: The chat form of the prompts, see `Task`.
+        max_logit_bytes: Maximum size of the logits of one sweep in bytes, counted as float32.
+        max_tokens: Maximum number of padded tokens of one sweep, counted once for each plan.
+        sweep_tokens: Number of padded tokens at which a sweep takes no further example; None: what suits the device,
+            few on a CPU (so that states stay in its caches), `max_tokens` elsewhere.
+        max_base_bytes: Maximum size of the cached next-token distributions of the identity plan, in bytes.
 
     Raises:
-        TaskError: The scoring is unknown, the tokenizer closes every text, or its chat template is another one.
+        TaskError: The scoring is unknown, the tokenizer ends every text, or its chat template is not that of `chat`.
         UnsupportedModelError: The family is not supported.
     """
 
@@ -97,7 +97,7 @@ class Scorer:
         """Return the token rows of an example, as they are scored.
 
         Raises:
-            TaskError: It cannot be encoded, or is longer than the model's positions.
+            TaskError: It cannot be encoded, or is longer than the model supports.
         """
         known = self._encoded.get(example)
         if known is None:
@@ -134,7 +134,7 @@ class Scorer:
         return self.outcomes(examples, plans, np.arange(count))
 
     def forget(self) -> None:
-        """Drop what is known of the identity plan, so that the next call depends on nothing before it."""
+        """Clear the cached outcomes of the identity plan, so that the next call depends on nothing before it."""
         self._bases.clear()
         self._base_bytes = 0
 
@@ -148,14 +148,14 @@ class Scorer:
     ) -> Outcomes:
         """Score N pairs of example and plan.
 
-        The identity plan runs once for each example of which it is not known, and never again.
+        The identity plan runs once for each example whose outcome is not cached.
 
         Args:
             examples: The examples, all of one kind.
             plans: One plan for each pair. Shape (N, layers), uint8.
             example: Index into `examples` for each pair. Shape (N,), whole numbers.
-            states: Collects the states of these examples' prompts; call `forget` before, since nothing is swept of what
-                is known.
+            states: Collects the states of these examples' prompts; call `forget` first, since cached examples are not
+                swept again.
 
         Returns:
             The outcomes, in the order of the pairs.
@@ -181,7 +181,7 @@ class Scorer:
                 builder.naive_visits += naive
                 builder.executed_visits += executed
                 for work, answered in zip(group, answers, strict=True):
-                    # Only an example that was cut comes twice, and then in a row.
+                    # Only an example that was split occurs more than once, and then consecutively.
                     if last is not None and last != work.example:
                         builder.bases.pop(last, None)
                     last = work.example
@@ -201,6 +201,12 @@ class Scorer:
         objective: Objective,
     ) -> tuple[npt.NDArray[np.float64], int, int]:
         """Score pairs as `outcomes` does, for one objective.
+
+        Args:
+            examples: The examples, all of one kind.
+            plans: One plan for each pair. Shape (N, layers), uint8.
+            example: Index into `examples` for each pair. Shape (N,), whole numbers.
+            objective: The objective whose rewards are returned.
 
         Returns:
             The rewards, all finite, shape (N,); naive visits; executed visits.
@@ -229,7 +235,7 @@ class Scorer:
         identity = identity_plan(self.num_layers)
         is_identity = (plans == identity).all(axis=1)
         numbers = np.unique(example).tolist()
-        # Equal lengths side by side, so that little is padded; equal examples in a fixed order.
+        # Equal lengths are adjacent, so that there is little padding; equal examples are in a fixed order.
         for number in sorted(
             numbers, key=lambda index: (self.encode(examples[index]).longest, index)
         ):
@@ -264,7 +270,7 @@ def _first(given: Answered) -> Answered:
         scores=given.scores[:1],
         greedy=given.greedy[:1],
         next_token=given.next_token[:1],
-        # A copy: a view would keep every plan's row alive.
+        # A copy, because a view would keep every plan's row alive.
         next_log_probs=None if probs is None else probs[:1].clone(),
     )
 

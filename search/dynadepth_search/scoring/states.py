@@ -1,7 +1,7 @@
-"""States of prompts on their way through the layers, picked up while their plans are scored.
+"""States of prompts, collected at some layers while their plans are scored.
 
-A sweep holds every distinct prefix of its plans as a row of states; what a policy would read of a prompt that has come
-as far as some layer under some plan is there for the taking. Knows nothing of scores.
+A sweep holds every distinct prefix of its plans as a row of states, so what a policy would read of a prompt at some
+layer under some plan is available without another forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ __all__ = ["PromptStates", "SweptPrompt"]
 
 
 class SweptPrompt:
-    """Where a sweep has one prompt under some plans.
+    """The position of one prompt under some plans in a sweep.
 
     Args:
-        example: Number of the prompt, whatever the caller counts.
-        plans: Shape (plans, layers), uint8.
-        rows: Row of the sweep of each plan. Shape (plans,).
+        example: Index of the prompt, as the caller numbers them.
+        plans: The plans. Shape (plans, layers), uint8.
+        rows: The sweep's row of each plan. Shape (plans,), int64.
         first: Column of the prompt's first token.
         after: Column after its last token.
     """
@@ -40,15 +40,15 @@ class PromptStates:
     """Collects the pooled states of prompts at some layers, for every distinct prefix of some plans.
 
     Args:
-        plans: Whose prefixes are collected. Shape (plans, layers), uint8.
+        plans: The plans whose prefixes are collected. Shape (plans, layers), uint8.
         layers: Layers whose entering states are read.
-        num_windows: Windows that are averaged besides the last token's state; 0 for that alone.
-        num_prompts: Prompts that will be seen.
+        num_windows: Number of windows that are averaged in addition to the last token's state; 0 for that state alone.
+        num_prompts: Number of prompts.
         hidden_size: Width of the states.
-        dtype: Of what is kept.
+        dtype: The dtype of the collected states.
 
     Attributes:
-        views: What was collected, by layer. Shape (prompts, prefixes, num_windows + 1, hidden) each, on the host.
+        views: The collected states, by layer. Shape (prompts, prefixes, num_windows + 1, hidden) each, on the host.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class _Watch:
     def observe(
         self, layer_idx: int, states: torch.Tensor, entering: npt.NDArray[np.int64]
     ) -> None:
-        """Keep the states that enter a layer, one for each prompt and prefix."""
+        """Collect the states that enter a layer, one for each prompt and prefix."""
         rows: list[int] = []
         places: list[tuple[int, int]] = []
         bounds: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ class _Watch:
             means = window_means(picked, mask, self._num_windows)
             pooled = torch.cat([means, last_token_state(picked, mask).unsqueeze(1)], dim=1)
         else:
-            # One row of the batch's own memory in place of a weighted sum over all tokens.
+            # A view of one row instead of a weighted sum over all tokens.
             pooled = picked[torch.arange(len(rows), device=states.device), after - 1].unsqueeze(1)
         view = self._views[layer_idx]
         example, number = torch.tensor(places).T

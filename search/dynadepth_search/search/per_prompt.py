@@ -1,7 +1,7 @@
 """The offline search: ask the forest, sweep, tell, and store a label for every prompt.
 
-Owns the order of the work and the resumption of a search. How plans are chosen is `dynadepth.tree_search.forest`,
-how they are judged `scoring`, how labels are stored `label_store`.
+This includes the order of the work and the resumption of a search. `dynadepth.tree_search.forest` chooses plans,
+`dynadepth_search.scoring` evaluates them, and `dynadepth_search.storage.label_store` stores labels.
 """
 
 import os
@@ -34,22 +34,25 @@ from dynadepth_search.storage.locking import locked
 __all__ = ["probe_penalty", "search_prompts"]
 
 
-# Probed prompts that share a sweep: enough to fill it, few enough to show progress.
+# Number of probed prompts that share a sweep: enough to fill it, few enough to show progress.
 _PROBE_BLOCK = 4
 
 
 def probe_penalty(prior: EditPrior) -> float:
     """Choose lambda from what the probe measured.
 
-    At this lambda, skipping the layer of median cost breaks even on the average prompt: its loss of reward equals what
-    one visit less is worth, lambda / L. Cheaper layers are then worth skipping alone, and dearer ones on the prompts
-    that do without them; what several skips cost together keeps labels from taking half of the layers.
+    At this lambda, skipping the layer of median cost breaks even on the average prompt: the loss of reward equals the
+    price of one visit, lambda / L. Cheaper layers are then worth skipping on their own, and more expensive ones on the
+    prompts that do not need them; since several skips together cost more, labels do not skip half of the layers.
 
     Args:
         prior: Mean effects of single edits on the objective.
 
     Returns:
         Lambda, in units of the objective for a depth of 1; 0 if half of the skips cost nothing.
+
+    Raises:
+        SearchError: The probe measured no skip.
     """
     num_layers = len(prior.mean) // 2
     losses = -prior.mean[:num_layers]
@@ -70,28 +73,28 @@ def search_prompts(
     *,
     progress: Progress | None = None,
 ) -> PromptSearchSummary:
-    """Find a label for every prompt of a task, or go on with a search that was interrupted.
+    """Find a label for every prompt of a task, or continue a search that was interrupted.
 
     The prompts are searched in blocks, each with its own forest, so a label depends on its block and the spec, not on
-    when it was searched. A block of which a prompt is missing is searched again as a whole, since rewards depend in
-    their last bits on what shares a sweep; the labels that it had are kept as they are.
+    when it was searched. If a prompt of a block has no label, the whole block is searched again, since the last bits of
+    rewards depend on what shares a sweep; the labels that it already had are kept.
 
     Args:
-        model: The base model, in evaluation mode, not wrapped; it is left as it was.
-        tokenizer: Of the base model.
+        model: The base model, in evaluation mode and not wrapped; not changed.
+        tokenizer: Tokenizer of the base model.
         task: The prompts.
-        folder: Where the labels go; made if it is missing.
-        spec: What is asked for.
-        progress: Called with the stage, finished steps and all steps.
+        folder: Folder of the labels; it is made if it is missing.
+        spec: Settings of the search.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
-        What this run did.
+        A summary of this run.
 
     Raises:
         ConfigError: The spec does not fit the model.
-        LabelError: The folder is damaged, in use, or belongs to another model, task or spec.
+        LabelError: The folder is damaged or in use, or belongs to another model, task or spec.
         SearchError: A reward is not finite.
-        TaskError: The objective needs answers that the task has not, or a prompt cannot be encoded.
+        TaskError: The objective needs answers that the task does not have, or a prompt cannot be encoded.
         WrapError: The model is wrapped.
     """
     check_answers(task, spec.objective)
@@ -167,7 +170,7 @@ class _Search:
             self._progress("search", len(done), len(examples))
             if all(item.prompt_id in done for item in block):
                 continue
-            # The base is scored anew in every block, or sweeps would differ from those of a resumed run.
+            # The base is scored again in every block; otherwise sweeps would differ from those of a resumed run.
             self._scorer.forget()
             forest = self._forest(block, config, manifest.prior)
             waiting = dict(enumerate(block))
@@ -238,7 +241,7 @@ class _Search:
 
 def _row(index: int, example: Example, forest: Forest, tree: int) -> dict[str, Any]:
     evaluated, best = forest.evaluated(tree), forest.best(tree)
-    # A tree opens with the identity plan.
+    # A tree starts with the identity plan.
     base_reward = float(evaluated.rewards[0])
     label = plan_text(best.plan)
     return label_row(

@@ -1,7 +1,4 @@
-"""What a search is asked for, and what a run of it reports.
-
-Owns the checks of the settings. Knows nothing of how a search is run.
-"""
+"""The settings of a per-prompt search, with their checks, and the summary of a run."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,21 +14,21 @@ __all__ = ["PromptSearchSpec", "PromptSearchSummary"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSearchSpec:
-    """What a search is asked for; labels depend on it, on the model and on the task alone.
+    """The settings of a per-prompt search; labels depend only on these, the model and the task.
 
     Args:
-        config: Settings of the forest. Its `depth_penalty` is not used, and its `probe_trees` is the number of prompts
+        config: Settings of the forest. Its `depth_penalty` is ignored, and its `probe_trees` is the number of prompts
             that are probed.
         objective: What is maximised: `preserve` (label-free) or `reward`.
-        depth_penalty: Lambda of value = reward - lambda * depth, in units of the objective; None lets the probe choose,
+        depth_penalty: Lambda of value = reward - lambda * depth, in units of the objective; None: the probe chooses it,
             see `probe_penalty`.
-        seed: Of everything random.
-        block_size: Prompts that are searched together and share sweeps.
-        blocks_per_shard: Blocks of a shard of labels.
-        max_logit_bytes: Bounds the logits of one sweep, see `Scorer`.
+        seed: Seed of everything random.
+        block_size: Number of prompts that are searched together and share sweeps.
+        blocks_per_shard: Number of blocks of a shard of labels.
+        max_logit_bytes: Maximum size of the logits of one sweep in bytes, see `Scorer`.
 
     Raises:
-        ConfigError: A value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
     """
 
     config: SearchConfig = field(default_factory=lambda: SearchConfig(probe_trees=8))
@@ -63,31 +60,31 @@ class PromptSearchSpec:
 
     @property
     def shard_size(self) -> int:
-        """Prompts of a shard."""
+        """Number of prompts of a shard."""
         return self.block_size * self.blocks_per_shard
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as values that JSON knows."""
+        """Return the spec as values that JSON can hold."""
         forest = self.config.to_dict()
-        # The spec's own penalty is the one that counts.
+        # The penalty of the spec itself is used instead.
         del forest["depth_penalty"]
         return {**config_to_dict(self), "config": forest}
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSearchSummary:
-    """What one run of a search did.
+    """A summary of one run of a search.
 
     Args:
-        prompts: Prompts of the task, all of which have a label now.
-        searched: Prompts that this run searched.
-        evaluations: Plans that this run evaluated for labels, the identity plans included and the probe's left out.
-        probe_evaluations: Plans that the probe evaluated.
+        prompts: Number of prompts of the task, all of which now have a label.
+        searched: Number of prompts that this run searched.
+        evaluations: Number of plans that this run evaluated for labels, with identity plans but without the probe.
+        probe_evaluations: Number of plans that the probe evaluated.
         naive_visits: Visits of token rows to layers that one forward for each plan would have made, probe included.
-        executed_visits: Visits made.
+        executed_visits: Visits of token rows to layers that were actually made.
         depth_penalty: Lambda of the labels' value.
-        probe_seconds: Wall time of the probe; 0 if an earlier run made it.
-        search_seconds: Wall time of the search.
+        probe_seconds: Wall time of the probe in seconds; 0 if an earlier run made it.
+        search_seconds: Wall time of the search in seconds.
     """
 
     prompts: int
@@ -107,17 +104,17 @@ class PromptSearchSummary:
 
     @property
     def sharing_factor(self) -> float:
-        """Naive visits for each visit made; NaN if none was made."""
+        """Naive visits divided by the visits made; NaN if none was made."""
         return self.naive_visits / self.executed_visits if self.executed_visits else float("nan")
 
     @property
     def seconds_per_evaluation(self) -> float:
-        """Wall time of an evaluation, probe included; NaN if there was none."""
+        """Wall time per evaluation in seconds, including the probe; NaN if there was none."""
         total = self.evaluations + self.probe_evaluations
         return (self.probe_seconds + self.search_seconds) / total if total else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as values that JSON knows; None where there is none."""
+        """Return all fields as values that JSON can hold; None for NaN."""
         rates = {
             "evaluations_per_label": self.evaluations_per_label,
             "sharing_factor": self.sharing_factor,

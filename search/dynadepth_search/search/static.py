@@ -1,7 +1,7 @@
 """Plans for all prompts: a beam search over sets of skipped layers, the static front in it, and a menu from it.
 
 Owns the search; how `menu.json` is read is `static_files`. The beam is the look-ahead: a plan that is not the best of
-its depth may lead to the best one below. Knows nothing of policies that choose from a menu.
+its depth may lead to the best one below.
 """
 
 import os
@@ -49,7 +49,7 @@ __all__ = ["MENU", "StaticPlans", "StaticSpec", "read_static", "search_static"]
 
 _POOL = "pool"
 _FEWEST_PROMPTS = 40
-# To cross-validate the choice of a menu.
+# The fewest distinct prompts that can cross-validate the choice of a menu.
 _FEWEST_CONFIRMED = 20
 
 _Floats = npt.NDArray[np.float64]
@@ -64,32 +64,34 @@ def search_static(
     *,
     progress: Progress = silent,
 ) -> StaticPlans:
-    """Search plans for all prompts of a task, or go on with a search that was interrupted.
+    """Search for plans that suit all prompts of a task, or continue a search that was interrupted.
 
-    Every layer is removed alone; of the best ones, sets are grown one layer at a time, the best few of each size being
-    carried on. All of these are the pool. Prompts that took no part measure it and, by cross-fitting, choose the menu.
-    The front is the chain of nested plans within the pool with the highest sum of means on the first prompts.
+    First, every layer is removed on its own. From the layers whose removal costs least, sets are grown by one layer at
+    a time; the best few sets of each size are extended further. All of these plans form the pool. Other prompts measure
+    the pool and, by cross-fitting, choose the menu. The front is the chain of nested plans within the pool with the
+    highest sum of means on the first prompts.
 
     Args:
-        model: The unwrapped base model; left as it was.
-        tokenizer: Of the base model.
+        model: The unwrapped base model; not changed.
+        tokenizer: Tokenizer of the base model.
         task: Training prompts; a sample of them is used.
-        folder: `menu.json` and the pool's score table go there.
-        spec: How to search.
-        progress: Called with the stage, how much of it is done, and of how much.
+        folder: Folder for `menu.json` and the score table of the pool.
+        spec: Settings of the search.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
-        What was found.
+        The plans found.
 
     Raises:
-        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`, or these name no layer.
-        LabelError: The folder holds a search that was asked for otherwise, or is in use.
-        SearchError: A figure is not finite.
-        TaskError: Too few prompts, or the objective needs answers that the task has not.
+        ConfigError: Nothing can be removed within `min_depth`, `from_layer` and `protect`, or these name a layer that
+            the model does not have.
+        LabelError: The folder holds a search with other settings, or is in use.
+        SearchError: A metric is not finite.
+        TaskError: There are too few prompts, or the objective needs answers that the task does not have.
 
     Source:
-        Removal by measured harm as in SLEB (arXiv 2402.09025); deviation: a beam in place of a greedy chain, and the
-        model's own answers in place of perplexity.
+        Layers are removed by their measured cost as in SLEB (arXiv 2402.09025); deviation: a beam instead of a greedy
+        chain, and the model's own answers instead of perplexity.
     """
     check_answers(task, spec.objective)
     different = len({example.prompt.strip() for example in task.examples})
@@ -98,7 +100,7 @@ def search_static(
             f"{different} different prompts cannot choose plans for all; give {_FEWEST_PROMPTS} or more"
         )
     place = Path(folder)
-    # What can be refused is refused before a folder is made.
+    # Everything that can be refused is refused before a folder is made.
     search = _StaticSearch(model, tokenizer, task, place, spec, progress)
     with locked(place):
         search.run()
@@ -106,7 +108,7 @@ def search_static(
 
 
 class _StaticSearch:
-    """One run; `_content` is what is on disk."""
+    """One run; `_content` is the content of the file on disk."""
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class _StaticSearch:
         self._folder, self._spec, self._progress = folder, spec, progress
         self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._num_layers = self._scorer.num_layers
-        # A third at most chooses the beam: the menu needs prompts that did not.
+        # At most a third of the prompts chooses the beam: the menu needs prompts that did not.
         names = [example.prompt.strip() for example in task.examples]
         count = min(spec.num_prompts, len(set(names)) // 3)
         first, others = draw_parts(
@@ -142,7 +144,7 @@ class _StaticSearch:
                 f"StaticSpec.protect names layers {wrong}; expected layers from 0 to {self._num_layers - 1}"
             )
         for example in (*self._examples, *self._others):
-            self._scorer.encode(example)  # what cannot be encoded is known before an hour of work
+            self._scorer.encode(example)  # fail before an hour of work, not after it
         self._asked = {
             "base_model": fingerprint_digest(fingerprint(model)),
             "dtype": dtype_name(model),
@@ -166,9 +168,9 @@ class _StaticSearch:
                 "complete": False,
                 "evaluations": 0,
                 "prompt_hashes": prompt_hashes([*self._examples, *self._others]),
-                # Layers that plans are made of, the cheapest first.
+                # The layers that plans may skip, the cheapest first.
                 "candidates": [],
-                # Plans carried on, by the number of layers skipped, with their mean on the first prompts.
+                # The plans of the beam, by the number of skipped layers, with their mean on the first prompts.
                 "levels": [],
             }
         most = self._most_skipped()
@@ -197,7 +199,7 @@ class _StaticSearch:
         return most
 
     def _open(self) -> None:
-        """Remove every free layer alone."""
+        """Remove every free layer on its own."""
         spec = self._spec
         layers = [
             layer for layer in range(spec.from_layer, self._num_layers) if layer not in spec.protect
@@ -234,7 +236,7 @@ class _StaticSearch:
         values[:, :few] = screened[kept]
         if few < count:
             values[:, few:] = self._values([plans[index] for index in kept], range(few, count))
-        # Single layers are few, and the best sets need not be made of the best of them.
+        # There are few single layers, and the best sets need not consist of the best of them.
         most = spec.beam if content["levels"] else len(kept)
         best = np.argsort(-values.mean(axis=1), kind="stable")[:most]
         content["levels"].append(
@@ -246,7 +248,7 @@ class _StaticSearch:
         write_json_atomic(self._path, content)
 
     def _measure(self) -> None:
-        """Measure the pool on other prompts, and choose front and menu."""
+        """Measure the pool on other prompts, and choose the front and the menu."""
         spec, content = self._spec, self._content
         pool: list[frozenset[int]] = [frozenset()]
         pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
@@ -302,10 +304,10 @@ class _StaticSearch:
         return [pool.index(skips) for skips in reversed(chain)]
 
     def _values(self, skips: list[frozenset[int]], prompts: Iterable[int]) -> _Floats:
-        """Return what plans are worth on some of the first prompts, see `plan_values`. Shape (plans, prompts)."""
+        """Return the values of plans on some of the first prompts, see `plan_values`. Shape (plans, prompts)."""
         examples = [self._examples[index] for index in prompts]
         plans = np.stack([self._plan(each) for each in skips])
-        # A step's values depend on nothing that was scored before it.
+        # The values of a step do not depend on what was scored before it.
         self._scorer.forget()
         outcomes = self._scorer.outcomes(
             examples,
@@ -320,13 +322,13 @@ class _StaticSearch:
     def _check_finite(self, outcomes: Outcomes, examples: Sequence[Example], plans: Plans) -> None:
         """Refuse outcomes of logits that overflow."""
         reward = self._spec.objective == "reward"
-        figures = outcomes.reward if reward else outcomes.total_variation
-        bad = np.flatnonzero(~np.isfinite(figures))
+        metric = outcomes.reward if reward else outcomes.total_variation
+        bad = np.flatnonzero(~np.isfinite(metric))
         if len(bad):
             plan, prompt = divmod(int(bad[0]), len(examples))
             raise SearchError(
                 f"plan {plan_text(plans[plan])} gives prompt {examples[prompt].prompt[:40]!r} the "
-                f"{'reward' if reward else 'total variation'} {figures[bad[0]]}; the model's logits overflow there: "
+                f"{'reward' if reward else 'total variation'} {metric[bad[0]]}; the model's logits overflow there: "
                 "load it in another dtype, or protect the layers that overflow"
             )
 

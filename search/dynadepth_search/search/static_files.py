@@ -1,7 +1,4 @@
-"""What a search of plans for all prompts leaves on disk: `menu.json`, read and checked value by value.
-
-Knows nothing of how plans are found.
-"""
+"""What a search of plans for all prompts leaves on disk: `menu.json`, read and checked value by value."""
 
 import os
 from dataclasses import dataclass

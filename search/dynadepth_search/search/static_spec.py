@@ -1,4 +1,4 @@
-"""What a search of plans for all prompts is asked for."""
+"""The settings of a search for plans that suit all prompts."""
 
 from dataclasses import dataclass
 
@@ -11,24 +11,24 @@ __all__ = ["StaticSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticSpec:
-    """How plans for all prompts are searched.
+    """The settings of a search for static plans.
 
     Args:
-        objective: What plans are compared by: `preserve`, or `reward` for the right answers.
+        objective: How plans are compared: `preserve`, or `reward` for the right answers.
         from_layer: No plan edits a layer before this one.
-        min_depth: No plan falls below this depth.
-        size: Plans on the menu, the identity included.
-        beam: Plans of each depth that are carried on.
-        num_candidates: Layers that plans are made of: those whose removal alone costs least.
-        num_prompts: Prompts on which the plans of a depth are compared.
-        num_screened: How many of these all of them are compared on; half a beam more than is carried on goes on to the
-            rest.
-        num_confirmed: Other prompts, on which the pool of plans is measured and the menu is chosen.
+        min_depth: No plan has a lower depth than this, as a fraction of the number of layers.
+        size: Number of plans on the menu, including the identity.
+        beam: Number of plans of each depth that are extended further.
+        num_candidates: Number of layers that plans may skip: those whose removal on its own costs least.
+        num_prompts: Number of prompts on which the plans of a depth are compared.
+        num_screened: Number of these prompts on which all plans are compared; only the best one and a half times
+            `beam` plans are evaluated on the rest.
+        num_confirmed: Number of other prompts, on which the pool of plans is measured and the menu is chosen.
         protect: Layers that are never removed.
-        seed: Of the choice of prompts.
+        seed: Seed of the choice of prompts.
 
     Raises:
-        ConfigError: A value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
     """
 
     objective: Objective = "preserve"

@@ -1,1 +1,1 @@
-"""Files of long runs: written whole, resumed after a kill, checked when read."""
+"""Files of long runs: written whole, resumed after a kill, and checked when read."""

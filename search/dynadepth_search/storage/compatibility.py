@@ -1,7 +1,6 @@
 """Whether what lies in a folder is what is asked for again.
 
-Owns the comparison, and the form and the checks of what every file says of its base model and its task. Knows nothing
-of what else the files hold.
+Owns the comparison, and the form and the checks of what every file says of its base model and its task.
 """
 
 import json
@@ -29,15 +28,15 @@ _Config = TypeVar("_Config")
 
 
 def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Refuse to go on with work that was asked for otherwise.
+    """Refuse to continue a run that was started with other settings.
 
     Args:
-        path: Where the work lies.
-        asked: What is asked for now, as values that JSON knows.
-        stored: What was asked for then.
+        path: The file or folder of the run.
+        asked: The settings requested now, as values that JSON can hold.
+        stored: The settings that it was started with.
 
     Raises:
-        LabelError: They differ; the message names the first field.
+        LabelError: They differ; the message names the first field that does.
     """
     for name, given, known in _differences(asked, stored):
         raise LabelError(
@@ -47,7 +46,7 @@ def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> No
 
 
 def task_fields(task: Task) -> dict[str, Any]:
-    """Return what identifies a task, as values that JSON knows; its name does not, since a file may move."""
+    """Return what identifies a task, as values that JSON can hold; its name is left out, since a file may move."""
     fields: dict[str, Any] = {
         "kind": task.kind,
         "scoring": task.scoring,
@@ -63,7 +62,7 @@ def chat_form(fields: Mapping[str, Any]) -> ChatForm | None:
     """Return the chat form of a task from its `task_fields`.
 
     Raises:
-        LabelError: They are damaged.
+        LabelError: The fields are damaged.
     """
     stored = fields.get("chat")
     if stored is None:
@@ -81,10 +80,10 @@ def chat_form(fields: Mapping[str, Any]) -> ChatForm | None:
 
 
 def stored_hashes(content: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
-    """Return the hashes of prompts that a file of ours holds under a key; None if it is older than these.
+    """Return the hashes of prompts that a file holds under a key; None if an older version wrote the file without them.
 
     Raises:
-        LabelError: They are no list of texts.
+        LabelError: The value is not a list of texts.
     """
     known = content.get(key)
     if known is None:

@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines that survives being killed.
+"""An append-only file of JSON lines that survives a kill of its writer.
 
 A line is flushed to disk before `append` returns. A kill in the middle of it leaves a line without an
 end; that one is dropped, and cut off before the next line is written. What a line must be is the caller's to say;
@@ -41,19 +41,18 @@ def read_journal(path: Path, check: Callable[[Stored], _T], *, advice: str) -> t
     lines = data.split(b"\n")
     rows: list[_T] = []
     length = 0
-    # What follows the last end of line is empty, or the beginning of a line.
+    # What follows the last line feed is empty, or the beginning of a line.
     for number, line in enumerate(lines[:-1], start=1):
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line)
-            if not isinstance(row, dict):
-                raise TypeError(f"a JSON {type(row).__name__}")  # noqa: TRY301 (handled as any other damaged line)
+            row = _object_in(line)
         except (ValueError, TypeError) as error:
-            # A crash of the machine may leave the last line's length without its content.
+            # After a crash of the machine, the last line may have its length but not its content.
             if number == len(lines) - 1:
                 break
             raise LabelError(
-                f"{where} cannot be read ({error}); a kill tears the last line only, so the file was altered: {advice}"
+                f"{where} cannot be read ({error}); a kill damages only the last line, so the file was altered: "
+                f"{advice}"
             ) from error
         rows.append(check(Stored(row, where, advice)))
         length += len(line) + 1
@@ -81,12 +80,19 @@ class Journal:
             os.fsync(file.fileno())
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write these lines in place of all others, or remove the file if there are none."""
+        """Replace all lines by these, or remove the file if there are none."""
         data = b"".join(_line(row) for row in rows)
         if data:
             write_bytes_atomic(self._path, data)
         else:
             self._path.unlink(missing_ok=True)
+
+
+def _object_in(line: bytes) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise TypeError(f"a JSON {type(row).__name__}")
+    return row
 
 
 def _line(row: dict[str, Any]) -> bytes:

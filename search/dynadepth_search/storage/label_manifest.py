@@ -28,9 +28,9 @@ class Shard:
     """A finished file of labels.
 
     Args:
-        name: Within the folder.
-        sha256: Of its bytes.
-        prompts: Rows.
+        name: Its name within the folder.
+        sha256: SHA-256 of its bytes, in hexadecimal.
+        prompts: Number of rows.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a folder of labels was made with; written once, but for the list of shards.
+    """What a folder of labels was made with; only the list of shards changes after it is written.
 
     Args:
         base_model: Fingerprint of the base model.
-        num_layers: Its decoder layers.
-        dtype: In which it ran.
+        num_layers: Its number of decoder layers.
+        dtype: The dtype that it ran in.
         task: `name`, `kind`, `scoring`, `sha256` and `prompts`.
-        search: The search spec as it was asked for, see `searching.PromptSearchSpec`.
-        depth_penalty: Lambda of the labels' value, as asked for or as the probe chose it.
+        search: The settings of the search, see `dynadepth_search.search.per_prompt_spec.PromptSearchSpec`.
+        depth_penalty: Lambda of the labels' value, as given or as chosen by the probe.
         prior: What the probe measured.
-        versions: Of the libraries that took part.
-        shards: Finished ones, in order.
+        versions: Versions of the libraries that were used.
+        shards: The finished shards, in order.
     """
 
     base_model: dict[str, Any]
@@ -70,7 +70,7 @@ class Manifest:
         return str(self.search["objective"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the manifest as values that JSON knows."""
+        """Return the manifest as values that JSON can hold."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         shards = [
             {item.name: getattr(shard, item.name) for item in fields(Shard)}
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        LabelError: It is damaged, or of a newer schema.
+        LabelError: It is damaged, or of a newer schema version.
     """
     path = folder / MANIFEST
     content = read_versioned_json(

@@ -1,9 +1,9 @@
 """Writing labels so that a kill at any moment loses no finished prompt.
 
-A finished prompt goes into the journal at once. When all prompts of a shard are there, the shard is
-written, then named in the manifest, then its prompts leave the journal: in whatever order that is cut
-off, every finished prompt is in the journal or in a shard that the manifest knows. A shard holds a fixed
-range of the task's prompts in their order, so that labels are equal byte for byte however often the
+A finished prompt is written to the journal at once. When all prompts of a shard are there, the shard is
+written, then named in the manifest, then its prompts are removed from the journal: wherever this is
+interrupted, every finished prompt is in the journal or in a shard that the manifest names. A shard holds a
+fixed range of the task's prompts in their order, so that labels are equal byte for byte however often the
 search was killed.
 """
 
@@ -29,15 +29,15 @@ __all__ = ["LabelStore"]
 
 
 class LabelStore:
-    """A folder of labels that is being written; hold its lock (`locked`) meanwhile.
+    """A folder of labels that is being written; the caller holds its lock (`locked`) meanwhile.
 
     Args:
-        folder: Where the labels go.
-        prompt_ids: Of all prompts of the task, in order.
-        shard_size: Prompts of a shard.
+        folder: The folder of the labels.
+        prompt_ids: The ids of all prompts of the task, in order.
+        shard_size: Number of prompts of a shard.
 
     Raises:
-        LabelError: What lies there is damaged.
+        LabelError: The content of the folder is damaged.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class LabelStore:
         self._place = {prompt: index for index, prompt in enumerate(prompt_ids)}
 
     def create(self, manifest: Manifest) -> None:
-        """Begin a new folder."""
+        """Start a new folder."""
         self._write_manifest(manifest)
 
     def open(self) -> None:
-        """Go on with a folder whose manifest has been found to fit.
+        """Continue a folder whose manifest has been checked.
 
         A shard that was deleted counts as never written.
 
@@ -76,7 +76,7 @@ class LabelStore:
         rows, length = read_unfinished(self.folder, manifest)
         self._journal = Journal(self.folder / JOURNAL, length)
         for litter in self.folder.glob(".*.tmp"):
-            # What a kill left of a file that was being written beside its place.
+            # Remains of a file that was being written under a temporary name when the writer was killed.
             litter.unlink(missing_ok=True)
         sizes = {shard_name(number): len(prompts) for number, prompts in enumerate(self._shards)}
         for shard in manifest.shards:
@@ -104,7 +104,7 @@ class LabelStore:
 
     @property
     def done(self) -> frozenset[str]:
-        """Ids of all prompts that have a label on disk."""
+        """The ids of all prompts that have a label on disk."""
         return self._stored().union(self._rows)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ class LabelStore:
         self._rows[row["prompt_id"]] = row
 
     def compact(self) -> None:
-        """Write every shard whose prompts are all in the journal, and take them out of the journal."""
+        """Write every shard whose prompts are all in the journal, and remove these from the journal."""
         for number, prompts in enumerate(self._shards):
             name = shard_name(number)
             if name in self._finished or any(prompt not in self._rows for prompt in prompts):
@@ -131,7 +131,7 @@ class LabelStore:
             self._journal.replace(self._rows.values())
 
     def _stored(self) -> frozenset[str]:
-        """Ids of the prompts that the manifest's shards hold."""
+        """The ids of the prompts in the shards that the manifest names."""
         return frozenset(
             prompt
             for number, prompts in enumerate(self._shards)

@@ -1,8 +1,7 @@
-"""Labels on disk: how they are read, and what a damaged file looks like.
+"""Labels on disk: how they are read, and how damaged files are recognised.
 
 A folder holds `manifest.json`, Parquet shards `part-00000.parquet` and so on, and, while a search is
-unfinished, `journal.jsonl` with the prompts that no shard holds yet. Writing is `label_store`. Knows
-nothing of how labels are found.
+unfinished, `journal.jsonl` with the prompts that no shard holds yet. `label_store` writes them.
 """
 
 import io
@@ -66,7 +65,7 @@ class Labels:
 
     Args:
         manifest: What they were made with.
-        examples: The prompts with what their answers are judged by.
+        examples: The prompts, with their right answers if any.
         base_rewards: Reward of the identity plan. Shape (P,), float64.
         plans: The chosen plans. Shape (P, layers), uint8.
         rewards: Their rewards. Shape (P,), float64.
@@ -89,12 +88,12 @@ class Labels:
 
     @property
     def identity_rate(self) -> float:
-        """Share of prompts whose label is the identity plan."""
+        """Fraction of prompts whose label is the identity plan."""
         return float((self.plans == 1).all(axis=1).mean())
 
     @property
     def evaluations(self) -> float:
-        """Evaluated plans for each label."""
+        """Mean number of evaluated plans per label."""
         return float(np.mean([len(item) for item in self.evaluated]))
 
 
@@ -107,14 +106,14 @@ def label_row(
     label: str,
     value: float,
 ) -> dict[str, Any]:
-    """Return one prompt's label as it is stored, in the journal and in a shard alike.
+    """Return one prompt's label as it is stored, both in the journal and in a shard.
 
     Args:
-        index: Of the prompt in the task.
+        index: Index of the prompt in the task.
         example: The prompt.
         evaluated: Every evaluated plan.
         base_reward: Reward of the identity plan.
-        label: The chosen plan, one digit a layer.
+        label: The chosen plan, one digit for each layer.
         value: Its value.
     """
     digits = [bytes(plan + ord("0")).decode() for plan in evaluated.plans]
@@ -157,7 +156,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
     """Check that a shard is the file that was written.
 
     Raises:
-        LabelError: It is missing, cut off or altered; the message says how to repair it.
+        LabelError: It is missing, truncated or altered; the message says how to repair it.
     """
     path = folder / shard.name
     only = f"only its {shard.prompts} prompts are searched again"
@@ -228,13 +227,13 @@ def read_labels(
     accept_mismatch: bool = False,
     accept_partial: bool = False,
 ) -> Labels:
-    """Read labels, and check that they are whole and belong to a model.
+    """Read labels, and check that they are complete and belong to a model.
 
     Args:
-        folder: Written by a search.
-        model: The base model that they are for; None does not check it.
-        accept_mismatch: Read them also if they were made with another model.
-        accept_partial: Read them also if the search has not finished.
+        folder: The folder that a search wrote.
+        model: The base model that they must belong to; None: this is not checked.
+        accept_mismatch: Accept labels that were made with another model.
+        accept_partial: Accept labels of a search that has not finished.
 
     Returns:
         The labels, in the order of the task.

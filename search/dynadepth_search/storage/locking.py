@@ -15,13 +15,13 @@ _LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder; a process that is killed leaves no lock.
+    """Keep other processes from writing to a folder; a killed process releases its lock.
 
     What was made for the lock alone, and holds nothing else in the end, is removed again: so a run that is refused
     leaves no trace.
 
     Args:
-        folder: The folder; made if it is missing. The lock is its file `.lock`.
+        folder: The folder; it is made if it is missing. The lock is its file `.lock`.
 
     Raises:
         LabelError: Another process is writing there, or the folder cannot be made, or the file system has no locks.

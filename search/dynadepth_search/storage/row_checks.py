@@ -1,7 +1,6 @@
 """What a stored row must be, whether it lies in a journal or in a Parquet file.
 
-Owns the checks of a prompt and of a label, and the one way to read a Parquet file of ours. Knows nothing of folders or
-manifests.
+Owns the checks of a prompt and of a label, and the one way to read a Parquet file of ours.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The files of a score table: a manifest, and for each block of prompts its metrics and its states.
 
-A Parquet file of metrics and a safetensors file of states for each block; every file says which table and block it is,
-and what the other one must be. Knows nothing of models or how metrics come about.
+Each block has a Parquet file of metrics and a safetensors file of states; every file names its table and block, and
+identifies the other file.
 """
 
 import json
@@ -42,7 +42,7 @@ __all__ = [
 
 MANIFEST = "scores.json"
 SCHEMA_VERSION = 1
-# Prompts of a file; a kill loses no more than one block of work.
+# Number of prompts of a block; a kill loses at most one block of work.
 BLOCK = 16
 METRICS = ("agreement", "total_variation", "divergence", "reward", "correct")
 # Lowest and highest value of each, rounding to float32 included.
@@ -77,11 +77,11 @@ def write_part(
     """Write a block of prompts.
 
     Args:
-        path: Of its files, without what they end with.
+        path: Path of its files, without their extensions.
         examples: The prompts.
-        given: Their answers under each plan. Shape (prompts, K).
-        metrics: All of `METRICS`. Shape (prompts, K) each.
-        views: States by layer.
+        given: Their answers under each plan. Shape (prompts, K), int64.
+        metrics: All of `METRICS`. Shape (prompts, K) each, float64.
+        views: The states by layer. Shape (prompts, prefixes, views, hidden) each.
         block: What `block_of` returned.
     """
     data = save_tensors({str(layer): view for layer, view in views.items()})
@@ -99,7 +99,7 @@ def write_part(
     table = table.replace_schema_metadata(seals)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    # The metrics last: a block counts as finished once they are there.
+    # The metrics come last: a block counts as finished once they are there.
     write_bytes_atomic(path.with_suffix(".safetensors"), data)
     write_bytes_atomic(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
 
@@ -107,10 +107,18 @@ def write_part(
 def read_part(
     path: Path, asked: dict[str, Any], number: int
 ) -> tuple[dict[str, list[Any]], dict[str, torch.Tensor]]:
-    """Return the metrics of a block and its states.
+    """Read a block of prompts.
+
+    Args:
+        path: Path of its files, without their extensions.
+        asked: The settings of the table, as its manifest has them.
+        number: Number of the block, from 0.
+
+    Returns:
+        The columns of its metrics, one row for each prompt; and the tensors of its states.
 
     Raises:
-        LabelError: A file is damaged, or of another table or block.
+        LabelError: A file is damaged, or belongs to another table or block.
     """
     metrics, states = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
     advice = "delete both files of this block and score again; only its prompts are scored again"
@@ -172,25 +180,25 @@ def _check_views(views: Stored, asked: dict[str, Any], rows: int) -> None:
 
 
 def _seal(table: pa.Table) -> str:
-    """Return a hash of all metrics: Parquet's own checksums leave bits of a file unwatched."""
+    """Return a hash of all metrics, since Parquet's own checksums do not cover every bit of a file."""
     content = {name: table[name].to_pylist() for name in SCHEMA.names}
     return sha256_text(json.dumps(content, separators=(",", ":")))
 
 
 def block_of(asked: dict[str, Any], number: int) -> dict[str, str]:
-    """Return what a block's file says of the table that it is a part of."""
+    """Return the metadata by which a block's file names its table and block."""
     return {"table": sha256_text(json.dumps(asked, sort_keys=True)), "block": str(number)}
 
 
 def is_whole(folder: Path, number: int) -> bool:
-    """Say whether both files of a block are there."""
+    """Say whether both files of a block exist."""
     return all(
         (folder / f"{part_name(number)}.{kind}").is_file() for kind in ("parquet", "safetensors")
     )
 
 
 def part_name(number: int) -> str:
-    """Return what the files of a block are called, without what they end with."""
+    """Return the name of the files of a block, without their extensions."""
     return f"part-{number:05d}"
 
 
@@ -199,7 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no table.
-        LabelError: It is damaged, or of another version.
+        LabelError: It is damaged, or of another schema version.
     """
     path = folder / MANIFEST
     content = read_versioned_json(

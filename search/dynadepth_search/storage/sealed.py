@@ -1,6 +1,6 @@
 """JSON files of results, whose content is too free to be checked value by value: they carry a hash of themselves.
 
-Whatever was altered since it was written is seen when it is read. Knows nothing of what the files hold.
+Whatever was altered since it was written is seen when it is read.
 """
 
 import json
@@ -51,7 +51,20 @@ def read_sealed(path: Path, error: type[DynadepthError], *, make_again: str) -> 
 def check_seal(
     content: dict[str, Any], path: Path, error: type[DynadepthError], *, make_again: str
 ) -> dict[str, Any]:
-    """Return what was read of a sealed file, without the seal; see `read_sealed`."""
+    """Return the content of a sealed file without the seal, after checking it.
+
+    Args:
+        content: What was read.
+        path: The file, for the message.
+        error: Raised if it is not what was written.
+        make_again: What the user can do about a damaged file.
+
+    Returns:
+        The content. A file that is older than seals is not checked.
+
+    Raises:
+        DynadepthError: Of type `error`: the content was altered.
+    """
     rest = {key: value for key, value in content.items() if key != _SEAL}
     if _SEAL in content and content[_SEAL] != _hash(rest):
         raise error(

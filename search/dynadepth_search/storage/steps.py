@@ -1,7 +1,4 @@
-"""Steps of a long run: each is done once, timed, and remembered on disk.
-
-Owns the file `steps.json`. Knows nothing of what the steps do.
-"""
+"""Steps of a long run: each is done once, timed, and recorded in the file `steps.json`."""
 
 import time
 from collections.abc import Callable
@@ -17,18 +14,18 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """What a run has finished.
+    """The steps that a run has finished.
 
-    A step leaves its products in files of its own; here is what it reported and how long it took. A
-    run that was killed goes on with the first step that had not finished. Seconds are of the last
-    attempt at a step: what a killed one took is not counted.
+    A step writes its products to its own files; recorded here are its report and its duration. A run
+    that was killed continues with the first unfinished step. The duration is that of the last attempt
+    at a step, without the time of attempts that were killed.
 
     Args:
-        path: Where the steps are remembered.
-        asked: What the run was asked for, as values that JSON knows.
+        path: The file of the steps.
+        asked: The settings of the run, as values that JSON can hold.
 
     Raises:
-        LabelError: The file belongs to a run that was asked for something else, or is damaged.
+        LabelError: The file belongs to a run with other settings, or is damaged.
     """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
@@ -39,7 +36,7 @@ class Steps:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of each finished step, of the attempt that finished it."""
+        """Wall time of each finished step in seconds, of the attempt that finished it."""
         return {name: step["seconds"] for name, step in self._content["steps"].items()}
 
     def done(self, name: str) -> bool:
@@ -52,13 +49,13 @@ class Steps:
         """Do a step, unless it is done.
 
         Args:
-            name: Of the step.
-            work: Does it, and returns what is to be remembered, as values that JSON knows.
-            write: False leaves the writing to the next step, and so leaves no file behind if what
-                was asked for turns out to be impossible before that.
+            name: Name of the step.
+            work: Does the step and returns its report, as values that JSON can hold.
+            write: Whether to write the file now. False leaves that to the next step, so that no file
+                is left behind if the run turns out to be impossible before that.
 
         Returns:
-            What the step reported, now or then.
+            The report of the step, from this run or an earlier one.
         """
         if not self.done(name):
             started = time.perf_counter()

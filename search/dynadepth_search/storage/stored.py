@@ -1,7 +1,6 @@
 """Values read back from a file: each is checked for its type and range before anything is made of it.
 
-Owns the words for what is wrong: the file, what was found, what was expected and what to do. Knows nothing of what the
-values are for.
+Owns the words for what is wrong: the file, what was found, what was expected and what to do.
 """
 
 import json
@@ -149,7 +148,13 @@ class Stored:
     def numbers(
         self, count: int | None = None, lowest: float | None = None, highest: float | None = None
     ) -> list[float]:
-        """Return a list of finite numbers."""
+        """Return a list of finite numbers.
+
+        Args:
+            count: How many there have to be; None: any number.
+            lowest: The lowest number that is accepted; None: any.
+            highest: The highest number that is accepted; None: any.
+        """
         return [item.number(lowest, highest) for item in self.entries(count)]
 
     def plan(self, num_layers: int) -> str:
@@ -167,7 +172,13 @@ class Stored:
         return found
 
     def plans(self, num_layers: int, count: int | None = None, *, least: int = 0) -> list[str]:
-        """Return a list of different plans."""
+        """Return a list of different plans, one digit for each layer.
+
+        Args:
+            num_layers: Decoder layers of the model.
+            count: How many plans there have to be; None: any number.
+            least: The lowest number of them.
+        """
         found = [item.plan(num_layers) for item in self.entries(count, least=least)]
         if len(set(found)) < len(found):
             twice = next(plan for plan in found if found.count(plan) > 1)

@@ -1,6 +1,6 @@
-"""From a score table to a menu that keeps a budget: training, calibration, and what is written down of both.
+"""From a score table to a menu that keeps a budget: training, calibration, and the record of both.
 
-What the steps do is `dynadepth.training.menu.fit` and `dynadepth.policies.calibration`. No base model is run.
+The steps themselves are in `dynadepth.training.menu.fit` and `dynadepth.policies.calibration`. No base model is run.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ from dynadepth_search.scoring.score_table import ScoreTable, menu_data
 
 __all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
 
-# Of a mean depth; nearer penalties are not told apart, and what lies between two of them is mixed.
+# Resolution of the mean depth; penalties closer than this are not distinguished, and depths in between are mixed.
 _RESOLUTION = 0.004
 _CALIBRATION_PASSES = 400
-# A quarter of what a budget may be missed by.
+# A quarter of the tolerance of a budget.
 _MOST_SPREAD = 0.0025
-# Different prompts of a point of the learning curve.
+# Numbers of distinct prompts at which the learning curve is measured.
 _FEWEST_OF_CURVE = 40
 
 
@@ -39,23 +39,23 @@ def fit_trained_menu(
 ) -> TrainedMenu:
     """Train a menu on a score table and calibrate its budget.
 
-    The budget is calibrated on the scores that heads trained on other prompts give each prompt, so every prompt trains
-    and every prompt calibrates, none of them both for the same heads.
+    The budget is calibrated on out-of-fold scores: those that each prompt gets from heads trained on other prompts. So
+    every prompt is used both for training and for calibration, but never for the same heads.
 
     Args:
-        table: Prompts under the menu's plans, and perhaps others.
-        plans: The menu's plans, all in the table, the identity first; None takes the whole table.
+        table: Prompts under the menu's plans, and possibly others.
+        plans: The menu's plans, all in the table, the identity first; None: all plans of the table.
         objective: `preserve` or `reward`, see `dynadepth.training.menu.fit.fit_menu`.
         protect: Layers that no plan of the menu may edit.
-        seed: Of the folds and the training.
-        progress: Called with a stage, how much of it is done, and of how much.
+        seed: Seed of the folds and the training.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         The menu with its calibration; not yet on disk.
 
     Raises:
-        ConfigError: Too few prompts, a plan that is not in the table or edits a protected layer, or an objective that
-            the table has no figures for.
+        ConfigError: There are too few prompts, a plan is not in the table or edits a protected layer, or the table has
+            no metrics for the objective.
     """
     goal = check_objective(objective)
     fit = fit_menu(
@@ -73,7 +73,7 @@ def fit_trained_menu(
         "seed": seed,
         "train_prompts": len(table),
         "validation_prompts": len(table),
-        # More than learned from if the scoring was unfinished.
+        # More than were learned from if the scoring was unfinished.
         "prompts_of_task": task["prompts"],
         "task": {
             "name": table.manifest["task_name"],
@@ -96,9 +96,9 @@ def fit_trained_menu(
 
 
 def calibrate_menu(fit: MenuFit) -> Calibration:
-    """Return the table from budget to penalty, by the scores of heads that did not learn from the prompt.
+    """Return the table from budget to penalty, by out-of-fold scores.
 
-    Penalties at which other training prompts would have given another depth are left out, and mixed.
+    Penalties whose depth depends on the choice of the training prompts are left out; the depths there are mixed.
 
     Raises:
         ConfigError: The menu has no depth between its shallowest plan and the base model's.
@@ -121,16 +121,16 @@ def learning_curve(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Return what a menu gains over the static mixture of equal depth by the number of prompts that train it.
+    """Return a menu's gain over the static mixture of equal depth, by the number of training prompts.
 
-    Every gain is cross-validated: on prompts that trained nothing.
+    Every gain is cross-validated, that is, measured on prompts that were not trained on.
 
     Args:
-        table: Prompts under the menu's plans; the first so many of them are taken.
+        table: Prompts under the menu's plans; growing numbers of them are used, from the first one on.
         plans: See `fit_trained_menu`.
         objective: See `fit_trained_menu`.
-        seed: Of the folds and the training.
-        progress: Called with a stage, how much of it is done, and of how much.
+        seed: Seed of the folds and the training.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         For each number of `prompts`: the `gain` of the best recipe, averaged over four depths, and its

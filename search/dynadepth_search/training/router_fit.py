@@ -1,7 +1,7 @@
 """Routers of all layers that keep a budget: features, training, shrinkage, calibration.
 
-Owns the order of these steps, for routers that learn what a skip costs and for the published ones that imitate labels.
-What each step does is in `dynadepth.training` and `dynadepth.policies.calibration`.
+The order of these steps, for routers that learn what a skip costs and for the published ones that imitate labels. The
+steps themselves are in `dynadepth.training` and `dynadepth.policies.calibration`.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynadepth.checkpoints.paths import ONNX_NAME
-from dynadepth.checkpoints.save_load import base_model_name, export_policy, save_routers
+from dynadepth.checkpoints.save_load import base_model_name, export_policy, save_policy
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.evaluation.folds import hold_out
@@ -52,16 +52,16 @@ _Floats = npt.NDArray[np.float64]
 
 
 def router_plans(front: Any) -> Plans:
-    """Return the plans whose scores routers learn from: the front, and all neighbours of its middle plan.
+    """Return the plans whose scores routers learn from: the front and all neighbours of its middle plan.
 
     Args:
         front: Nested static plans, the identity first. Shape (plans, num_layers), uint8.
 
     Returns:
-        All different, the identity first. Shape (K, num_layers), uint8.
+        Plans, all different, the identity first. Shape (K, num_layers), uint8.
 
     Raises:
-        PlanError: The plans are no front.
+        PlanError: The plans do not form a front.
     """
     removed_layers(front)
     rows = np.asarray(front, dtype=np.uint8)
@@ -86,30 +86,30 @@ def fit_routers(
 ) -> Routers:
     """Train routers on a score table and calibrate their budget.
 
-    Each layer's router predicts what skipping its layer costs a prompt that is on its way under the front's middle
-    plan, from the states that enter the layer there. A fifth of the different prompts, drawn by the seed, calibrates
-    the budget and takes no part in training the routers or choosing how far they may leave the static front. The budget
-    is measured with the policy as `wrap_model` runs it.
+    The router of a layer predicts how much value a prompt loses when the layer is skipped, all else as in the front's
+    middle plan, from the states that enter the layer under that plan. A fifth of the distinct prompts, drawn by the
+    seed, calibrates the budget; it is not used to train the routers or to choose how far they may deviate from the
+    static front. The budget is measured with the policy as `wrap_model` runs it.
 
     Args:
-        model: The unwrapped base model, the one of the table; left as it was, also after an error.
-        tokenizer: Of the base model.
-        table: Prompts under `router_plans(front)`, and perhaps other plans.
+        model: The unwrapped base model of the table; unwrapped again afterwards, even after an error.
+        tokenizer: Tokenizer of the base model.
+        table: Prompts under `router_plans(front)`, and possibly other plans.
         front: Static plans: the identity first, each with one more layer skipped. Shape (plans, num_layers), uint8.
-        objective: What a plan is worth, see `dynadepth_search.scoring.objectives.plan_values`.
+        objective: Defines the value of a plan, see `dynadepth_search.scoring.objectives.plan_values`.
         protect: Layers that always run once.
-        training: The recipe; None takes the preset `dynadepth`'s.
-        seed: Of the split, the folds and the training.
-        batch_size: Prompts of one forward.
-        progress: Called with a stage, how much of it is done, and of how much.
+        training: The recipe; None: that of the preset `dynadepth`.
+        seed: Seed of the split, the folds and the training.
+        batch_size: Number of prompts of one forward.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         The routers; not yet on disk.
 
     Raises:
         ConfigError: The table lacks a plan or has no answers for the objective, or states are not finite.
-        LabelError: Too few different prompts, or a table or a front of another number of layers.
-        PlanError: The front is none, or skips a protected layer.
+        LabelError: There are too few distinct prompts, or the table or the front has another number of layers.
+        PlanError: The plans do not form a front, or skip a protected layer.
         WrapError: The model is wrapped.
     """
     stack = layer_stack(model)
@@ -119,7 +119,7 @@ def fit_routers(
     _check_layers(table.plans.shape[1], front, stack.num_layers)
     removed_layers(front)
     rows = check_plans(front, stack.num_layers)
-    # Found wrong before an hour of work, not after it.
+    # Fail before an hour of work, not after it.
     front_bias(rows, protect=protect)
     value = plan_values(table, goal)
     columns = _columns(table.plans, router_plans(rows))
@@ -198,26 +198,26 @@ def fit_imitation(
     batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> Routers:
-    """Train the published routers: they imitate the label of each prompt, from states under the label itself.
+    """Train routers by the published method: they imitate the label of each prompt, from states under that label.
 
-    There is no static part (b = 0) and no shrinkage (s = 1). A fifth of the different prompts calibrates the budget.
+    There is no static part (b = 0) and no shrinkage (s = 1). A fifth of the distinct prompts calibrates the budget.
 
     Args:
-        model: The unwrapped base model, the one of the labels; left as it was, also after an error.
-        tokenizer: Of the base model.
-        labels: Of the training prompts.
-        training: The recipe; None takes the published one.
-        lowest: Smallest budget to calibrate.
-        seed: Of the split and the training.
-        batch_size: Prompts of one forward.
-        progress: Called with a stage, how much of it is done, and of how much.
+        model: The unwrapped base model of the labels; unwrapped again afterwards, even after an error.
+        tokenizer: Tokenizer of the base model.
+        labels: Labels of the training prompts.
+        training: The recipe; None: the published one.
+        lowest: Smallest budget to calibrate, as a fraction of the number of layers.
+        seed: Seed of the split and the training.
+        batch_size: Number of prompts of one forward.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         The routers; not yet on disk.
 
     Raises:
-        ConfigError: States that are not finite, or routers that reach no depth from `lowest` to 1.
-        LabelError: Too few different prompts, or labels of another number of layers.
+        ConfigError: States are not finite, or the routers reach no depth from `lowest` to 1.
+        LabelError: There are too few distinct prompts, or the labels have another number of layers.
         WrapError: The model is wrapped.
 
     Source:
@@ -261,7 +261,7 @@ def fit_imitation(
         "prompts_of_task": manifest.task["prompts"],
         "depth_penalty": manifest.depth_penalty,
         "prompt_hashes": prompt_hashes(labels.examples),
-        # Labels are searched for these prompts themselves.
+        # The labels were searched for these very prompts.
         "plan_prompt_hashes": [],
         "task": {key: manifest.task[key] for key in ("name", "kind", "scoring", "sha256")},
         "labels": {
@@ -277,32 +277,36 @@ def write_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Pat
     """Write a routers folder with its ONNX file.
 
     Args:
-        folder: Where; earlier routers there are replaced whole.
+        folder: The folder to write; earlier routers in it are replaced.
         routers: The routers or the menu.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The folder holds files that are no routers'. Nothing was changed.
-        ExportError: The ONNX file cannot be made, or does not do what the routers do; the rest of the folder is whole.
+        CheckpointError: The folder holds other files. Nothing was changed.
+        ExportError: The ONNX file cannot be made, or does not decide as the routers do; the rest of the folder is
+            complete.
     """
-    place = save_routers(folder, routers)
+    place = save_policy(folder, routers)
     export_policy(routers, place / ONNX_NAME)
     return place
 
 
 def _skip_costs(value: _Floats, plans: Plans, middle: Plans) -> _Floats:
-    """Return what skipping each layer costs each prompt, all else as in the middle plan. Shape (prompts, layers)."""
+    """Return how much value each prompt loses when each layer is skipped, all else as in the middle plan.
+
+    Shape (prompts, layers), float64.
+    """
     beside = neighbours(middle)
     columns = _columns(plans, beside)
     changed = value[:, columns[:1]] - value[:, columns[1:]]
-    # Where the middle plan skips, its neighbour is the one that executes.
+    # Where the middle plan skips, its neighbour executes.
     return np.where(middle == 0, -changed, changed)
 
 
 def _columns(known: Plans, wanted: Plans) -> npt.NDArray[np.int64]:
-    """Return the places of plans among those of a table."""
+    """Return the indices of plans among those of a table."""
     place = {plan.tobytes(): column for column, plan in enumerate(known)}
     missing = sum(plan.tobytes() not in place for plan in wanted)
     if missing:
@@ -330,14 +334,14 @@ def _notes(
     texts: Sequence[str],
     goal: Objective,
 ) -> dict[str, Any]:
-    """Return how routers were trained, as values that JSON knows."""
-    # As the final training draws them.
+    """Return how routers were trained, as values that JSON can hold."""
+    # Drawn as in the final training.
     held_out = hold_out(texts, recipe.held_out, np.random.default_rng(seed))
     used = int((~held_out).sum())
     return {
         "preset": config.preset,
         "recipe": recipe.to_dict(),
-        # No more than the warm-up's means that the training ended inside it.
+        # If there are not more steps than in the warm-up, the training ended inside it.
         "optimiser_steps": recipe.epochs * math.ceil(used / recipe.batch_size),
         "warmup_steps": recipe.warmup_steps,
         "seed": seed,

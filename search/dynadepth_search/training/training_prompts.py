@@ -1,7 +1,4 @@
-"""The prompts that routers are trained and calibrated on, and the model that reads them.
-
-Owns the split of validation prompts and the batches. Knows nothing of what is trained.
-"""
+"""The prompts that routers are trained and calibrated on, in batches that the model reads, and their split."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,10 +26,10 @@ __all__ = ["BATCH", "TrainingPrompts"]
 
 _VALIDATION = 0.2
 _FEWEST_PROMPTS = 16
-# Prompts of one forward.
+# Number of prompts of one forward.
 BATCH = 16
-# Penalties nearer in depth are not told apart; a budget is met on the validation prompts within half a step, of this
-# size or, when the passes run out first, of the coarser ones reached by then.
+# Penalties closer in depth than this are not distinguished. A budget is met on the validation prompts within half a
+# step; a step has this size, or is larger if the number of passes is used up first.
 _RESOLUTION = 0.01
 _CALIBRATION_PASSES = 30
 
@@ -44,11 +41,11 @@ class TrainingPrompts:
 
     Args:
         model: The unwrapped base model.
-        tokenizer: Of the base model.
+        tokenizer: Tokenizer of the base model.
         examples: The prompts.
-        task: What the folder that they are from says of their task, see `task_fields`.
-        batch_size: Prompts of one forward.
-        progress: Called with a stage, how much of it is done, and of how much.
+        task: The fields of their task, as stored in their folder, see `task_fields`.
+        batch_size: Number of prompts of one forward.
+        progress: Called with the stage, the number of finished steps and the number of all steps.
     """
 
     def __init__(
@@ -67,7 +64,14 @@ class TrainingPrompts:
         self.batch_size, self.progress = batch_size, progress
 
     def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return training and validation rows, each in their order; equal texts stay together."""
+        """Return training and validation rows, each ascending; equal texts are on one side.
+
+        Args:
+            seed: Seed of the split.
+
+        Raises:
+            LabelError: There are too few distinct prompts.
+        """
         different = len(set(self.texts))
         if different < _FEWEST_PROMPTS:
             raise LabelError(
@@ -80,7 +84,17 @@ class TrainingPrompts:
     def features(
         self, plans: Plans, rows: npt.NDArray[np.int64], config: RouterConfig, stage: str
     ) -> Tensor:
-        """Return what routers read of some prompts under a plan for each."""
+        """Return what routers read of some prompts, each under its own plan.
+
+        Args:
+            plans: The plan of each row. Shape (rows, num_layers), uint8.
+            rows: Indices of the prompts. Shape (rows,), int64.
+            config: Shape of the routers.
+            stage: Name of this work for the progress.
+
+        Returns:
+            Features as `prompt_features` returns them. Shape (rows, num_layers, num_windows + 1, hidden), float32.
+        """
         examples = [self._examples[index] for index in rows]
         order = self._by_length(examples)
         found: list[Tensor] = []
@@ -105,7 +119,17 @@ class TrainingPrompts:
         plans: Plans,
         goal: Objective,
     ) -> _Floats:
-        """Return what pairs of prompt and plan are worth, prompts in blocks that share sweeps."""
+        """Return the values of pairs of prompt and plan, scored in blocks of prompts that share sweeps.
+
+        Args:
+            rows: Indices of the prompts. Shape (rows,), int64.
+            pairs: Index into `rows` of each pair's prompt. Shape (pairs,), int64.
+            plans: The plan of each pair. Shape (pairs, num_layers), uint8.
+            goal: The objective, see `plan_values`.
+
+        Returns:
+            Values, from 0 to 1. Shape (pairs,), float64.
+        """
         values = np.empty(len(pairs))
         examples = [self._examples[index] for index in rows]
         stage = "scoring held-out plans"
@@ -129,7 +153,19 @@ class TrainingPrompts:
         protect: tuple[int, ...],
         lowest: float,
     ) -> Calibration:
-        """Measure the mean depth of prompts under penalties, as `wrap_model` runs them."""
+        """Measure the mean depth of prompts under penalties, with the policy as `wrap_model` runs it.
+
+        Args:
+            rows: Indices of the prompts. Shape (rows,), int64.
+            heads: The trained routers.
+            bias: The static part b of the policy's logits. Shape (num_layers, 3), float32.
+            shrinkage: How far prompts may deviate from the static part, 0 to 1.
+            protect: Layers that always run once.
+            lowest: Smallest budget to calibrate, as a fraction of the number of layers.
+
+        Returns:
+            The table from budget to penalty.
+        """
         examples = [self._examples[index] for index in rows]
         examples = [examples[i] for i in self._by_length(examples)]
         passes = 0
@@ -153,6 +189,6 @@ class TrainingPrompts:
         return table
 
     def _by_length(self, examples: Sequence[Example]) -> npt.NDArray[np.int64]:
-        """Return the order in which batches have little padding."""
+        """Return an order by length, in which batches have little padding."""
         lengths = [len(self._scorer.encode(example).prompt_ids) for example in examples]
         return np.argsort(lengths, kind="stable")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dynadepth import load_routers, push_routers, save_routers, unwrap_model, wrap_model
+from dynadepth import load_policy, push_policy, save_policy, unwrap_model, wrap_model
 from dynadepth.cli import main as cli
 from dynadepth.errors import CheckpointError
 from dynadepth.onnx.menu_policy import OnnxMenuPolicy
@@ -52,7 +52,7 @@ def place(request, hub, folder):
     def publish():
         if request.param == "folder":
             return folder
-        # As if damaged on the way: `push_routers` would not send it.
+        # As if damaged on the way: `push_policy` would not send it.
         hub.put(REPO, contents(folder))
         return REPO
 
@@ -75,13 +75,13 @@ def decisions(model, routers, backend):
 @pytest.mark.parametrize("lfs", [False, True])
 def test_what_is_pushed_comes_back_and_decides_the_same(hub, model, kind, folder, lfs, tmp_path):
     hub.lfs = lfs
-    push_routers(folder, REPO, token=TOKEN)
-    loaded = load_routers(REPO, model=model)
+    push_policy(folder, REPO, token=TOKEN)
+    loaded = load_policy(REPO, model=model)
     assert loaded.folder is not None
     assert loaded.folder.is_relative_to(tmp_path / "home/cache")
     assert sorted(contents(loaded.folder)) == OWN_FILES
     assert contents(loaded.folder) == contents(folder)
-    local = load_routers(folder, model=model)
+    local = load_policy(folder, model=model)
     assert loaded.tensors().keys() == local.tensors().keys()
     for name, tensor in local.tensors().items():
         assert torch.equal(loaded.tensors()[name], tensor)
@@ -96,39 +96,39 @@ def test_what_is_pushed_comes_back_and_decides_the_same(hub, model, kind, folder
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model, kind, tmp_path):
     first, second, third = (trained(kind, model, seed=seed) for seed in (1, 2, 3))
-    url = push_routers(save_routers(tmp_path / "one", first), REPO, token=TOKEN)
+    url = push_policy(save_policy(tmp_path / "one", first), REPO, token=TOKEN)
     sha = url.rpartition("/")[2]
     hub.repositories[REPO].tags["v1"] = sha
-    push_routers(save_routers(tmp_path / "two", second), REPO, token=TOKEN)
-    push_routers(save_routers(tmp_path / "three", third), REPO, token=TOKEN, revision="next")
+    push_policy(save_policy(tmp_path / "two", second), REPO, token=TOKEN)
+    push_policy(save_policy(tmp_path / "three", third), REPO, token=TOKEN, revision="next")
     expected = {None: second, "main": second, "v1": first, sha: first, "next": third}
     for revision, policy in expected.items():
-        loaded = load_routers(REPO, model=model, revision=revision)
+        loaded = load_policy(REPO, model=model, revision=revision)
         for name, tensor in policy.tensors().items():
             assert torch.equal(loaded.tensors()[name], tensor), revision
     with pytest.raises(FileNotFoundError, match=r"at revision v9: 404 .* Revision Not Found"):
-        load_routers(REPO, revision="v9")
+        load_policy(REPO, revision="v9")
 
 
 def test_the_cache_serves_when_the_hub_does_not(hub, folder, monkeypatch):
-    push_routers(folder, REPO, token=TOKEN)
-    load_routers(REPO)
+    push_policy(folder, REPO, token=TOKEN)
+    load_policy(REPO)
     monkeypatch.setattr(fake_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
-    assert contents(load_routers(REPO).folder) == contents(folder)
+    assert contents(load_policy(REPO).folder) == contents(folder)
     assert len(hub.requests) == asked
-    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be had"):
-        load_routers("org/never-asked-for")
+    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be read"):
+        load_policy("org/never-asked-for")
 
 
 def test_what_the_hub_does_not_show_or_have_is_not_found(hub, folder):
-    push_routers(folder, REPO, token=TOKEN, private=True)
+    push_policy(folder, REPO, token=TOKEN, private=True)
     for repo_id in (REPO, "org/nothing"):
-        with pytest.raises(FileNotFoundError, match=f"{repo_id}.*cannot be had.*Repository Not F"):
-            load_routers(repo_id)
+        with pytest.raises(FileNotFoundError, match=f"{repo_id}.*cannot be read.*Repository Not F"):
+            load_policy(repo_id)
     hub.put("org/empty", {"README.md": b"soon"})
     with pytest.raises(FileNotFoundError, match=r"org/empty has neither router_config\.json nor"):
-        load_routers("org/empty")
+        load_policy("org/empty")
 
 
 @pytest.mark.parametrize("name", ["router_config.json", "routers.safetensors"])
@@ -136,14 +136,14 @@ def test_what_the_hub_does_not_show_or_have_is_not_found(hub, folder):
 def test_a_truncated_file_is_named(place, folder, name, share):
     truncate(folder / name, share)
     with pytest.raises(CheckpointError, match=rf"{name} is (damaged|not JSON).*damaged|damaged"):
-        load_routers(place())
+        load_policy(place())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_truncated_onnx_file_is_named_before_the_model_is_touched(place, folder, model, share):
     truncate(folder / "routers.onnx", share)
     for act in (
-        lambda: load_routers(place()).policy(0.7, backend="onnx"),
+        lambda: load_policy(place()).policy(0.7, backend="onnx"),
         lambda: wrap_model(model, budget=0.7, routers=place(), router_backend="onnx"),
     ):
         with pytest.raises(CheckpointError, match=r"routers\.onnx"):
@@ -154,22 +154,22 @@ def test_a_truncated_onnx_file_is_named_before_the_model_is_touched(place, folde
 def test_missing_weights_are_named(place, folder):
     (folder / "routers.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"routers\.safetensors is missing; the folder is in"):
-        load_routers(place())
+        load_policy(place())
 
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_another_number_of_layers_is_never_accepted(place, accept):
     with pytest.raises(CheckpointError, match="they need 6 layers of width 32") as caught:
-        load_routers(place(), model=tiny_model(num_layers=4), accept_mismatch=accept)
+        load_policy(place(), model=tiny_model(num_layers=4), accept_mismatch=accept)
     assert "num_hidden_layers is 4, expected 6" in str(caught.value)
     assert "accept_mismatch" not in str(caught.value)
 
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_another_width_is_never_accepted(place, folder, kind, model, accept):
-    save_routers(folder, trained(kind, model, hidden_size=40))
+    save_policy(folder, trained(kind, model, hidden_size=40))
     with pytest.raises(CheckpointError, match="they need 6 layers of width 40") as caught:
-        load_routers(place(), model=model, accept_mismatch=accept)
+        load_policy(place(), model=model, accept_mismatch=accept)
     assert "accept_mismatch" not in str(caught.value)
 
 
@@ -178,10 +178,10 @@ def test_other_weights_are_refused_and_can_be_accepted_knowingly(place):
     with torch.no_grad():
         tuned.model.layers[3].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(CheckpointError, match=r"weights of model\.layers\.3 differ"):
-        load_routers(place(), model=tuned)
+        load_policy(place(), model=tuned)
     with pytest.raises(CheckpointError, match=r"weights of model\.layers\.3 differ"):
         wrap_model(tuned, budget=0.7, routers=place())
-    load_routers(place(), model=tuned, accept_mismatch=True).check_model(tuned)
+    load_policy(place(), model=tuned, accept_mismatch=True).check_model(tuned)
 
 
 def test_routers_are_found_beside_a_base_model_on_the_hub(hub, kind, tmp_path):
@@ -190,7 +190,7 @@ def test_routers_are_found_beside_a_base_model_on_the_hub(hub, kind, tmp_path):
     bare = hub.repositories["org/tiny"].branches["main"]
     local = AutoModelForCausalLM.from_pretrained(base)
     routers = trained(kind, local, base_model="org/tiny")
-    push_routers(routers, "org/tiny", token=TOKEN, beside_model=True)
+    push_policy(routers, "org/tiny", token=TOKEN, beside_model=True)
     expected = decisions(local, routers, "torch")
 
     model = AutoModelForCausalLM.from_pretrained("org/tiny")
@@ -237,7 +237,7 @@ def test_the_verb_push_of_what_is_no_folder_or_damaged_sends_nothing(hub, folder
 
 
 def test_a_process_of_its_own_pushes_as_its_environment_says(hub, model, tmp_path):
-    folder = save_routers(tmp_path / "mine", trained("menu", model))
+    folder = save_policy(tmp_path / "mine", trained("menu", model))
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,

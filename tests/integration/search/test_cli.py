@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dynadepth import load_routers
+from dynadepth import load_policy
 from dynadepth.cli import main as cli
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
@@ -192,7 +192,7 @@ def test_prompts_alone_from_a_text_file_are_scored(
 
 
 def test_training_writes_a_menu_that_loads(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    menu = load_routers(made / "my-model")
+    menu = load_policy(made / "my-model")
     assert menu.kind == "menu"
     assert menu.calibration.range[0] <= 0.85
     assert (made / "my-model" / "routers" / "routers.onnx").is_file()
@@ -220,7 +220,7 @@ def test_routers_of_all_layers_learn_from_the_plans_that_they_need(
     code, out, err = run(capsys, *argv)
     assert code == 0, err
     assert json.loads(out)["policy"] == "routers"
-    assert load_routers(made / "all").kind == "routers"
+    assert load_policy(made / "all").kind == "routers"
 
 
 def test_the_published_routers_learn_from_labels(
@@ -230,7 +230,7 @@ def test_the_published_routers_learn_from_labels(
     code, out, err = run(capsys, *argv, "--labels", labelled / "labels")
     assert code == 0, err
     assert json.loads(out)["policy"] == "drllm"
-    routers = load_routers(labelled / "drllm")
+    routers = load_policy(labelled / "drllm")
     assert (routers.kind, routers.shrinkage, routers.config.preset) == ("routers", 1.0, "drllm")
 
 
@@ -247,7 +247,51 @@ def test_a_policy_says_what_it_needs(place: Path, capsys: pytest.CaptureFixture[
     for argv in (train(place, "--policy", "forest"), score(place, "--policy", "forest")):
         code, out, err = run(capsys, *argv)
         assert (code, out) == (2, "")
-        assert "--policy is 'forest'; expected menu" in " ".join(err.replace("│", " ").split())
+        assert "'forest' is not one of 'menu', 'routers'" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "choices"),
+    [
+        ("train", ["menu|routers|drllm", "preserve|reward"]),
+        ("score", ["menu|routers", "raw|normalized|letter"]),
+        ("eval", ["raw|normalized|letter"]),
+        ("demo", ["raw|normalized|letter", "preserve|reward"]),
+        ("generate", ["torch|onnx", "auto|float32|bfloat16|float16|float64"]),
+    ],
+)
+def test_the_help_of_a_verb_shows_the_choices(
+    verb: str, choices: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    shown = "".join(out.replace("│", " ").split())
+    for each in choices:
+        assert f"<{each}>" in shown
+
+
+def test_an_evaluation_finds_the_folders_that_its_routers_name(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *train(made, "--plans", made / "plans", out="named"))
+    assert code == 0, err
+    notes = load_policy(made / "named").training["folders"]
+    assert notes == {"plans": "../plans", "scores": "../scores"}
+    argv = evaluation(made, "--budget", 0.9, "--json", out="found")
+    argv[argv.index("--routers") + 1] = made / "named"
+    bare = without(without(argv, "--plans"), "--scores")
+    code, out, err = run(capsys, *bare)
+    assert code == 0, err
+    named = json.loads(out)["evaluation"]
+    assert next(each["name"] for each in named["policies"]) == "base"
+    # Routers that name no plans, and folders that have gone.
+    argv[argv.index("--routers") + 1] = made / "my-model" / "routers"
+    code, _, err = run(capsys, *without(argv, "--plans"))
+    assert (code, "do not say where their plans are; give --plans" in err) == (1, True)
+    shutil.copytree(made / "named", made / "far" / "away" / "named")
+    bare[bare.index("--routers") + 1] = made / "far" / "away" / "named"
+    code, _, err = run(capsys, *bare)
+    assert (code, "which is not there; give --plans" in err) == (1, True)
 
 
 def test_an_evaluation_prints_the_table_and_writes_the_report(
@@ -651,7 +695,7 @@ def test_a_device_that_is_none_is_an_error_of_ours(
         "eval": evaluation(place),
     }[verb]
     code, _, err = run(capsys, *argv, "--device", "nonsense")
-    assert (code, "device 'nonsense' is none that torch knows" in " ".join(err.split())) == (
+    assert (code, "device 'nonsense' is unknown to torch" in " ".join(err.split())) == (
         1,
         True,
     )

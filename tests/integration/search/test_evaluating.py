@@ -410,7 +410,7 @@ def test_a_preset_cannot_take_the_name_of_something_else(
 def test_routers_to_compare_cannot_have_the_name_of_those_under_test(
     model: Any, routers: Any, front: Front, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="named 'routers', as those under test are; rename"):
+    with pytest.raises(ConfigError, match="named 'routers', like those under test; rename"):
         _evaluate(model, routers, front, tmp_path, presets={"routers": routers})
     assert list(tmp_path.iterdir()) == []
 
@@ -533,7 +533,9 @@ def test_unseen_prompts_must_be_unseen(
         (_task("x", 53, 9), "3 in the training task"),
         (_task("x", 200, 4), "4 in a"),
     ):
-        with pytest.raises(TaskError, match=f"different unseen prompts some took part .*: {words}"):
+        with pytest.raises(
+            TaskError, match=f"different unseen prompts, some took part .*: {words}"
+        ):
             _evaluate(model, routers, front, tmp_path, unseen=unseen, seen={"a": _hashes(200, 4)})
     assert list(tmp_path.iterdir()) == []
 

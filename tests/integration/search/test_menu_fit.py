@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth import load_routers, unwrap_model, wrap_model
+from dynadepth import load_policy, unwrap_model, wrap_model
 from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.plans import plan_depth
@@ -118,7 +118,7 @@ def test_a_table_becomes_a_folder_that_wraps_the_model(
         "routers.onnx",
         "routers.safetensors",
     ]
-    loaded = load_routers(folder, model=model)
+    loaded = load_policy(folder, model=model)
     assert loaded.kind == "menu"
     assert np.array_equal(loaded.menu.plans, PLANS)
     tensors = trained.menu.state_dict()
@@ -234,7 +234,8 @@ def test_kinds_make_an_opponent_that_tells_them_apart(trained: Any, table: Score
 def test_prompts_that_took_part_are_not_held_out(trained: Any, table: ScoreTable) -> None:
     with pytest.raises(
         TaskError,
-        match="of 10 different held-out prompts some took part .*: 10 in the training prompts' table, 10 in the menu's",
+        match="of 10 different held-out prompts, some took part .*: "
+        "10 in the training prompts' table, 10 in the menu's",
     ):
         compare_menu(trained, table, table.take(np.arange(10)), BUDGETS)
     chosen = [Example(f"chose {index}") for index in range(10)]
@@ -253,7 +254,7 @@ def test_prompts_that_took_part_are_not_held_out(trained: Any, table: ScoreTable
         ),
     ):
         with pytest.raises(
-            TaskError, match=r"of 10 different held-out prompts some took part .*: 3 in the"
+            TaskError, match=r"of 10 different held-out prompts, some took part .*: 3 in the"
         ):
             compare_menu(*part, other, BUDGETS)
 

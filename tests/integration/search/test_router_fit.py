@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynadepth import load_routers, unwrap_model, wrap_model
+from dynadepth import load_policy, unwrap_model, wrap_model
 from dynadepth.errors import CheckpointError, ConfigError, LabelError, PlanError, WrapError
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan, plan_depth
@@ -236,7 +236,7 @@ def test_a_score_table_becomes_a_folder_that_wraps_the_model(model, tokenizer, t
         "routers.onnx",
         "routers.safetensors",
     ]
-    loaded = load_routers(folder, model=model)
+    loaded = load_policy(folder, model=model)
     assert loaded.training == routers.training
     wrap_model(model, routers=folder, budget=0.8, router_backend="onnx")
     ids = tokenizer("abc?", return_tensors="pt")["input_ids"]
@@ -547,7 +547,7 @@ class TestImitation:
             10,
         )
         assert routers.calibration.highest == 1.0
-        loaded = load_routers(write_routers(tmp_path / "drllm", routers), model=model)
+        loaded = load_policy(write_routers(tmp_path / "drllm", routers), model=model)
         assert (loaded.kind, loaded.training) == ("routers", routers.training)
 
     @pytest.mark.usefixtures("untouched")

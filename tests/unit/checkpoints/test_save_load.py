@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dynadepth import load_routers, save_routers
+from dynadepth import load_policy, save_policy
 from dynadepth.checkpoints import paths
 from dynadepth.checkpoints.save_load import (
     Routers,
@@ -56,7 +56,7 @@ def routers(model):
 
 @pytest.fixture
 def folder(tmp_path, routers):
-    return save_routers(tmp_path / "routers", routers)
+    return save_policy(tmp_path / "routers", routers)
 
 
 def edit(folder: Path, change):
@@ -79,7 +79,7 @@ def entries(folder: Path):
 
 def test_what_is_saved_comes_back(folder, routers, model):
     assert sorted(entries(folder)) == ["README.md", "router_config.json", "routers.safetensors"]
-    loaded = load_routers(folder, model=model)
+    loaded = load_policy(folder, model=model)
     for name, tensor in routers.heads.state_dict().items():
         assert torch.equal(loaded.heads.state_dict()[name], tensor)
     assert torch.equal(loaded.bias, routers.bias)
@@ -97,7 +97,7 @@ def test_loaded_routers_decide_as_saved_ones(folder, routers):
     hidden = torch.randn(5, 9, 32, generator=generator)
     mask = torch.ones(5, 9, dtype=torch.bool)
     for budget in (0.5, 0.8, 1.0):
-        kept, loaded = routers.policy(budget), load_routers(folder).policy(budget)
+        kept, loaded = routers.policy(budget), load_policy(folder).policy(budget)
         assert isinstance(loaded, RouterPolicy)
         assert loaded.penalty == CALIBRATION.penalty_for(budget)
         for layer in range(4):
@@ -157,7 +157,7 @@ def test_the_card_shows_the_table(folder):
 def test_a_wrong_configuration_is_refused_by_name(folder, change, text):
     edit(folder, change)
     with pytest.raises(CheckpointError) as caught:
-        load_routers(folder)
+        load_policy(folder)
     assert text in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -167,7 +167,7 @@ def test_a_newer_schema_names_both_versions(folder):
     with pytest.raises(
         CheckpointError, match=r"schema version 9 \(written by dynadepth 8\.1\).* reads up to 2"
     ):
-        load_routers(folder)
+        load_policy(folder)
 
 
 def test_an_older_schema_says_to_train_again(folder):
@@ -176,7 +176,7 @@ def test_an_older_schema_says_to_train_again(folder):
         CheckpointError,
         match=r"schema version 1 \(written by dynadepth 0\.0\.9\).* reads 2: train the routers again",
     ):
-        load_routers(folder)
+        load_policy(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_an_older_schema_says_to_train_again(folder):
 def test_wrong_weights_are_refused_by_name(folder, change, text):
     edit_tensors(folder, change)
     with pytest.raises(CheckpointError) as caught:
-        load_routers(folder)
+        load_policy(folder)
     assert text in str(caught.value)
     assert str(folder / "routers.safetensors") in str(caught.value)
 
@@ -208,7 +208,7 @@ def test_a_truncated_file_is_named(folder, name, share):
     file = folder / name
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     with pytest.raises(CheckpointError) as caught:
-        load_routers(folder)
+        load_policy(folder)
     assert str(file) in str(caught.value)
     assert "damaged" in str(caught.value)
 
@@ -218,7 +218,7 @@ def test_missing_weights_are_named(folder):
     with pytest.raises(
         CheckpointError, match=r"routers\.safetensors is missing; the folder is incomplete"
     ):
-        load_routers(folder)
+        load_policy(folder)
 
 
 def test_another_base_model_is_refused_and_can_be_accepted_knowingly(folder):
@@ -226,21 +226,21 @@ def test_another_base_model_is_refused_and_can_be_accepted_knowingly(folder):
     with torch.no_grad():
         tuned.model.layers[2].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(CheckpointError) as caught:
-        load_routers(folder, model=tuned)
+        load_policy(folder, model=tuned)
     text = str(caught.value)
     assert "weights of model.layers.2 differ" in text
     assert "made with org/base" in text
-    assert f"load_routers({str(folder)!r}, model=model, accept_mismatch=True)" in text
-    accepted = load_routers(folder, model=tuned, accept_mismatch=True)
+    assert f"load_policy({str(folder)!r}, model=model, accept_mismatch=True)" in text
+    accepted = load_policy(folder, model=tuned, accept_mismatch=True)
     accepted.check_model(tuned)
     with pytest.raises(CheckpointError, match=r"weights of model\.layers\.2 differ"):
-        load_routers(folder).check_model(tuned)
+        load_policy(folder).check_model(tuned)
 
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_a_model_that_the_routers_do_not_fit_is_never_accepted(folder, accept):
     with pytest.raises(CheckpointError) as caught:
-        load_routers(folder, model=tiny_model(num_layers=6), accept_mismatch=accept)
+        load_policy(folder, model=tiny_model(num_layers=6), accept_mismatch=accept)
     assert "they need 4 layers of width 32" in str(caught.value)
     assert "num_hidden_layers is 6, expected 4" in str(caught.value)
     assert "accept_mismatch" not in str(caught.value)
@@ -249,19 +249,19 @@ def test_a_model_that_the_routers_do_not_fit_is_never_accepted(folder, accept):
 def test_saving_again_replaces_everything(folder, routers):
     export_onnx(routers, folder / "routers.onnx")
     other = random_routers(seed=5)
-    save_routers(folder, other)
+    save_policy(folder, other)
     assert sorted(entries(folder)) == ["README.md", "router_config.json", "routers.safetensors"]
-    assert torch.equal(load_routers(folder).bias, other.bias)
+    assert torch.equal(load_policy(folder).bias, other.bias)
 
 
 def test_a_folder_with_other_files_is_left_alone(folder, routers):
     (folder / "notes.txt").write_text("mine")
     before = entries(folder)
     with pytest.raises(CheckpointError, match=r"holds 'notes\.txt', which routers do not"):
-        save_routers(folder, routers)
+        save_policy(folder, routers)
     file = folder / "notes.txt"
     with pytest.raises(CheckpointError, match="is a file; give a folder"):
-        save_routers(file, routers)
+        save_policy(file, routers)
     assert entries(folder) == before
 
 
@@ -273,7 +273,7 @@ def test_a_folder_with_a_file_that_routers_could_have_but_no_routers_is_left_alo
     target.mkdir()
     (target / name).write_text("mine")
     with pytest.raises(CheckpointError, match=f"holds '{name}'"):
-        save_routers(target, routers)
+        save_policy(target, routers)
     assert entries(target) == {name: b"mine"}
 
 
@@ -281,7 +281,7 @@ def test_metrics_that_are_not_json_change_nothing(folder, routers):
     before = entries(folder)
     for metrics in ({"a": math.nan}, {"a": torch.zeros(1)}):
         with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-            save_routers(folder, random_routers(metrics=metrics))
+            save_policy(folder, random_routers(metrics=metrics))
     assert entries(folder) == before
 
 
@@ -303,7 +303,7 @@ def test_a_failing_disk_leaves_the_former_routers(folder, monkeypatch, failing):
         genuine = paths.write_bytes_atomic
         monkeypatch.setattr(paths, "write_bytes_atomic", fail_late)
     with pytest.raises(OSError, match="No space left"):
-        save_routers(folder, random_routers(seed=5))
+        save_policy(folder, random_routers(seed=5))
     assert len(calls) >= 2
     assert entries(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["routers"]
@@ -313,16 +313,16 @@ def test_a_kill_between_the_two_renames_is_mended_by_the_next_save(folder, route
     backup = folder.with_name(".routers.replaced")
     folder.rename(backup)
     with pytest.raises(
-        FileNotFoundError, match=r"an interrupted save left the former ones in .*replaced"
+        FileNotFoundError, match=r"an interrupted save left the previous ones in .*replaced"
     ):
-        load_routers(folder)
+        load_policy(folder)
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-        save_routers(folder, random_routers(metrics={"a": math.inf}))
-    save_routers(folder, routers)
+        save_policy(folder, random_routers(metrics={"a": math.inf}))
+    save_policy(folder, routers)
     assert [path.name for path in folder.parent.iterdir()] == ["routers"]
-    load_routers(folder)
+    load_policy(folder)
     shutil.copytree(folder, backup)  # as a kill before the clean-up leaves it
-    save_routers(folder, routers)
+    save_policy(folder, routers)
     assert [path.name for path in folder.parent.iterdir()] == ["routers"]
 
 
@@ -335,7 +335,7 @@ def test_a_save_that_fails_after_a_kill_gives_the_former_routers_back(folder, ro
 
     monkeypatch.setattr(paths, "write_bytes_atomic", fail)
     with pytest.raises(OSError, match="No space left"):
-        save_routers(folder, routers)
+        save_policy(folder, routers)
     assert entries(folder) == before
 
 
@@ -343,9 +343,9 @@ def test_a_linked_folder_stays_a_link(folder, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(folder)
     other = random_routers(seed=5)
-    save_routers(link, other)
+    save_policy(link, other)
     assert link.is_symlink()
-    assert torch.equal(load_routers(folder).bias, other.bias)
+    assert torch.equal(load_policy(folder).bias, other.bias)
 
 
 @pytest.mark.parametrize(
@@ -372,12 +372,12 @@ def test_routers_are_found_beside_a_local_base_model(tiny_base, tmp_path):
         FileNotFoundError, match=r"base/routers/router_config\.json beside the base model"
     ):
         find_routers(model)
-    save_routers(base / "routers", random_routers(fingerprint=fingerprint(model)))
+    save_policy(base / "routers", random_routers(fingerprint=fingerprint(model)))
     assert find_routers(model) == base / "routers"
     # The base model's folder itself is as good a name for them.
-    assert load_routers(base, model=model).folder == base / "routers"
+    assert load_policy(base, model=model).folder == base / "routers"
     shutil.rmtree(base)
-    with pytest.raises(FileNotFoundError, match="which is not there any more"):
+    with pytest.raises(FileNotFoundError, match="which no longer exists"):
         find_routers(model)
 
 
@@ -410,7 +410,7 @@ def test_routers_are_found_on_the_hub(folder, model, monkeypatch):
     assert base_model_name(model) == "org/base"
     assert find_routers(model) == folder
     assert hub.calls == [("org/base", "f00", ["routers/*"])]
-    assert load_routers("org/base", model=model).folder == folder
+    assert load_policy("org/base", model=model).folder == folder
     assert set(hub.calls[-1][2]) > {"routers/*", "router_config.json", "routers.safetensors"}
     model.config._name_or_path = "org/other"
     with pytest.raises(
@@ -424,27 +424,27 @@ def test_routers_are_found_on_the_hub(folder, model, monkeypatch):
 
 
 def test_offline_the_cache_is_asked_and_nothing_else():
-    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be had"):
-        load_routers("dynadepth-tests/there-is-none")
+    with pytest.raises(FileNotFoundError, match="hub repository of that name cannot be read"):
+        load_policy("dynadepth-tests/there-is-none")
 
 
 @pytest.mark.parametrize("path", ["/nowhere/routers", "nowhere", Path("org/name"), "a/b/c"])
 def test_a_path_that_is_not_there_is_named(path):
     with pytest.raises(FileNotFoundError, match=f"there is no folder {path}; expected a routers"):
-        load_routers(path)
+        load_policy(path)
 
 
 def test_a_folder_without_routers_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"neither router_config\.json nor routers/router_con"
     ):
-        load_routers(tmp_path)
+        load_policy(tmp_path)
 
 
 def test_the_onnx_backend_takes_the_file_beside_or_makes_one(folder, routers):
     hidden = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(6, 5, dtype=torch.bool)
-    loaded = load_routers(folder)
+    loaded = load_policy(folder)
     made = loaded.policy(0.7, backend="onnx")
     assert isinstance(made, OnnxRouterPolicy)
     export_onnx(loaded, folder / "routers.onnx")
@@ -472,9 +472,9 @@ def test_routers_are_immutable(routers):
 def test_a_graph_that_was_changed_is_refused_whatever_its_metadata_says(folder, kind):
     """The metadata's digest is that of the weights; the graph decides otherwise."""
     trained = random_routers() if kind == "routers" else random_menu()
-    save_routers(folder, trained)
+    save_policy(folder, trained)
     export_policy(trained, folder / "routers.onnx")
-    assert load_routers(folder).policy(0.8, backend="onnx").num_layers == trained.num_layers
+    assert load_policy(folder).policy(0.8, backend="onnx").num_layers == trained.num_layers
     model = onnx.load(folder / "routers.onnx")
     constant = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     changed = onnx.numpy_helper.to_array(constant).copy()
@@ -482,16 +482,16 @@ def test_a_graph_that_was_changed_is_refused_whatever_its_metadata_says(folder, 
     constant.CopyFrom(onnx.numpy_helper.from_array(changed, constant.name))
     onnx.save(model, folder / "routers.onnx")
     with pytest.raises(CheckpointError, match=r"routers\.onnx was made from other routers"):
-        load_routers(folder).policy(0.8, backend="onnx")
+        load_policy(folder).policy(0.8, backend="onnx")
 
 
 @pytest.mark.parametrize("name", ["routers.safetensors", "routers.onnx"])
 def test_a_pointer_of_git_lfs_is_named_as_one(folder, name):
     routers = random_routers()
-    save_routers(folder, routers)
+    save_policy(folder, routers)
     export_policy(routers, folder / "routers.onnx")
     (folder / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 12345\n"
     )
     with pytest.raises(CheckpointError, match=rf"{name}.* is a Git LFS pointer.*git lfs pull"):
-        load_routers(folder).policy(0.8, backend="onnx")
+        load_policy(folder).policy(0.8, backend="onnx")

@@ -277,7 +277,7 @@ def test_a_chat_needs_a_template(capsys, tiny_base):
         capsys, "generate", "--model", tiny_base, "--prompt", PROMPT, "--plan", "1111", "--chat"
     )
     assert (code, out) == (1, "")
-    assert "the model has no chat template; leave out --chat" in err
+    assert "the tokenizer has no chat template; leave the chat form out" in err
 
 
 def test_a_chat_uses_the_template(capsys, tiny_copy):

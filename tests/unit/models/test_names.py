@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dynadepth import load_routers
+from dynadepth import load_policy
 from dynadepth.models.names import is_hub_id, is_path_like
 
 
@@ -40,7 +40,7 @@ def test_a_mistyped_path_is_a_missing_folder_and_asks_nobody(name, hub, tmp_path
     monkeypatch.chdir(tmp_path)
     assert is_path_like(name)
     with pytest.raises(FileNotFoundError):
-        load_routers(name)
+        load_policy(name)
     assert hub == []
 
 
@@ -48,12 +48,12 @@ def test_a_folder_of_the_first_name_makes_the_second_one_a_path(hub, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("runs/menu")
     with pytest.raises(FileNotFoundError, match="the hub repository"):
-        load_routers("runs/menu")
+        load_policy("runs/menu")
     assert hub == ["runs/menu"]
     Path("runs").mkdir()
     assert not is_hub_id("runs/menu")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        load_routers("runs/menu")
+        load_policy("runs/menu")
     assert hub == ["runs/menu"]
 
 

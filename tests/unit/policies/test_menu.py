@@ -68,8 +68,11 @@ class TestHeads:
             ({"num_windows": -1}, "reads layer 2 with -1 windows"),
             ({"inner_bias": torch.zeros(3)}, "has one of inner_weight and inner_bias; give both"),
             ({"inner_weight": torch.zeros(3, 8)}, "has one of inner_weight and inner_bias"),
-            ({"weight": torch.zeros(4, 8).double()}, "'weight' is torch.float64 .* train the menu"),
-            ({"bias": torch.full((4,), torch.inf)}, "'bias' is torch.float32 or holds values that"),
+            (
+                {"weight": torch.zeros(4, 8).double()},
+                "'weight' is torch.float64; .* train the menu",
+            ),
+            ({"bias": torch.full((4,), torch.inf)}, "'bias' holds values that are not finite"),
             ({"weight": torch.full((4, 8), torch.nan)}, "'weight' .* not finite"),
             ({"num_windows": 2}, r"shapes .*'weight': \(4, 8\).* for 3 views"),
             ({"weight": torch.zeros(8)}, r"'weight': \(8,\).* do not belong together"),

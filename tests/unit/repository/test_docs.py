@@ -17,7 +17,7 @@ from tests.pages import PAGES, README, ROOT, anchors, blocks, section, shell_lin
 
 PACKAGES = {"dynadepth": "python/dynadepth", "dynadepth_search": "search/dynadepth_search"}
 # Of these pages the code runs; what else has code must be on the list.
-PYTHON_PAGES = ("README.md", "docs/python.md")
+PYTHON_PAGES = ("README.md", "docs/python.md", "docs/serving.md")
 
 
 @pytest.fixture

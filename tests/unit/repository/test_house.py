@@ -148,7 +148,7 @@ def test_the_version_command_is_light():
 
 
 def test_wrapping_imports_neither_models_nor_optional_packages():
-    modules = modules_after("from dynadepth import wrap_model, bake, load_routers, RouterPolicy")
+    modules = modules_after("from dynadepth import wrap_model, bake, load_policy, RouterPolicy")
     assert "torch" in modules
     assert modules.isdisjoint(OPTIONAL)
     # `auto` holds the table of names; what runs a family is imported with its model.

@@ -1,1 +1,1 @@
-"""How a menu's plans are chosen and its heads trained; arrays in, a menu out."""
+"""The choice of a menu's plans and the training of its heads, on arrays."""

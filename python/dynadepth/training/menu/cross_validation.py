@@ -1,6 +1,6 @@
 """One cross-validation of a menu's heads: recipes tried on folds that share their bases and predictions.
 
-Works on arrays. Which recipes are tried, and which one wins, is `menu_training`.
+It works on arrays. `dynadepth.training.menu.fit` decides which recipes are tried and which one is used.
 """
 
 from itertools import product
@@ -28,9 +28,9 @@ __all__ = ["MenuCrossValidation"]
 _RANKS = (32, 64, 128, 256)
 # In units of the standardised features' squared singular values.
 _RIDGES = (300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
-# What plans spoil has few causes, above all how sure an answer is; 0 lets every plan have its own.
+# What plans spoil has few causes, above all how certain an answer is; 0: every plan has its own.
 _FACTORS = (1, 2, 0)
-# Each leaves out so few prompts that its heads are almost the final ones.
+# Each fold leaves out so few prompts that its heads are almost the final ones.
 _CALIBRATION_FOLDS = 25
 
 Floats = npt.NDArray[np.float64]
@@ -38,7 +38,13 @@ Indices = npt.NDArray[np.int64]
 
 
 class MenuCrossValidation:
-    """One cross-validation: folds, bases and predictions are made once and shared between recipes."""
+    """One cross-validation, whose folds, bases and predictions are computed once and shared between recipes.
+
+    Args:
+        data: The prompts under the plans.
+        objective: `preserve` or `reward`, see `fit_menu`.
+        seed: Seed of the folds and the perceptrons.
+    """
 
     def __init__(self, data: MenuData, objective: str, seed: int) -> None:
         self._data, self._seed = data, seed
@@ -47,7 +53,7 @@ class MenuCrossValidation:
         self.values = self._targets["agreement" if objective == "preserve" else "reward"]
         self._wanted = depth_grid(data.depths)
         self._static = static_values(self.values, data.depths, self._wanted)
-        # Gains on every prompt of all recipes that were compared.
+        # The gains on every prompt of each recipe that was compared.
         self._tried: list[Floats] = []
         self._flat: dict[tuple[int, int], Floats] = {}
         self._bases: dict[tuple[int, int, int], Basis] = {}
@@ -64,7 +70,7 @@ class MenuCrossValidation:
         self._blends = [tuple(sorted(blend.items())) for blend in blends]
 
     def default(self, layer_idx: int) -> MenuRecipe:
-        """Return a recipe that does well without a choice, for pools of few prompts."""
+        """Return a recipe that does well without being tuned, for few prompts."""
         return MenuRecipe(
             layers=(layer_idx,),
             num_windows=0,
@@ -75,7 +81,11 @@ class MenuCrossValidation:
         )
 
     def best_of(self, layers: tuple[int, ...]) -> tuple[MenuTrial, Floats]:
-        """Return the best linear recipe that decides at some layers, and its gain on every prompt."""
+        """Return the best linear recipe that decides at the given layers, and its gain on every prompt.
+
+        Raises:
+            ConfigError: No recipe can be tried at these layers, because there are no states or too few prompts.
+        """
         stored = min(views.shape[2] for views in self._data.views.values()) - 1
         best: tuple[MenuTrial, Floats] | None = None
         for num_windows in dict.fromkeys((0, stored)):
@@ -99,7 +109,7 @@ class MenuCrossValidation:
         return best
 
     def try_recipe(self, recipe: MenuRecipe) -> tuple[MenuTrial, Floats]:
-        """Cross-validate a recipe; return what it gains, and that on every prompt."""
+        """Cross-validate a recipe; return its mean gain and its gain on every prompt. Shape (N,), float64."""
         numbers = [self._data.prefixes(layer) for layer in recipe.layers]
         curve = depth_curve(self.held_out_scores(recipe), numbers, self._data.depths)
         gains = (at_depths(curve, self.values, self._wanted) - self._static).mean(axis=0)
@@ -111,12 +121,12 @@ class MenuCrossValidation:
         return trial, gains
 
     def selection_bias(self) -> float:
-        """Return by how much the best gain flatters: the best of many recipes is also the luckiest.
+        """Return the selection bias of the best gain: the best of many recipes is also the luckiest.
 
-        For each fold the recipe is taken that gains most on the prompts outside it, and judged on those inside.
+        For each fold, the recipe with the highest gain on the prompts outside it is evaluated on those inside.
 
         Returns:
-            The best gain over all recipes tried, less what recipes so chosen gain; at least 0.
+            The best gain over all recipes tried, minus the gain of recipes chosen in this way; at least 0.
         """
         gains = np.stack(self._tried)
         honest = np.empty(gains.shape[1])
@@ -128,26 +138,26 @@ class MenuCrossValidation:
     def held_out_scores(self, recipe: MenuRecipe) -> list[Floats]:
         """Return every prompt's scores by heads that did not learn from it, for each step. Shape (N, K) each.
 
-        What the heads deviate from is the plans' means over all prompts, as it is for the final heads: the means of
-        each fold by itself would make one fold's prompts deeper than another's.
+        The heads predict deviations from the plans' means over all prompts, as the final heads do: with the means of
+        each fold, the prompts of one fold would get deeper plans than those of another.
         """
         means = self.values.mean(axis=0)
         deviations = self._perceptron_deviations if recipe.inner else self._deviations
         return [means + recipe.shrinkage * deviations(layer, recipe) for layer in recipe.layers]
 
     def out_of_fold_scores(self, recipe: MenuRecipe) -> tuple[list[Floats], list[list[Floats]]]:
-        """Score all prompts by menus each of which is trained on almost all of them.
+        """Score all prompts by menus that are each trained on almost all of them.
 
-        What a budget is calibrated on. Prompts of one kind have scores that lie close together and change plans at
-        about one penalty; heads of a fifth fewer prompts would tell another penalty than the final heads have.
+        Budgets are calibrated on these scores. Prompts of one kind have similar scores and change plans at nearly the
+        same penalty; heads trained on a fifth fewer prompts would place that penalty elsewhere than the final heads.
 
         Returns:
-            For each step the scores of every prompt by the menu that did not learn from it, shape (N, K) each; and the
-            same by each of the menus alone.
+            For each step, the scores of every prompt by the menu that did not learn from it, shape (N, K) each; and for
+            each of the menus, its scores of all prompts.
         """
         data = self._data
         fold = data.folds(self._seed, _CALIBRATION_FOLDS)
-        fresh = [np.empty_like(self.values) for _ in recipe.layers]
+        out_of_fold = [np.empty_like(self.values) for _ in recipe.layers]
         every = []
         for number in np.unique(fold).tolist():
             menu = self.train(recipe, np.flatnonzero(fold != number))
@@ -156,12 +166,12 @@ class MenuCrossValidation:
                 for head in menu.heads
             ]
             for step, found in enumerate(scores):
-                fresh[step][fold == number] = found[fold == number]
+                out_of_fold[step][fold == number] = found[fold == number]
             every.append(scores)
-        return fresh, every
+        return out_of_fold, every
 
     def train(self, recipe: MenuRecipe, rows: Indices | None = None) -> Menu:
-        """Train on some prompts, or on all; what heads deviate from is always the plans' means over all."""
+        """Train on some prompts, or on all; heads always predict deviations from the plans' means over all."""
         means = self.values.mean(axis=0)
         if recipe.shrinkage == 0.0:
             means = front_means(self.values, self._data.depths)
@@ -198,7 +208,7 @@ class MenuCrossValidation:
         )
 
     def _views(self, layer: int, num_windows: int) -> Floats:
-        """Return what a head reads, flat. Shape (N, prefixes, views * hidden), float64."""
+        """Return the views that a head reads, concatenated. Shape (N, prefixes, views * hidden), float64."""
         if layer not in self._data.views:
             raise ConfigError(
                 f"there are no states of layer {layer}; expected one of {sorted(self._data.views)}"
@@ -207,7 +217,7 @@ class MenuCrossValidation:
         if key not in self._flat:
             views = self._data.views[layer]
             picked = views[:, :, -1:] if num_windows == 0 else views
-            # Shared by all folds: they are the largest arrays here.
+            # Shared by all folds, since these are the largest arrays here.
             self._flat[key] = picked.flatten(2).to(torch.float64).numpy()
         return self._flat[key]
 
@@ -233,7 +243,7 @@ class MenuCrossValidation:
         return Moments(basis.project(number)[rows], targets)
 
     def _moments(self, layer: int, num_windows: int, fold: int) -> list[Moments]:
-        """Return what the prompts outside a fold say of each prefix's plans."""
+        """Return the moments of the prompts outside a fold, for the plans of each prefix."""
         key = (layer, num_windows, fold)
         if key not in self._known:
             basis, inside = self._basis(*key), np.flatnonzero(self._fold != fold)
@@ -244,7 +254,7 @@ class MenuCrossValidation:
         return self._known[key]
 
     def _deviations(self, layer: int, recipe: MenuRecipe) -> Floats:
-        """Return how far each prompt leaves the plans' means, by heads that did not learn from it. Shape (N, K)."""
+        """Return each prompt's predicted deviations from the plans' means, out of fold. Shape (N, K), float64."""
         found = np.empty_like(self.values)
         for fold in range(FOLDS):
             basis = self._basis(layer, recipe.num_windows, fold)

@@ -1,7 +1,6 @@
-"""Training of a menu on a score table: which recipe, which plans, and the heads in the end.
+"""Training of a menu on a score table: the choice of the recipe and the plans, and the final heads.
 
-Owns the choices; the cross-validation that they rest on is `menu_fitter`. Arrays in, a menu out: knows nothing of
-models, prompts or files.
+The choices rest on `dynadepth.training.menu.cross_validation`. It works on arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ __all__ = ["MenuFit", "choose_plans", "decision_layers", "fit_menu"]
 
 _SHRINKAGES = (1.0, 0.5, 0.25)
 _INNER = 32
-# Of a plan's static shortfall, when a menu is chosen.
+# Weight of a plan's static shortfall when a menu is chosen.
 _SHORTFALL = 0.5
 
 Floats = npt.NDArray[np.float64]
@@ -42,10 +41,10 @@ class MenuFit:
 
     Args:
         menu: Trained on all prompts.
-        recipe: The chosen one.
-        gain: What the best recipe gains in cross-validation at shrinkage 1, less what its choice flatters it by.
-        trials: Those that came to the last rounds, in order.
-        fitter: The cross-validation, for what is not asked of every fit.
+        recipe: The chosen recipe.
+        gain: The gain of the best recipe in cross-validation at shrinkage 1, minus its selection bias.
+        trials: The trials of the last rounds, in order.
+        fitter: The cross-validation, for what not every caller needs.
     """
 
     menu: Menu
@@ -56,7 +55,7 @@ class MenuFit:
 
     @property
     def scores(self) -> Sequence[Floats]:
-        """Scores of each prompt by heads that learned from almost all others, but not from it, for each step.
+        """Out-of-fold scores of each prompt, by heads that learned from almost all others, for each step.
 
         Shape (N, K) each.
         """
@@ -67,15 +66,15 @@ class MenuFit:
         return self.fitter.out_of_fold_scores(self.recipe)
 
     def choices(self, penalty: float) -> Indices:
-        """Return the plan of each training prompt under a penalty, by heads that did not learn from it. Shape (N,)."""
+        """Return the plan of each training prompt under a penalty, by its out-of-fold scores. Shape (N,), int64."""
         return self._choose(self.scores, penalty)
 
     def mean_depth(self, penalty: float) -> float:
-        """Return the mean depth of the training prompts under a penalty, by heads that did not learn from them."""
+        """Return the mean depth of the training prompts under a penalty, by their out-of-fold scores."""
         return float(self.menu.depths[self.choices(penalty)].mean())
 
     def depth_spread(self, penalty: float) -> float:
-        """Return by how much the mean depth hangs on which prompts the heads learned from: a standard deviation."""
+        """Return the standard deviation of the mean depth over the choice of the prompts that the heads learn from."""
         depths = [
             self.menu.depths[self._choose(scores, penalty)].mean()
             for scores in self._out_of_fold[1]
@@ -97,29 +96,29 @@ def fit_menu(
 ) -> MenuFit:
     """Choose a recipe by cross-validation and train a menu's heads with it.
 
-    Recipes are compared by what they gain over the best mixture of the menu's own plans of equal depth, averaged over
-    four depths: in agreement for `preserve`, in the probability of the right answer for `reward`. A perceptron, and a
-    decision in several steps, is taken only if it gains more by at least one standard error of the paired difference.
-    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain, less what the choice of the recipe flatters it by, is
-    more than one standard error, else 0: then all prompts are treated alike.
+    Recipes are compared by their gain over the best mixture of the menu's own plans of equal depth, averaged over
+    four depths: in agreement for `preserve`, in the probability of the right answer for `reward`. A perceptron, or a
+    decision in several steps, is used only if it gains more by at least one standard error of the paired difference.
+    The shrinkage is the largest of 1, 1/2 and 1/4 whose gain, minus the selection bias of the recipe, is more than one
+    standard error, else 0: then all prompts are treated alike.
 
     Args:
-        data: Prompts under plans.
-        objective: `preserve` or `reward`.
-        seed: Of the folds and the perceptron.
-        steps: Layers to decide at, one tuple for each alternative; None takes each layer of the data at which no plans
-            differ yet and, behind the last of these, pairs with every later layer.
-        progress: Called with finished and all alternatives.
+        data: The prompts under the plans.
+        objective: `preserve` (agreement with the base model) or `reward` (probability of the right answer).
+        seed: Seed of the folds and the perceptron.
+        steps: Layers to decide at, one tuple for each alternative. None: each layer of the data at which no plans
+            differ yet, and the last of these paired with every later layer.
+        progress: Called with the numbers of finished alternatives and of all alternatives.
 
     Returns:
         The menu and how it was chosen.
 
     Raises:
-        ConfigError: An unknown objective, or layers that the data has no states of.
+        ConfigError: The objective is unknown, or the data has no states of some layer.
 
     Source:
-        Own. CARROT (arXiv 2502.03261) scores each choice with a head of its own and subtracts cost; deviation: targets
-        are the frozen model's own answers, so that no labels are needed.
+        Our own. CARROT (arXiv 2502.03261) scores each choice with its own head and subtracts the cost; deviation:
+        targets are the frozen model's own answers, so that no labels are needed.
     """
     if objective not in ("preserve", "reward"):
         raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
@@ -172,16 +171,16 @@ def fit_menu(
 
 
 def decision_layers(plans: Plans) -> tuple[int, ...]:
-    """Return the layers at which it may pay to decide between plans, ascending.
+    """Return the layers at which it may be worthwhile to decide between plans, ascending.
 
-    Half and three quarters of the way to the first layer at which plans differ, that layer, and every second or, if
-    plans differ early, every fourth one behind it, for a second step.
+    They are half and three quarters of the way to the first layer at which plans differ, that layer, and, for a second
+    step, every second layer after it, or every fourth if plans differ early.
 
     Args:
-        plans: Shape (K, num_layers), uint8.
+        plans: The plans. Shape (K, num_layers), uint8.
 
     Returns:
-        Layers, at least one at or before the first at which plans differ.
+        Layers, of which at least one is at or before the first layer at which plans differ.
     """
     differ = np.flatnonzero((plans != plans[0]).any(axis=0))
     first, last = (int(differ[0]), int(differ[-1])) if len(differ) else (0, 0)
@@ -192,26 +191,26 @@ def decision_layers(plans: Plans) -> tuple[int, ...]:
 def choose_plans(
     data: MenuData, size: int, *, objective: str = "preserve", seed: int = 0
 ) -> Indices:
-    """Choose a menu from a pool of plans, so that choosing among them by the prompt gains most.
+    """Choose a menu from a pool of plans such that choosing among them for each prompt gains most.
 
     The menu starts with the plans of the best static mixtures, so that a policy that cannot tell prompts apart still
-    has those. Each step adds the plan with which a policy that was trained on other prompts surely gains most (the mean
-    over prompts and four depths, less its standard error), less half of what the plan, given to all prompts, falls
-    short of the best mixture of its depth: where the prompts are too few to tell what a plan gains, a good plan is the
-    better bet. What an oracle would gain is not asked: most of that is luck.
+    has those. Each step adds the plan with the highest lower bound on the gain of a policy that was trained on other
+    prompts (the mean over prompts and four depths, minus its standard error), minus half of the plan's shortfall, if
+    given to all prompts, from the best mixture of its depth: with too few prompts to tell the gain of a plan, a good
+    plan is the better bet. The gain of an oracle is not considered, since most of it is luck.
 
     Args:
-        data: The pool.
-        size: Plans wanted, the identity included; more come back if the static mixtures need more, fewer if the pool
-            has no more.
+        data: The prompts under the pool of plans.
+        size: Number of plans wanted, including the identity. More are returned if the static mixtures need more, fewer
+            if the pool is smaller.
         objective: `preserve` or `reward`, see `fit_menu`.
-        seed: Of the folds.
+        seed: Seed of the folds.
 
     Returns:
-        Rows of the pool, the identity first, then by falling depth. Shape (chosen,).
+        Rows of the pool: the identity first, then by descending depth. Shape (chosen,), int64.
 
     Raises:
-        ConfigError: A size below 2, or a pool of one plan.
+        ConfigError: The size is below 2, or the pool has only one plan.
     """
     if size < 2 or len(data.plans) < 2:
         raise ConfigError(
@@ -221,7 +220,7 @@ def choose_plans(
     first = min(layer for layer in data.views)
     scores = fitter.held_out_scores(fitter.default(first))[0]
     depths = data.depths
-    # The graded figures beside the counted one: with few prompts counts alone cannot tell plans apart.
+    # Graded targets in addition to counts: with few prompts, counts alone cannot tell plans apart.
     values = 0.75 * fitter.values + 0.25 * data.targets()["closeness"]
     hull = concave_hull(depths, fitter.values.mean(axis=0))
     taken = sorted({0, *hull.tolist()})
@@ -245,7 +244,7 @@ def choose_plans(
 def _menu_values(
     scores: Floats, values: Floats, depths: Floats, rows: list[int], wanted: Floats
 ) -> Floats:
-    """Return what each prompt gets from a policy that chooses among some plans by held-out scores, over the depths."""
+    """Return what each prompt gets, over the depths, if held-out scores choose among the given plans."""
     one = np.zeros(len(rows), dtype=np.int64)
     curve = depth_curve([scores[:, rows]], [one], depths[rows])
     each: Floats = at_depths(curve, values[:, rows], wanted).mean(axis=0)

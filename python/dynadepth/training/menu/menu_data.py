@@ -1,7 +1,4 @@
-"""What a menu's heads are trained on, and the recipes that they can be trained by.
-
-Works on arrays. Knows nothing of how heads are fitted.
-"""
+"""The data that a menu's heads are trained on, and the recipes for training them."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,16 +26,17 @@ class MenuData:
     """What heads are trained on: N prompts under K plans.
 
     Args:
-        plans: The identity first. Shape (K, num_layers), uint8.
-        views: By layer, what a head reads of each prompt that comes there under each distinct prefix of the plans,
-            prefixes numbered in the order in which plans first show them. Shape (N, prefixes, views, hidden), floating.
+        plans: The plans, the identity first. Shape (K, num_layers), uint8.
+        views: For each layer, the views that a head reads of each prompt under each distinct prefix of the plans,
+            prefixes numbered in the order in which they first occur. Shape (N, prefixes, views, hidden), floating.
         agreement: 1 where a plan keeps the base model's answer. Shape (N, K).
-        total_variation: Between base and plan, 0 to 1. Shape (N, K).
-        reward: Probability of the right answer; None where there is none. Shape (N, K).
-        groups: Names of the prompts; rows of one name share a fold. None: all differ.
+        total_variation: Total variation distance between the answers of the base model and under each plan, 0 to 1.
+            Shape (N, K).
+        reward: Probability of the right answer; None if the prompts have none. Shape (N, K).
+        groups: Names of the prompts; rows with the same name share a fold. None: all prompts are distinct.
 
     Raises:
-        ConfigError: Shapes that do not belong together, values that are not finite, or fewer than 20 different prompts.
+        ConfigError: Shapes do not fit together, values are not finite, or there are fewer than 20 distinct prompts.
     """
 
     plans: Plans
@@ -84,18 +82,24 @@ class MenuData:
         return plan_depth(self.plans)
 
     def targets(self) -> dict[str, Floats]:
-        """Return what is learned, all between 0 and 1 with 1 best. Shape (N, K) each."""
+        """Return the targets by name, all between 0 and 1 with 1 best.
+
+        Returns:
+            `agreement`; `closeness`, which is 1 - total variation distance, with the total variation distance half the
+            sum of the absolute differences of the probabilities; and `reward` if there are right answers. Shape (N, K)
+            each, float64.
+        """
         found = {"agreement": self.agreement, "closeness": 1.0 - self.total_variation}
         if self.reward is not None:
             found["reward"] = self.reward
         return found
 
     def prefixes(self, layer_idx: int) -> Indices:
-        """Return the number of each plan's prefix before a layer. Shape (K,)."""
+        """Return the index of each plan's prefix before a layer. Shape (K,), int64."""
         return prefix_numbers(self.plans, layer_idx)
 
     def folds(self, seed: int, count: int = FOLDS) -> Indices:
-        """Return the fold of each prompt, of `count` or as many as there are names. Shape (N,)."""
+        """Return the fold of each prompt, of `count` folds or as many as there are names. Shape (N,), int64."""
         return draw_folds(self.names, count, np.random.default_rng(seed))
 
 
@@ -104,15 +108,15 @@ class MenuRecipe:
     """How a menu's heads are trained.
 
     Args:
-        layers: Where they read, ascending; two or more decide in steps.
-        num_windows: Windows that they read besides the last token's state.
-        rank: Principal components that are kept.
-        ridge: Penalty of the squared weights on them.
-        weights: Share of each target in the blend whose deviations from its mean are learned; they sum to 1. What they
-            deviate from is the plans' means of the figure that is maximised.
-        factors: Directions in which the plans' scores may deviate together; 0 for as many as there are plans.
-        shrinkage: How far a prompt's scores may leave the plans' means, 0 to 1.
-        inner: Hidden units of a perceptron; 0 for a linear head.
+        layers: The layers where they read, ascending; with two or more, the menu decides in steps.
+        num_windows: Number of windows that they read in addition to the last token's state.
+        rank: Number of principal components that are kept.
+        ridge: Penalty on the squared weights of the components.
+        weights: Share of each target in the blend whose deviations from its mean are learned; they sum to 1. The
+            deviations are added to the plans' means of the quantity that is maximised.
+        factors: Number of directions in which the plans' scores may deviate together; 0: as many as there are plans.
+        shrinkage: How far a prompt's scores may deviate from the plans' means, 0 to 1.
+        inner: Hidden units of a perceptron; 0: a linear head.
     """
 
     layers: tuple[int, ...]
@@ -125,7 +129,7 @@ class MenuRecipe:
     inner: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as values that JSON knows."""
+        """Return all settings as values that JSON can hold."""
         return {
             "layers": list(self.layers),
             "num_windows": self.num_windows,
@@ -144,8 +148,8 @@ class MenuTrial:
 
     Args:
         recipe: The recipe.
-        gain: Mean over prompts and depths of what it gains over the static mixture of equal depth.
-        standard_error: Of that mean.
+        gain: Mean gain over the static mixture of equal depth, over prompts and depths.
+        standard_error: Standard error of that mean.
     """
 
     recipe: MenuRecipe
@@ -153,7 +157,7 @@ class MenuTrial:
     standard_error: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as values that JSON knows."""
+        """Return the trial as values that JSON can hold."""
         return {
             **self.recipe.to_dict(),
             "gain": self.gain,

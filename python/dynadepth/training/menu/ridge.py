@@ -1,7 +1,4 @@
-"""How one head of a menu is fitted: standardise, principal components, ridge or a small perceptron.
-
-Works on arrays. Knows nothing of recipes, folds or what a head is for.
-"""
+"""The fitting of one head of a menu: standardisation, principal components, ridge regression or a small perceptron."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -24,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 class Basis:
     """Standardised principal components of the states under the first prefix, fitted on some prompts.
 
-    All prefixes share it: they are a few visits apart, and one basis keeps their heads comparable.
+    All prefixes share it: their states differ by only a few visits, and one basis keeps their heads comparable.
     """
 
     def __init__(self, views: Floats, rows: Indices, keep: int | None = None) -> None:
@@ -46,7 +43,7 @@ class Basis:
             values, right = np.linalg.eigh(standard.T @ standard)
             order = self._leading(values, keep)
             components = right[:, order]
-        # States that are the same for all prompts have none, and say nothing.
+        # States that are the same for all prompts have no components and carry no information.
         self._components = components if len(order) else np.zeros((standard.shape[1], 1))
         self._projected: dict[int, Floats] = {}
 
@@ -69,20 +66,20 @@ class Basis:
         return self._projected[prefix]
 
     def fold(self, weight: Floats) -> tuple[Floats, Floats]:
-        """Return weights on raw states that do what given ones do on components, and what to subtract."""
+        """Return weights on raw states that are equivalent to given ones on components, and the offset to subtract."""
         wide = self._scale[:, None] * (self._components[:, : len(weight)] @ weight)
         return wide, self._mean @ wide
 
 
 class Perceptron:
-    """One hidden layer on the components, trained on the squared error, stopped by prompts held out of it.
+    """One hidden layer on the components, trained on the squared error and stopped early by held-out prompts.
 
     Args:
-        basis: Of the states.
-        numbers: The prefix of each plan, under whose states it is judged. Shape (K,).
-        rank: Components that are read.
-        inner: Hidden units.
-        seed: Of the weights and the order.
+        basis: The principal components of the states.
+        numbers: The index of each plan's prefix, from whose states the plan is scored. Shape (K,), int64.
+        rank: Number of components that are read.
+        inner: Number of hidden units.
+        seed: Seed of the weights and the order of the prompts.
     """
 
     _EPOCHS = 60
@@ -139,7 +136,7 @@ class Perceptron:
         self.inner_weight, self.inner_bias, self.weight, self.bias = (part.numpy() for part in kept)
 
     def scores(self, rows: Indices) -> Floats:
-        """Return the scores of prompts. Shape (rows, K)."""
+        """Return the scores of the given prompts. Shape (rows, K), float64."""
         parts = [
             torch.from_numpy(part)
             for part in (self.inner_weight, self.inner_bias, self.weight, self.bias)
@@ -151,7 +148,7 @@ class Perceptron:
         return found
 
     def _inputs(self, rows: Indices) -> Tensor:
-        """Shape (rows, prefixes, rank)."""
+        """Return the components of the given prompts. Shape (rows, prefixes, rank)."""
         count = int(self._numbers.max()) + 1
         stacked = [self._basis.project(number)[rows, : self._rank] for number in range(count)]
         return torch.from_numpy(np.stack(stacked, axis=1))
@@ -160,16 +157,16 @@ class Perceptron:
     def _forward(parts: Sequence[Tensor], inputs: Tensor, own: Tensor) -> Tensor:
         inner = functional.gelu(inputs @ parts[0] + parts[1])
         every = inner @ parts[2] + parts[3]
-        # Plan k is judged by the states under its own prefix.
+        # Plan k is scored from the states under its own prefix.
         return every[:, own, torch.arange(every.shape[2])]
 
 
 class Moments:
-    """What ridge regressions need of some prompts, so that many of them cost little.
+    """The moments of some prompts that ridge regression needs, so that each further regression is cheap.
 
     Args:
         z: Components of the prompts' states. Shape (N, rank), float64.
-        targets: By name. Shape (N, K) each.
+        targets: The targets by name. Shape (N, K) each, float64.
 
     Attributes:
         centre: Mean of the components. Shape (rank,).
@@ -182,22 +179,22 @@ class Moments:
         self._cross: dict[str, Floats] = {
             name: inner.T @ (values - values.mean(axis=0)) for name, values in targets.items()
         }
-        # By rank and penalty: a blend's weights are the blend of its targets' weights, and factors come after.
+        # By rank and penalty: a blend's weights are the blend of its targets' weights; factors are applied afterwards.
         self._solved: dict[tuple[int, float], dict[str, Floats]] = {}
 
     def weights(
         self, blend: Sequence[tuple[str, float]], rank: int, penalty: float, factors: int
     ) -> Floats:
-        """Return weights on the centred components that predict how a blend of targets leaves its mean.
+        """Return weights on the centred components that predict the deviations of a blend of targets from its mean.
 
         Args:
             blend: Names of targets and their shares.
-            rank: Components that are used, the leading ones.
-            penalty: Of the squared weights.
-            factors: Principal directions of the K predictions that are kept; 0 keeps all.
+            rank: Number of leading components that are used.
+            penalty: Penalty on the squared weights.
+            factors: Number of principal directions of the K predictions that are kept; 0: all.
 
         Returns:
-            Shape (rank or fewer, K).
+            Weights. Shape (rank or fewer, K), float64.
 
         Source:
             Ridge regression; reduced rank as in Mukherjee and Zhu (2011), Statistical Analysis and Data Mining 4:612.

@@ -1,7 +1,4 @@
-"""What scores of plans buy at which mean depth: choices under a penalty, and the best static mixtures beside them.
-
-Works on arrays. Knows nothing of how scores come about.
-"""
+"""Quality against mean depth: choices by scores under a penalty, and the best static mixtures for comparison."""
 
 from collections.abc import Sequence
 
@@ -22,10 +19,10 @@ __all__ = [
     "static_values",
 ]
 
-# Depths at which recipes are compared, as shares of the way from the lowest plan to the deepest.
+# Depths at which recipes are compared, as fractions of the way from the shallowest plan to the deepest.
 _SHARES = (0.2, 0.4, 0.6, 0.8)
 
-# In scores: enough for a range of penalties, too little to matter.
+# In units of the score: enough to be chosen within a range of penalties, too little to matter otherwise.
 _RAISE = 0.01
 
 Floats = npt.NDArray[np.float64]
@@ -40,13 +37,13 @@ def choose_menu_plans(
     """Return the plan that a menu gives each prompt under a penalty.
 
     Args:
-        scores: Of each step. Shape (N, K) each.
-        plans: Shape (K, num_layers), uint8.
-        layers: Where each step reads.
-        penalty: Price of a depth of 1.
+        scores: The scores of each step. Shape (N, K) each, float64.
+        plans: The plans. Shape (K, num_layers), uint8.
+        layers: The layer where each step reads.
+        penalty: Price of a depth of 1, in units of the score.
 
     Returns:
-        Row of `plans` for each prompt. Shape (N,).
+        The row of `plans` for each prompt. Shape (N,), int64.
     """
     return choose(
         scores, [prefix_numbers(plans, layer) for layer in layers], plan_depth(plans), penalty
@@ -59,13 +56,13 @@ def choose(
     """Return the plan of each prompt under a penalty, decided step by step.
 
     Args:
-        scores: Of each step. Shape (N, K) each.
-        numbers: The prefix of each plan where each step reads. Shape (K,) each.
-        depths: Of the plans. Shape (K,).
-        penalty: Price of a depth of 1.
+        scores: The scores of each step. Shape (N, K) each, float64.
+        numbers: For each step, the index of each plan's prefix before the step's layer. Shape (K,) each, int64.
+        depths: The depth of each plan. Shape (K,), float64.
+        penalty: Price of a depth of 1, in units of the score.
 
     Returns:
-        Shape (N,).
+        The index of the plan of each prompt. Shape (N,), int64.
     """
     chosen: Indices = (scores[0] - penalty * depths).argmax(axis=1)
     for later, prefix in zip(scores[1:], numbers[1:], strict=True):
@@ -77,15 +74,34 @@ def choose(
 def depth_curve(
     scores: Sequence[Floats], numbers: Sequence[Indices], depths: Floats
 ) -> tuple[Floats, Indices]:
-    """Return mean depth and choices under every penalty of the grid, depth falling. Shapes (P,) and (P, N)."""
+    """Return the mean depth and the choices under every penalty of a fixed grid of P penalties.
+
+    Args:
+        scores: The scores of each step. Shape (N, K) each, float64.
+        numbers: For each step, the index of each plan's prefix before the step's layer. Shape (K,) each, int64.
+        depths: The depth of each plan. Shape (K,), float64.
+
+    Returns:
+        Mean depths, from the lowest penalty to the highest, shape (P,), float64; and the index of the plan of each
+        prompt, shape (P, N), int64.
+    """
     chosen = np.stack([choose(scores, numbers, depths, penalty) for penalty in _PENALTIES])
     return depths[chosen].mean(axis=1), chosen
 
 
 def at_depths(curve: tuple[Floats, Indices], values: Floats, wanted: Floats) -> Floats:
-    """Return what each prompt gets at given mean depths, neighbouring penalties mixed. Shape (wanted, N)."""
+    """Return what each prompt gets at given mean depths, where neighbouring penalties are mixed.
+
+    Args:
+        curve: What `depth_curve` returned.
+        values: What each prompt gets from each plan. Shape (N, K), float64.
+        wanted: The mean depths. Shape (wanted,), float64.
+
+    Returns:
+        Expected values. Shape (wanted, N), float64.
+    """
     means, chosen = curve
-    # Several steps need not fall everywhere; the running minimum does.
+    # With several steps the depth need not fall everywhere; its running minimum does.
     falling = np.minimum.accumulate(means)
     rows = np.arange(len(values))
     found = np.empty((len(wanted), len(values)))
@@ -104,25 +120,34 @@ def at_depths(curve: tuple[Floats, Indices], values: Floats, wanted: Floats) -> 
 
 
 def static_values(values: Floats, depths: Floats, wanted: Floats) -> Floats:
-    """Return what each prompt gets from the best static mixture of each depth. Shape (wanted, N)."""
+    """Return what each prompt gets from the best static mixture of each depth.
+
+    Args:
+        values: What each prompt gets from each plan. Shape (N, K), float64.
+        depths: The depth of each plan. Shape (K,), float64.
+        wanted: The mean depths. Shape (wanted,), float64.
+
+    Returns:
+        Expected values. Shape (wanted, N), float64.
+    """
     hull = concave_hull(depths, values.mean(axis=0))
     mixtures = [bracket_depth(depths, float(depth), hull, clip=True) for depth in wanted]
     return np.stack([mixture.expected(values.T) for mixture in mixtures])
 
 
 def front_means(values: Floats, depths: Floats) -> Floats:
-    """Return what plans are worth where prompts cannot be told apart, so that one plan is preferred to a mixture.
+    """Return the value of each plan where prompts cannot be told apart, such that one plan is preferred to a mixture.
 
-    Of the plans of a depth the best one, if it is within one standard error of the best mixture of that depth, is
-    raised a little above it: mixing the identity with a far lower plan would spoil some prompts to spare others, for a
-    difference that the prompts do not show.
+    If the best plan of a depth is within one standard error of the best mixture of that depth, its value is raised
+    slightly above the mixture's: mixing the identity with a much shallower plan would spoil some prompts to spare
+    others, for a difference that is not significant.
 
     Args:
-        values: What each prompt gets from each plan. Shape (N, K).
-        depths: Of the plans. Shape (K,).
+        values: What each prompt gets from each plan. Shape (N, K), float64.
+        depths: The depth of each plan. Shape (K,), float64.
 
     Returns:
-        Shape (K,).
+        The value of each plan. Shape (K,), float64.
     """
     means = values.mean(axis=0)
     knots = depths[concave_hull(depths, means)]
@@ -140,11 +165,11 @@ def front_means(values: Floats, depths: Floats) -> Floats:
 
 
 def standard_error(values: Floats) -> float:
-    """Return the standard error of a mean."""
+    """Return the standard error of the mean of some values."""
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def depth_grid(depths: Floats) -> Floats:
-    """Return the mean depths at which recipes are compared, rising."""
+    """Return the mean depths at which recipes are compared, ascending."""
     low, high = float(depths.min()), min(1.0, float(depths.max()))
     return low + np.array(_SHARES) * (high - low)

@@ -194,5 +194,5 @@ class TestErrors:
         chat = as_chat(LETTERED, chat_tokenizer())
         assert Scorer(tiny_model(), chat_tokenizer(), "letter", chat=chat.chat).chat == chat.chat
         for other in (STRICT, None):
-            with pytest.raises(TaskError, match="is not the one that the prompts were put into"):
+            with pytest.raises(TaskError, match="is not the one that was applied to the prompts"):
                 Scorer(tiny_model(), chat_tokenizer(other), "letter", chat=chat.chat)

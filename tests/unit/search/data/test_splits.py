@@ -65,7 +65,7 @@ def test_prompts_that_took_part_are_named_by_file_and_number() -> None:
     }
     with pytest.raises(
         TaskError,
-        match=r"of 10 different held-out prompts some took part in what they are to judge: 1 in plans/menu\.json, "
+        match=r"of 10 different held-out prompts, some took part in what they evaluate: 1 in plans/menu\.json, "
         r"3 in scores/scores\.json; give prompts that took no part",
     ):
         check_held_out(heldout, seen)

@@ -173,7 +173,7 @@ class TestUnfinished:
         [
             (
                 b'{"prompt_id": "a',
-                r"journal\.jsonl, line 2 cannot be read .* a kill tears the last line only",
+                r"journal\.jsonl, line 2 cannot be read .* a kill damages only the last line",
             ),
             (b"7", r"journal\.jsonl, line 2 cannot be read \(a JSON int\)"),
             (

@@ -1,0 +1,126 @@
+"""What wrapping puts on a model: the executor on its layers, two hooks and the controller on their stack.
+
+The stack's forward pre-hook opens a `PlanScope` for the forward, and the hook behind it closes the scope.
+"""
+
+from typing import Any, Protocol
+from weakref import WeakSet, ref
+
+import torch
+from torch import nn
+
+from dynadepth.execution.executor import (
+    check_installed,
+    enter_scope,
+    install_executor,
+    leave_scope,
+    obeys,
+    remove_executor,
+)
+from dynadepth.execution.plan_forward import Planner, PlanScope
+from dynadepth.models.families import layer_stack
+
+__all__ = ["Attachment"]
+
+# The attribute in which the stack of layers keeps who plans its forwards.
+_CONTROLLER = "_dynadepth_controller"
+
+
+class _AttachedPlanner(Planner, Protocol):
+    """A planner that remembers what it has put on its model."""
+
+    attachment: "Attachment"
+
+
+class Attachment:
+    """What a planner has put on its model; begins with nothing."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        # Weak, so that a discarded layer is freed.
+        self._wrapped: WeakSet[nn.Module] = WeakSet()
+        self._list_name = ""
+        self._stack: ref[nn.Module] | None = None
+
+    # A copy of the model has a stack of its own, and no layers but those that stand in it.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_wrapped": None, "_stack": self.stack}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wrapped = WeakSet()
+        self._stack = None if state["_stack"] is None else ref(state["_stack"])
+
+    @property
+    def stack(self) -> nn.Module | None:
+        """The module whose forward runs the layers; None while nothing is attached."""
+        return None if self._stack is None else self._stack()
+
+    def attach(self, planner: _AttachedPlanner, model: nn.Module) -> None:
+        """Put the executor and the hooks on a model; if it raises, nothing is changed.
+
+        Raises:
+            UnsupportedModelError: The family is not supported.
+            WrapError: An executor is there already, or another library has replaced a layer's forward.
+        """
+        stack = layer_stack(model)
+        install_executor(stack, planner)
+        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
+        self._stack = ref(stack.stack)
+        stack.stack.__dict__[_CONTROLLER] = planner
+        self._handles = [
+            stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
+            stack.stack.register_forward_hook(_close_scope, always_call=True),
+        ]
+
+    def detach(self, planner: object, model: nn.Module) -> None:
+        """Remove everything that `attach` put on the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._stack = [], None
+        # Other libraries may have moved, copied or replaced layers since wrapping.
+        modules = list(model.modules())
+        for module in modules:
+            if module.__dict__.get(_CONTROLLER) is planner:
+                del module.__dict__[_CONTROLLER]
+        remove_executor(modules)
+        remove_executor([layer for layer in self._wrapped if obeys(layer, planner)])
+        # An interrupt (Ctrl-C) in a forward leaves its scope open.
+        leave_scope(planner)
+
+    def check_layers(self, planner: _AttachedPlanner, stack: nn.Module) -> None:
+        """Refuse a stack whose layers are no longer those that were wrapped.
+
+        Raises:
+            WrapError: They were changed after wrapping.
+        """
+        check_installed(getattr(stack, self._list_name), planner, planner.num_layers)
+
+
+# Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
+# controller.
+def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    planner: _AttachedPlanner = module.__dict__[_CONTROLLER]
+    planner.attachment.check_layers(planner, module)
+    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    enter_scope(
+        PlanScope(
+            planner,
+            mask,
+            tokens,
+            config=module.config,
+            mask_given=given is not None,
+            router_logits=kwargs.get("output_router_logits"),
+        )
+    )
+
+
+def _close_scope(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    scope = leave_scope(module.__dict__[_CONTROLLER])
+    # There is no output if the forward raised.
+    if output is not None and isinstance(scope, PlanScope):
+        scope.finish()
