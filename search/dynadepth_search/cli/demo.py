@@ -25,6 +25,7 @@ from dynadepth_search.data.tasks import Example, Task, read_task
 from dynadepth_search.evaluation.comparison import Front
 from dynadepth_search.evaluation.evaluating import evaluate, read_evaluation
 from dynadepth_search.evaluation.metrics import show_interval, show_number
+from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.report.report import write_report
 from dynadepth_search.scoring.objectives import check_answers, check_objective
@@ -34,7 +35,6 @@ from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.static import read_static, search_static
 from dynadepth_search.storage.labels import read_labels
-from dynadepth_search.storage.locking import locked
 from dynadepth_search.storage.steps import Steps
 from dynadepth_search.training.menu_fit import fit_trained_menu, learning_curve
 from dynadepth_search.training.router_fit import (

@@ -48,6 +48,9 @@ from dynadepth_search.evaluation.notes import (
     warm_up_notes,
 )
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
+from dynadepth_search.files.locking import locked
+from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.scoring.runtime_checks import (
@@ -58,9 +61,6 @@ from dynadepth_search.scoring.runtime_checks import (
 )
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import dtype_name
-from dynadepth_search.storage.locking import locked
-from dynadepth_search.storage.sealed import check_seal, write_sealed
-from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "EVALUATION_NAME",

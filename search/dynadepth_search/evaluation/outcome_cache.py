@@ -19,10 +19,10 @@ from dynadepth.files import check_schema_version, sha256_text
 from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import Plans, parse_plan, plan_text
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.journal import Journal, read_journal
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import check_asked, dtype_name
-from dynadepth_search.storage.journal import Journal, read_journal
-from dynadepth_search.storage.stored import Stored
 
 __all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table", "outcome_conditions"]
 

@@ -12,6 +12,7 @@ from typing import Any
 from dynadepth.errors import ConfigError
 from dynadepth.files import write_text_atomic
 from dynadepth_search.evaluation.metrics import METRIC_LABELS, show_budget
+from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.report.findings import findings_by_policy
 from dynadepth_search.report.plots import action_map, learning_plot, pareto_plot
 from dynadepth_search.report.tables import (
@@ -25,7 +26,6 @@ from dynadepth_search.report.tables import (
     show_value,
 )
 from dynadepth_search.report.verdict import verdict
-from dynadepth_search.storage.sealed import read_sealed, write_sealed
 
 __all__ = ["REPORT_NAME", "read_run", "report_html", "report_markdown", "write_report"]
 

@@ -27,6 +27,7 @@ from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_
 from dynadepth.training.menu.menu_data import MenuData
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.scoring.states import PromptStates
@@ -36,7 +37,6 @@ from dynadepth_search.storage.compatibility import (
     stored_hashes,
     task_fields,
 )
-from dynadepth_search.storage.locking import locked
 from dynadepth_search.storage.score_store import (
     BLOCK,
     MANIFEST,

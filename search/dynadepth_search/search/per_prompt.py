@@ -21,6 +21,7 @@ from dynadepth.models.fingerprint import check_base_model, fingerprint
 from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_answers
 from dynadepth_search.scoring.scorer import Scorer
@@ -29,7 +30,6 @@ from dynadepth_search.storage.compatibility import check_asked, dtype_name, task
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import label_row
-from dynadepth_search.storage.locking import locked
 
 __all__ = ["probe_penalty", "search_prompts"]
 

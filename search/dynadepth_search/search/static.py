@@ -22,6 +22,7 @@ from dynadepth.plans import SKIP, Plans, identity_plan, plan_text
 from dynadepth.training.menu.fit import choose_plans
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import (
     check_answers,
@@ -43,7 +44,6 @@ from dynadepth_search.storage.compatibility import (
     dtype_name,
     task_fields,
 )
-from dynadepth_search.storage.locking import locked
 
 __all__ = ["MENU", "StaticPlans", "StaticSpec", "read_static", "search_static"]
 

@@ -13,6 +13,7 @@ from dynadepth.errors import LabelError
 from dynadepth.files import read_versioned_json
 from dynadepth.models.fingerprint import check_base_model
 from dynadepth.plans import Plans, parse_plan
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.scoring.objectives import Objective, check_objective
 from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
@@ -21,7 +22,6 @@ from dynadepth_search.storage.compatibility import (
     stored_config,
     stored_hashes,
 )
-from dynadepth_search.storage.stored import Stored
 
 __all__ = ["MENU", "SCHEMA_VERSION", "StaticPlans", "read_menu", "read_static"]
 
@@ -142,6 +142,8 @@ def read_menu(path: Path, num_layers: int | None = None) -> dict[str, Any]:
     asked["base_model"].hexadecimal(16)
     asked["dtype"].text()
     check_stored_task(asked["task"], named=False)
+    if "objective" not in asked["search"].mapping():
+        asked["search"].damaged("asked.search has no 'objective'")
     spec = stored_config(asked["search"], StaticSpec)
     check_stored_fingerprint(found["base_model"])
     if "prompt_hashes" in found:

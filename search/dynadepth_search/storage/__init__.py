@@ -1,1 +1,1 @@
-"""Files of long runs: written whole, resumed after a kill, and checked when read."""
+"""What long runs keep on disk: labels, score tables, finished steps; a killed run goes on with them."""

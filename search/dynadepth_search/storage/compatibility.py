@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from dynadepth.config import config_from_dict
 from dynadepth.errors import ConfigError, LabelError, TaskError
 from dynadepth_search.data.tasks import ChatForm, Kind, Scoring, Task
-from dynadepth_search.storage.stored import Stored
+from dynadepth_search.files.stored import Stored
 
 __all__ = [
     "chat_form",

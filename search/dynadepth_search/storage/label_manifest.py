@@ -1,7 +1,4 @@
-"""What a folder of labels was made with: its manifest, read and checked value by value.
-
-Knows nothing of the labels themselves.
-"""
+"""What a folder of labels was made with: its manifest, read and checked value by value."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,12 +7,12 @@ from typing import Any
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.files import read_versioned_json
 from dynadepth.tree_search.forest import EditPrior, SearchConfig
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.storage.compatibility import (
     check_stored_fingerprint,
     check_stored_task,
     stored_config,
 )
-from dynadepth_search.storage.stored import Stored
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "Manifest", "Shard", "read_manifest", "shard_name"]
 
@@ -151,11 +148,10 @@ def _read_prior(stored: Stored, num_layers: int) -> EditPrior:
 def _read_shards(stored: Stored, prompts: int) -> tuple[Shard, ...]:
     """Return the shards that a manifest names: files of its own folder, each once, with prompts of its task."""
     shards: list[Shard] = []
-    known = {shard_name(number) for number in range(prompts)}
     for item in stored.entries():
         found = item.fields(["name", "sha256", "prompts"])
         name = found["name"].text()
-        if name not in known:
+        if not _is_shard_name(name, prompts):
             found["name"].wrong(f"a file of the folder, such as {shard_name(0)}")
         if name in {shard.name for shard in shards}:
             item.damaged(f"{name} is named twice; expected each shard once")
@@ -165,3 +161,13 @@ def _read_shards(stored: Stored, prompts: int) -> tuple[Shard, ...]:
     if sum(shard.prompts for shard in shards) > prompts:
         stored.damaged(f"its shards hold more prompts than the {prompts} of its task")
     return tuple(shards)
+
+
+def _is_shard_name(name: str, count: int) -> bool:
+    """Say whether a name is one of the first shards'; the count is read from disk, so nothing is made of its size."""
+    digits = name.removeprefix("part-").removesuffix(".parquet")
+    # Python refuses to convert very long ones.
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
+        return False
+    number = int(digits)
+    return number < count and name == shard_name(number)

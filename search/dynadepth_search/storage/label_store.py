@@ -15,7 +15,7 @@ from typing import Any
 
 from dynadepth.errors import LabelError
 from dynadepth.files import sha256_file, write_bytes_atomic, write_json_atomic
-from dynadepth_search.storage.journal import Journal
+from dynadepth_search.files.journal import Journal
 from dynadepth_search.storage.label_manifest import (
     MANIFEST,
     Manifest,

@@ -22,10 +22,10 @@ from dynadepth.models.fingerprint import check_base_model
 from dynadepth.plans import Plans, plan_depth
 from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.storage.journal import read_journal
+from dynadepth_search.files.journal import read_journal
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, read_manifest
 from dynadepth_search.storage.row_checks import check_label_row, read_parquet
-from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "JOURNAL",

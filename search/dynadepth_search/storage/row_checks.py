@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dynadepth.errors import LabelError
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.storage.stored import Stored
+from dynadepth_search.files.stored import Stored
 
 __all__ = ["check_label_row", "read_example", "read_parquet"]
 
@@ -117,6 +117,11 @@ def check_label_row(row: Stored, *, num_layers: int, depth_penalty: float) -> di
     value = rewards[label] - depth_penalty * _visits(label) / num_layers
     if abs(found["label_value"].number() - value) > _ROUNDING * max(1.0, abs(value)):
         found["label_value"].wrong(f"{value}, its reward less {depth_penalty} x its depth")
+    best = max(
+        rewards[plan] - depth_penalty * depth for plan, depth in zip(plans, depths, strict=True)
+    )
+    if best - value > _ROUNDING * max(1.0, abs(best)):
+        found["label"].wrong(f"a plan of value {best}, the highest of those that were evaluated")
     stored: dict[str, Any] = row.value
     return stored
 

@@ -22,9 +22,9 @@ from dynadepth.errors import LabelError
 from dynadepth.files import read_versioned_json, sha256_bytes, sha256_text, write_bytes_atomic
 from dynadepth.plans import prefix_numbers
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.storage.compatibility import check_stored_fingerprint, check_stored_task
 from dynadepth_search.storage.row_checks import read_example, read_parquet
-from dynadepth_search.storage.stored import Stored
 
 __all__ = [
     "BLOCK",

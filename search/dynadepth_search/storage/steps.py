@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import LabelError
+from dynadepth_search.files.sealed import read_sealed, write_sealed
+from dynadepth_search.files.stored import Stored
 from dynadepth_search.storage.compatibility import check_asked
-from dynadepth_search.storage.sealed import read_sealed, write_sealed
-from dynadepth_search.storage.stored import Stored
 
 __all__ = ["Steps"]
 

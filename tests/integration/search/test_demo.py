@@ -16,11 +16,11 @@ from dynadepth.files import sha256_file
 from dynadepth_search.cli import demo
 from dynadepth_search.cli.demo import run_demo
 from dynadepth_search.cli.demo_config import DemoConfig
+from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import silent
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
 from dynadepth_search.storage.labels import read_labels
-from dynadepth_search.storage.sealed import read_sealed, write_sealed
 from tests.tiny_folder import save_tiny_base
 
 

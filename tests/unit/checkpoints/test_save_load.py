@@ -137,7 +137,7 @@ def test_the_card_shows_the_table(folder):
         (lambda c: c.update(action_order=["execute", "skip", "repeat"]), "only knows"),
         (lambda c: c.update(windows="overlapping"), "windows is 'overlapping'"),
         (lambda c: c.update(shrinkage=2.0), "shrinkage is 2.0; expected a number from 0 to 1"),
-        (lambda c: c.update(shrinkage=math.nan), "shrinkage is nan"),
+        (lambda c: c.update(shrinkage=math.nan), "NaN is no number of JSON"),
         (lambda c: c.update(shrinkage="1"), "shrinkage is '1'; expected a number"),
         (lambda c: c.update(protect=[4]), "protect names layer 4; expected numbers from 0 to 3"),
         (lambda c: c.update(protect=["0"]), "protect names layer '0'"),

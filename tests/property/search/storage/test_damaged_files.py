@@ -25,6 +25,7 @@ from dynadepth.files import sha256_file, sha256_text
 from dynadepth.plans import plan_text
 from dynadepth_search.evaluation.evaluating import read_evaluation
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
+from dynadepth_search.files.sealed import write_sealed
 from dynadepth_search.report.report import read_run
 from dynadepth_search.scoring.score_table import read_scores, score_prompts
 from dynadepth_search.scoring.scorer import Scorer
@@ -33,7 +34,6 @@ from dynadepth_search.search.static import StaticSpec, read_static, search_stati
 from dynadepth_search.storage import score_store
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import read_labels
-from dynadepth_search.storage.sealed import write_sealed
 from dynadepth_search.storage.steps import Steps
 from tests.tiny import tiny_model
 from tests.tiny_evaluation import made_up
@@ -277,8 +277,8 @@ def _damages(content: Any, path: tuple[Any, ...]) -> Iterator[Any]:
         changed = deepcopy(content)
         _at(changed, path[:-1])[path[-1]] = other
         yield changed
-    # Fewer shards are an unfinished search, and fewer plans another menu.
-    if names.isdisjoint(_FREE) and path[-2:-1] not in (("shards",), ("menu",)):
+    # Fewer shards are an unfinished search, and fewer plans another menu or front, each as good as the one that was.
+    if names.isdisjoint(_FREE) and path[-2:-1] not in (("shards",), ("menu",), ("front",)):
         changed = deepcopy(content)
         del _at(changed, path[:-1])[path[-1]]
         yield changed

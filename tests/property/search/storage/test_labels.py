@@ -13,9 +13,10 @@ from dynadepth import files
 from dynadepth.plans import plan_depth, plan_text
 from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.storage import journal, label_store
+from dynadepth_search.files import journal
+from dynadepth_search.files.journal import Journal, read_journal
+from dynadepth_search.storage import label_store
 from dynadepth_search.storage.compatibility import task_fields
-from dynadepth_search.storage.journal import Journal, read_journal
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import (

@@ -25,6 +25,7 @@ from dynadepth.wrapping.wrap import wrap_model
 from dynadepth_search.data.encoding import prompt_text
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.scoring import score_table
 from dynadepth_search.scoring.score_table import (
     MANIFEST,
@@ -33,7 +34,6 @@ from dynadepth_search.scoring.score_table import (
     score_prompts,
 )
 from dynadepth_search.storage import score_store
-from dynadepth_search.storage.locking import locked
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_task
 from tests.tiny_text import word_tokenizer

@@ -12,13 +12,13 @@ from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
 from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.scoring import score_table
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search import static
 from dynadepth_search.search.static import MENU, StaticSpec, read_static, search_static
 from dynadepth_search.storage import score_store
-from dynadepth_search.storage.locking import locked
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_task
 from tests.tiny_text import word_tokenizer

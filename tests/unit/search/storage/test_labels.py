@@ -8,10 +8,10 @@ import torch
 
 from dynadepth.errors import LabelError
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.files.locking import locked
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.storage.label_manifest import MANIFEST
 from dynadepth_search.storage.labels import read_labels
-from dynadepth_search.storage.locking import locked
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_spec, tiny_task
 from tests.tiny_text import word_tokenizer

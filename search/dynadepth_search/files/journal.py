@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from dynadepth.errors import LabelError
 from dynadepth.files import parse_json, write_bytes_atomic
-from dynadepth_search.storage.stored import Stored
+from dynadepth_search.files.stored import Stored
 
 __all__ = ["Journal", "read_journal"]
 

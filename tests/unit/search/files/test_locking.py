@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from dynadepth.errors import LabelError
-from dynadepth_search.storage.locking import locked
+from dynadepth_search.files.locking import locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from dynadepth_search.storage.locking import locked
+from dynadepth_search.files.locking import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynadepth.errors import ConfigError, LabelError
-from dynadepth_search.storage.sealed import read_sealed, write_sealed
+from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.storage.steps import Steps
 
 CONTENT: dict[str, Any] = {"b": [0.1, {"2": None, "10": "ä"}], "a": (1, 2)}
