@@ -5,6 +5,7 @@ import contextvars
 import gc
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -167,19 +168,19 @@ def streaming(model):
         yield plans_of(model)
 
 
-def close_here(stream):
+def close_here(stream, _inside):
     stream.close()
 
 
-def close_in_a_copied_context(stream):
+def close_in_a_copied_context(stream, _inside):
     contextvars.copy_context().run(stream.close)
 
 
-def close_in_an_empty_context(stream):
+def close_in_an_empty_context(stream, _inside):
     contextvars.Context().run(stream.close)
 
 
-def close_in_another_thread(stream):
+def close_in_another_thread(stream, _inside):
     errors = []
 
     def close():
@@ -194,11 +195,11 @@ def close_in_another_thread(stream):
     assert errors == []
 
 
-def exhaust_in_a_task(stream):
+def exhaust_in_a_task(stream, inside):
     async def rest():
         return list(stream)
 
-    assert asyncio.run(rest()) == [SKIPS_ONE.tolist()]
+    assert asyncio.run(rest()) == [inside]
 
 
 @pytest.mark.parametrize(
@@ -213,33 +214,28 @@ def exhaust_in_a_task(stream):
 )
 @pytest.mark.parametrize("block", ["plans", "prompt", "watch"])
 def test_a_block_inside_a_generator_ends_wherever_that_is_closed(close, block):
-    model = wrap_model(tiny_model(), plan=IDENTITY)
-    stream = streaming(model)
-    assert next(stream) == SKIPS_ONE.tolist()
-    close(stream)
+    model, seen = wrap_model(tiny_model(), plan=IDENTITY), []
+    opened = {
+        "plans": partial(model.dynadepth.plans, SKIPS_ONE),
+        "prompt": partial(model.dynadepth.prompt, [1]),
+        "watch": partial(model.dynadepth.watch, seen.append),
+    }[block]
+
+    def streaming_inside():
+        with opened():
+            yield plans_of(model)
+            yield plans_of(model)
+
+    stream = streaming_inside()
+    inside = SKIPS_ONE.tolist() if block == "plans" else [1, 1, 1, 1]
+    assert next(stream) == inside
+    assert model.dynadepth.knows_lengths() == (block == "prompt")
+    assert bool(seen) == (block == "watch")
+    close(stream, inside)
+    seen.clear()
     assert plans_of(model) == [1, 1, 1, 1]
-    if block == "watch":
-        seen = []
-
-        def watching():
-            with model.dynadepth.watch(seen.append):
-                yield
-
-        watcher = watching()
-        next(watcher)
-        contextvars.copy_context().run(watcher.close)
-        plans_of(model)
-        assert seen == []
-    if block == "prompt":
-
-        def prompting():
-            with model.dynadepth.prompt([1]):
-                yield
-
-        prompter = prompting()
-        next(prompter)
-        contextvars.copy_context().run(prompter.close)
-        assert not model.dynadepth.knows_lengths()
+    assert not model.dynadepth.knows_lengths()
+    assert seen == []
 
 
 def test_a_block_that_another_context_ended_does_not_end_those_around_it():
@@ -247,6 +243,6 @@ def test_a_block_that_another_context_ended_does_not_end_those_around_it():
     with model.dynadepth.plans(PLAN):
         stream = streaming(model)
         assert next(stream) == SKIPS_ONE.tolist()
-        close_in_a_copied_context(stream)
+        close_in_a_copied_context(stream, SKIPS_ONE.tolist())
         assert plans_of(model) == PLAN.tolist()
     assert plans_of(model) == [1, 1, 1, 1]

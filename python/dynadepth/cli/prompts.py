@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth.errors import ConfigError, TaskError
-from dynadepth.files import write_bytes_atomic
+from dynadepth.files import parse_json, write_bytes_atomic
+from dynadepth.models.prompt_lines import prompt_lines
 
 __all__ = ["AnswerFile", "read_prompts"]
 
-_TEXT_ENDINGS = (".txt", ".text", ".md")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_EXPECTED = "expected an object with a `prompt` that is not blank"
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read prompts from JSON lines, or from text with one prompt per line.
 
-    A file whose name ends in .txt, .text or .md, in any case, holds text; any other file holds JSON lines, each an
-    object with a `prompt`. Other keys are for evaluations and are ignored here. A line ends only at a line feed; blank
-    lines and a byte order mark are skipped.
+    Which of both it is, `prompt_lines` says, as for the tasks of a search. Each JSON line is an object with a `prompt`;
+    other keys are for evaluations and are ignored here.
 
     Args:
         path: The file, UTF-8.
@@ -34,30 +33,21 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         TaskError: There are no prompts, or a line is invalid; the message names the file and the line.
     """
     file = Path(path)
-    as_text = file.suffix.lower() in _TEXT_ENDINGS
-    prompts = []
-    for number, line in enumerate(
-        file.read_bytes().removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1
-    ):
-        if not line.strip():
-            continue
-        try:
-            text = line.decode()
-            prompt = text.strip() if as_text else _prompt_of(json.loads(text))
-        except (ValueError, RecursionError, TypeError, KeyError) as error:
-            raise TaskError(
-                f"{file}, line {number}: {error}; expected an object with a `prompt` that is not blank"
-            ) from error
-        prompts.append(prompt)
+    with file.open("rb") as stream:
+        as_json, lines = prompt_lines(file, stream)
+        prompts = [_prompt_of(line, f"{file}, line {number}", as_json) for number, line in lines]
     if not prompts:
         raise TaskError(f"{file} holds no prompts; expected one on each line")
     return prompts
 
 
-def _prompt_of(content: Any) -> str:
-    prompt = content["prompt"]
+def _prompt_of(line: bytes, where: str, as_json: bool) -> str:  # noqa: FBT001 - private
+    try:
+        prompt = parse_json(line)["prompt"] if as_json else line.decode().strip()
+    except (ValueError, TypeError, KeyError) as error:
+        raise TaskError(f"{where}: {error}; {_EXPECTED}") from error
     if not isinstance(prompt, str) or not prompt.strip():
-        raise TypeError(f"the prompt is {prompt!r}")
+        raise TaskError(f"{where}: the prompt is {prompt!r}; {_EXPECTED}")
     return prompt
 
 

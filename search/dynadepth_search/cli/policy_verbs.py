@@ -188,8 +188,9 @@ def evaluate_policy(
     from dynadepth_search.training.run_folders import named_folder
 
     others = _named(against or [])
-    plans = plans or named_folder(routers, "plans")
-    scores = scores or named_folder(routers, "scores")
+    given = load_policy(routers)
+    plans = plans or named_folder(given, "plans")
+    scores = scores or named_folder(given, "scores")
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
     heldout = read_task(task, scoring=scoring, limit=limit)
     other = None if unseen is None else read_task(unseen)
@@ -200,7 +201,7 @@ def evaluate_policy(
     heldout = in_chat(heldout, tokenizer, chat=chat)
     other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
-    given = load_policy(routers, model=base)
+    given.check_model(base)
     presets = {name: load_policy(path, model=base) for name, path in others.items()}
     check_trained_on({str(routers): given}, asked)
     with display() as progress:

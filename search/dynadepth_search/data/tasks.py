@@ -7,12 +7,11 @@ Task files are read and checked line by line. `dynadepth_search.data.encoding` t
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,6 +19,7 @@ from typing import Any, Literal, cast, get_args
 from dynadepth.config import did_you_mean
 from dynadepth.errors import TaskError
 from dynadepth.models.encoding import lone_surrogate
+from dynadepth.models.prompt_lines import prompt_lines
 
 __all__ = [
     "ChatForm",
@@ -37,11 +37,6 @@ Kind = Literal["choices", "completion", "prompt"]
 
 _KEYS = ("prompt", "choices", "answer", "completion")
 _LETTERS = 26
-# By file name extension, in any case; a file with another extension, or none, is recognised by its first line.
-_JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
-_TEXT_ENDINGS = (".txt", ".text", ".md")
-_OBJECT = re.compile(rb'\s*\{\s*"')
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +186,8 @@ def read_task(
             f"a task of {limit} examples was asked for; expected a limit of 1 or more, or none"
         )
     with file.open("rb") as stream:
-        lines = _lines_of(stream)
-        first = next(lines, None)
-        as_json = _is_json(file, b"" if first is None else first[1])
-        every = chain([] if first is None else [first], lines)
-        found = _json_examples(file, every, checked) if as_json else _text_examples(file, every)
+        as_json, lines = prompt_lines(file, stream)
+        found = _json_examples(file, lines, checked) if as_json else _text_examples(file, lines)
         examples = tuple(islice(found, limit))
     if not examples:
         expected = (
@@ -205,21 +197,6 @@ def read_task(
         )
         raise TaskError(f"{file} {expected}")
     return Task(name=file.stem if name is None else name, examples=examples, scoring=checked)
-
-
-def _lines_of(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines that are not blank. Binary streams are split at line feeds only."""
-    for number, line in enumerate(stream, start=1):
-        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-        if content.strip():
-            yield number, content
-
-
-def _is_json(file: Path, first: bytes) -> bool:
-    ending = file.suffix.lower()
-    if ending in _JSON_ENDINGS or ending in _TEXT_ENDINGS:
-        return ending in _JSON_ENDINGS
-    return _OBJECT.match(first) is not None
 
 
 def _json_examples(

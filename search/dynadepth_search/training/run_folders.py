@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynadepth.checkpoints.save_load import load_policy
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import ConfigError
 
@@ -35,26 +34,25 @@ def with_folders(
     return replace(trained, training={**trained.training, "folders": named})
 
 
-def named_folder(routers: Path, name: str) -> Path:
+def named_folder(trained: TrainedPolicy, name: str) -> Path:
     """Return a folder that a policy was trained from.
 
     Args:
-        routers: The routers folder.
-        name: What it holds: `plans` or `scores`.
+        trained: The policy, as loaded from its routers folder.
+        name: What the folder holds: `plans` or `scores`.
 
     Raises:
         ConfigError: The routers name none, or it is not there.
     """
-    trained = load_policy(routers)
     notes: Any = trained.training.get("folders", {})
     said = notes.get(name) if isinstance(notes, Mapping) else None
     if not isinstance(said, str) or trained.folder is None:
         raise ConfigError(
-            f"the routers in {routers} do not say where their {name} are; give --{name}"
+            f"the routers in {trained.folder} do not say where their {name} are; give --{name}"
         )
     folder = Path(os.path.normpath(trained.folder / said))
     if not folder.is_dir():
         raise ConfigError(
-            f"the routers in {routers} name {folder} for their {name}, which is not there; give --{name}"
+            f"the routers in {trained.folder} name {folder} for their {name}, which is not there; give --{name}"
         )
     return folder

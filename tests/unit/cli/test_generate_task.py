@@ -150,16 +150,18 @@ def test_limits_and_dtypes_of_the_command_line(capsys, tiny_base):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "expected"),
+    ("name", "content"),
     [
-        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "a\\u2028b"}\n\n{"prompt": "c", "answer": 1}', None),
-        ("a.JSONL", '{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n'.encode(), None),
-        ("a.txt", "a\u2028b\r\nc\n".encode(), None),
+        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "a\\u2028b"}\n\n{"prompt": "c", "answer": 1}'),
+        ("a.JSONL", '{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n'.encode()),
+        ("pipe", '{"prompt": "a\u2028b"}\n{"prompt": "c"}\n'.encode()),
+        ("prompts", "a\u2028b\nc\n".encode()),
+        ("a.txt", "a\u2028b\r\nc\n".encode()),
     ],
 )
-def test_prompts_are_read_line_by_line(tmp_path, name, content, expected):
+def test_prompts_are_read_line_by_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert read_prompts(tmp_path / name) == (expected or ["a\u2028b", "c"])
+    assert read_prompts(tmp_path / name) == ["a\u2028b", "c"]
 
 
 @pytest.mark.parametrize(
