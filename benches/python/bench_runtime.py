@@ -24,8 +24,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dynadepth.models.families import layer_stack
 from dynadepth.models.loading import load_model
+from dynadepth.models.structure import layer_stack
 from dynadepth.models.weight_sharing import share_weights
 from dynadepth.plans import Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynadepth.execution.sweep import Sweeper
+from dynadepth.proving.prove import proved_stack
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 
 SHAPE = {
@@ -111,7 +112,7 @@ def main() -> None:
             begin = time.perf_counter()
             run_separately(model, ids, mask, plans, example, options.scored)
             middle = time.perf_counter()
-            with Sweeper(model) as sweeper:
+            with Sweeper(model, proved_stack(model)) as sweeper:
                 result = sweeper.sweep(ids, mask, plans, example, score=score)
             end = time.perf_counter()
             ratios.append((middle - begin) / (end - middle))

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy
 from dynadepth.wrapping.bake import bake

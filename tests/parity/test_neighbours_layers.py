@@ -12,7 +12,8 @@ from torch import nn
 
 from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.execution.sweep import Sweeper
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import layer_stack
+from dynadepth.proving.prove import proved_stack
 from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, drive
@@ -76,10 +77,10 @@ def test_a_sweep_runs_a_class_that_was_patched_since_the_last_one(patched):
     model = tiny_model()
     ids, mask = random_batch([6], seed=1)
     score = torch.tensor([[0, 5]])
-    with Sweeper(model) as sweeper:
+    with Sweeper(model, proved_stack(model)) as sweeper:
         before = sweeper.sweep(ids, mask, [[1, 1, 1, 1]], [0], score=score).logits
     patched(model)
-    with Sweeper(model) as sweeper:
+    with Sweeper(model, proved_stack(model)) as sweeper:
         after = sweeper.sweep(ids, mask, [[1, 1, 1, 1]], [0], score=score).logits
     assert not torch.allclose(after, before)
     assert torch.allclose(after[0], model(ids, attention_mask=mask).logits[0, 5], atol=1e-9)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dynadepth.errors import WrapError
-from dynadepth.models.families import layer_stack
 from dynadepth.models.fingerprint import fingerprint
+from dynadepth.models.structure import layer_stack
 from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, drive, mixed_plans

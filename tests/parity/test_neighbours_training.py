@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dynadepth.errors import UnsupportedModelError, WrapError
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy
 from dynadepth.wrapping.bake import bake
@@ -64,8 +64,8 @@ def baked_gradients(base, plan, ids, mask):
 
 def layers_of(model):
     """Return what the names of all weights of decoder layers begin with."""
-    family = layer_stack(model).family
-    return f"{family.stack}.{family.layers}."
+    layers = layer_stack(model).layers
+    return next(f"{name}." for name, module in model.named_modules() if module is layers)
 
 
 def assert_gradients(model, *expected, relative=1e-9):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dynadepth.execution.sweep import Sweeper
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import prefix_numbers
+from dynadepth.proving.prove import proved_stack
 from dynadepth.wrapping.bake import bake
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.scoring.scorer import Scorer
@@ -112,7 +113,7 @@ def test_an_observer_is_shown_the_state_of_every_plan(model):
     example = np.array([0, 1, 2, 0, 2, 1, 0, 2])
     score = torch.tensor([[row, 11] for row in range(len(PLANS))])
     watch = Watch(frozenset(LAYERS))
-    with Sweeper(model) as sweeper:
+    with Sweeper(model, proved_stack(model)) as sweeper:
         plain = sweeper.sweep(ids, mask, PLANS, example, score=score)
         watched = sweeper.sweep(ids, mask, PLANS, example, score=score, observer=watch)
     # Where tokens that nobody reads pass the feed-forward module or not, products with a bias round differently.
@@ -138,7 +139,7 @@ def test_an_observer_is_shown_the_state_of_every_plan(model):
 def test_an_observer_sees_its_layers_only(model):
     ids, mask = random_batch([5])
     watch = Watch((2,))
-    with Sweeper(model) as sweeper:
+    with Sweeper(model, proved_stack(model)) as sweeper:
         sweeper.sweep(ids, mask, PLANS[:3], [0, 0, 0], score=torch.tensor([[0, 4]]), observer=watch)
     assert [layer for layer, _, _ in watch.seen] == [2]
 

@@ -171,7 +171,7 @@ def test_refused_models():
     )
     with pytest.raises(
         UnsupportedModelError,
-        match="model_type 'bert'; supported are bloom, cohere, falcon, gemma2",
+        match="BertModel has no output head; expected the causal language model of bert",
     ):
         wrap_model(BertModel(small), plan=[1])
     model = tiny_model("llama")
@@ -194,11 +194,11 @@ def test_a_mask_that_cannot_be_split_by_row_is_refused_only_where_rows_differ():
     class Blocks:
         """Stands for the mask of flex attention, which is no tensor."""
 
-    index = torch.tensor([0])
+    index, by_row = torch.tensor([0]), frozenset({"attention_mask"})
     with pytest.raises(UnsupportedModelError, match="attention_mask is a Blocks, which cannot"):
-        _gather_argument("attention_mask", Blocks(), index, 2)
-    assert _gather_argument("attention_mask", None, index, 2) is None
-    assert _gather_argument("use_cache", True, index, 2) is True
+        _gather_argument("attention_mask", Blocks(), index, 2, by_row)
+    assert _gather_argument("attention_mask", None, index, 2, by_row) is None
+    assert _gather_argument("use_cache", True, index, 2, by_row) is True
 
 
 def test_refused_calls():

@@ -1,4 +1,4 @@
-"""The commands of the runtime: generate, bake, export, push.
+"""The commands of the runtime: generate, bake, export, push, check.
 
 Each command checks its options, loads what they name and calls the library; everything here can be done from Python as
 well. Heavy imports are inside the commands, so that `dynadepth --version` needs neither torch nor transformers.
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dynadepth.cli.check import check
 from dynadepth.cli.generate import generate
 from dynadepth.cli.options import PLAN_HELP, Json, Model
 from dynadepth.errors import ConfigError
@@ -24,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("bake")(_bake)
     app.command("export")(_export)
     app.command("push")(_push)
+    app.command("check")(check)
 
 
 def _bake(
@@ -37,8 +39,8 @@ def _bake(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; give a new folder as --out")
 
-    from dynadepth.models.families import layer_stack
     from dynadepth.models.loading import load_model, load_tokenizer
+    from dynadepth.models.structure import layer_stack
     from dynadepth.plans import parse_plan, plan_depth, plan_text
     from dynadepth.wrapping.bake import save_baked
 

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dynadepth.errors import WrapError
+from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.models.families import (
-    Family,
+from dynadepth.models.structure import (
     LayerSignature,
     LayerStack,
+    LayerTraits,
     layer_signature,
     layer_stack,
 )
@@ -88,12 +88,12 @@ class _Installed:
 
     layer_idx: int
     owner: object
-    family: Family
+    traits: LayerTraits
     compiled: Callable[..., Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles are not compiled, as with any module.
-        return _Installed, (self.layer_idx, self.owner, self.family)
+        return _Installed, (self.layer_idx, self.owner, self.traits)
 
 
 _INSTALLED = "_dynadepth_installed"
@@ -127,19 +127,19 @@ def _run_call(
     arguments = dict(zip(signature.names, args, strict=False))
     arguments.update(kwargs)
     hidden_states = arguments.pop(signature.names[0])
-    family = installed.family
+    traits = installed.traits
     call = LayerCall(
         installed.layer_idx,
         hidden_states,
         arguments,
         signature,
-        (None,) * family.num_extras,
+        None if traits.num_extras is None else (None,) * traits.num_extras,
         layer,
         installed.compiled or own_forward,
-        family.feed_forward,
+        traits,
     )
     states = scope.run(call)
-    return (states, *call.extras) if call.extras else states
+    return states if call.extras is None else (states, *call.extras)
 
 
 def _own_forward(base: Any) -> Callable[..., Any]:
@@ -191,8 +191,8 @@ def _routed_class(base: Any) -> type[nn.Module]:
             view = scope.dispatch[installed.layer_idx]
             if view is SKIPPED:
                 states = args[0] if args else kwargs[states_name]
-                extras = (None,) * installed.family.num_extras
-                return (states, *extras) if extras else states
+                extras = installed.traits.num_extras
+                return states if extras is None else (states, *(None,) * extras)
             if view is not PER_ROW:
                 kwargs[cache_name] = view
                 return (installed.compiled or own_forward)(self, *args, **kwargs)
@@ -304,8 +304,12 @@ def install_executor(stack: LayerStack, owner: object) -> None:
 
     Raises:
         WrapError: An executor is there already, or another library has replaced a layer's forward.
-        UnsupportedModelError: A layer's forward has no known cache or mask argument.
+        UnsupportedModelError: A layer's forward has no known mask argument, or the model has not been proved.
     """
+    if stack.traits is None:
+        raise UnsupportedModelError(
+            f"this {stack.model_type} has not been proved to run exactly; install on what `proved_stack(model)` returns"
+        )
     classes: list[Any] = [type(layer) for layer in stack.layers]
     for layer_idx, layer in enumerate(stack.layers):
         if _INSTALLED in layer.__dict__ or hasattr(type(layer), "_dynadepth_base"):
@@ -324,7 +328,7 @@ def install_executor(stack: LayerStack, owner: object) -> None:
             )
         layer_signature(classes[layer_idx].forward)
     for layer_idx, layer in enumerate(stack.layers):
-        layer.__dict__[_INSTALLED] = _Installed(layer_idx, owner, stack.family)
+        layer.__dict__[_INSTALLED] = _Installed(layer_idx, owner, stack.traits)
         _set_class(layer, _routed_class(classes[layer_idx]))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.models.families import LayerSignature
+from dynadepth.models.structure import LayerSignature, LayerTraits
 
 __all__ = ["LayerCall"]
 
@@ -31,22 +31,24 @@ class LayerCall:
         arguments: Everything else it was called with, by parameter name.
         signature: How its class is called.
         extras: What the last visit of the whole batch returned after the states, as many values as the family has. Each
-            is None if no visit ran the whole batch, since values of some rows are not those of the batch.
+            is None if no visit ran the whole batch, since values of some rows are not those of the batch. None: the
+            layer returns a tensor.
     """
 
     layer_idx: int
     hidden_states: torch.Tensor
     arguments: dict[str, Any]
     signature: LayerSignature
-    extras: tuple[Any, ...]
+    extras: tuple[Any, ...] | None
     _layer: nn.Module
     _forward: Callable[..., Any]
-    _feed_forward: str | None
+    _traits: LayerTraits
 
     @property
     def cache(self) -> Any:
         """The cache that the model passed, or None."""
-        return self.arguments.get(self.signature.cache_name)
+        name = self.signature.cache_name
+        return None if name is None else self.arguments.get(name)
 
     @property
     def attention_mask(self) -> Any:
@@ -83,20 +85,28 @@ class LayerCall:
         """
         arguments = self.arguments
         if index is not None:
+            by_row = _ROW_ARGUMENTS.union(self._traits.row_arguments)
+            shared = self._traits.shared_arguments
             arguments = {
-                name: _gather_argument(name, value, index, num_rows or 0)
-                if name in self.signature.names or name in _ROW_ARGUMENTS
-                else _passed_through(name, value)
+                name: _gather_argument(name, value, index, num_rows or 0, by_row)
+                if (name in self.signature.names or name in by_row) and name not in shared
+                else _passed_through(name, value, shared)
                 for name, value in arguments.items()
             }
-        arguments = {**arguments, self.signature.cache_name: cache}
-        if wanted is None or self._feed_forward is None:
+        if self.signature.cache_name is not None:
+            arguments = {**arguments, self.signature.cache_name: cache}
+        feed_forward = self._traits.feed_forward
+        if wanted is None or feed_forward is None:
             output = self._forward(self._layer, hidden_states, **arguments)
         else:
-            with _FeedForwardSubset(wanted, getattr(self._layer, self._feed_forward)):
+            with _FeedForwardSubset(wanted, getattr(self._layer, feed_forward)):
                 output = self._forward(self._layer, hidden_states, **arguments)
-        if self.extras and isinstance(output, tuple) and len(output) == 1 + len(self.extras):
-            self.extras = output[1:] if index is None else (None,) * len(self.extras)
+        if (
+            self.extras is not None
+            and isinstance(output, (tuple, list))
+            and len(output) == 1 + len(self.extras)
+        ):
+            self.extras = tuple(output[1:]) if index is None else (None,) * len(self.extras)
             output = output[0]
         if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
             found = (
@@ -181,18 +191,20 @@ class _NotByRow:
         next(each for each in given if isinstance(each, cls))._refuse()
 
 
-def _passed_through(name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+def _passed_through(name: str, value: Any, shared: tuple[str, ...]) -> Any:
+    if isinstance(value, torch.Tensor) and name not in shared:
         return _NotByRow(name, tuple(value.shape))
     return value
 
 
-def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
+def _gather_argument(
+    name: str, value: Any, index: torch.Tensor, num_rows: int, by_row: frozenset[str]
+) -> Any:
     if isinstance(value, torch.Tensor):
-        if name not in _ROW_ARGUMENTS:
+        if name not in by_row:
             raise UnsupportedModelError(
                 f"a decoder layer was called with the tensor {name!r} of shape {tuple(value.shape)}; with plans that "
-                f"differ between rows only {', '.join(sorted(_ROW_ARGUMENTS))} can be split by row"
+                f"differ between rows only {', '.join(sorted(by_row))} can be split by row"
             )
         if name == "alibi" and value.shape[0] % num_rows == 0:
             # bloom folds rows and heads into one dimension.
@@ -204,11 +216,11 @@ def _gather_argument(name: str, value: Any, index: torch.Tensor, num_rows: int) 
                 f"{name} has {value.shape[0]} rows in a batch of {num_rows}; packed batches cannot be split by row"
             )
         return value.index_select(0, index)
-    if name in _ROW_ARGUMENTS and value is not None:
+    if name in by_row and value is not None:
         if not isinstance(value, tuple):
             raise UnsupportedModelError(
                 f"{name} is a {type(value).__name__}, which cannot be split by row; use another attn_implementation, "
                 "such as sdpa, or one plan for all rows"
             )
-        return tuple(_gather_argument(name, item, index, num_rows) for item in value)
+        return tuple(_gather_argument(name, item, index, num_rows, by_row) for item in value)
     return value

@@ -25,7 +25,7 @@ from dynadepth.execution.executor import (
     remove_executor,
 )
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import LayerStack, takes
 from dynadepth.plans import check_plans
 
 __all__ = ["StateObserver", "SweepResult", "Sweeper"]
@@ -70,10 +70,11 @@ class Sweeper:
     """Runs sweeps on a model that is not wrapped; a context manager that leaves the model as it found it.
 
     Args:
-        model: A supported causal language model.
+        model: A causal language model.
+        stack: Its layers, as `dynadepth.proving.proved_stack` returns them.
 
     Raises:
-        UnsupportedModelError: The family is not supported.
+        UnsupportedModelError: The model has no output head; on entering: it has not been proved.
         WrapError: On entering: the model is wrapped.
 
     Source:
@@ -81,19 +82,21 @@ class Sweeper:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from dynadepth.models.structure import LayerTraits, layer_stack
         >>> shape = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape)).eval()
+        >>> stack = layer_stack(model).with_traits(LayerTraits())  # for a Llama; of any model: proved_stack(model)
         >>> tokens = torch.tensor([[1, 2, 3]])
         >>> plans, score = [[1, 1, 1], [1, 0, 1], [1, 0, 2]], [[0, 2], [1, 2], [2, 2]]
-        >>> with Sweeper(model) as sweeper:
+        >>> with Sweeper(model, stack) as sweeper:
         ...     result = sweeper.sweep(tokens, torch.ones_like(tokens), plans, [0, 0, 0], score=torch.tensor(score))
         >>> tuple(result.logits.shape), result.naive_visits, result.executed_visits
         ((3, 32), 8, 5)
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stack: LayerStack) -> None:
         self._model = model
-        self._stack = layer_stack(model)
+        self._stack = stack
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module):
             raise UnsupportedModelError(
@@ -149,16 +152,14 @@ class Sweeper:
         plan = plan_sweep(checked, examples, num_examples)
         device = input_ids.device
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        given = {"position_ids": positions} if takes(self._model, "position_ids") else {}
         flat = score.to(device)
         handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
         enter_scope(_SweepScope(self, plan, num_examples, device, observer, score.cpu().numpy()))
         try:
             with torch.inference_mode():
                 logits = self._model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=positions,
-                    use_cache=False,
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
                 ).logits
         finally:
             leave_scope(self)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,7 +22,7 @@ from dynadepth.errors import AssetError, ConfigError, UnsupportedModelError
 from dynadepth.files import lfs_hint
 from dynadepth.models.names import is_path_like
 
-__all__ = ["check_device", "check_dtype", "load_model", "load_tokenizer"]
+__all__ = ["check_device", "check_dtype", "load_model", "load_skeleton", "load_tokenizer"]
 
 _SHOWN_WEIGHTS = 3
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -70,6 +71,40 @@ def load_model(
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def load_skeleton(name_or_path: str | os.PathLike[str]) -> PreTrainedModel:
+    """Build a causal language model from its config alone, on the meta device: all modules, no weights.
+
+    Args:
+        name_or_path: A folder with `config.json`, such a file, or a Hugging Face Hub id.
+
+    Returns:
+        The model.
+
+    Raises:
+        AssetError: There is no such config, or it is damaged.
+        UnsupportedModelError: It is not the config of a causal language model that transformers knows.
+    """
+    file = Path(name_or_path)
+    name = os.fspath(file) if file.is_file() else _local_or_hub(name_or_path, "config")
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+    except (OSError, KeyError, TypeError) as error:
+        raise AssetError(_cannot_load("config", name, error)) from error
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{name!r} is not the config of a model that transformers can build ({_first_line(error)})"
+        ) from error
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a family raises on a config
+        raise UnsupportedModelError(
+            f"{name!r} is not a causal language model that transformers can build "
+            f"({_first_line(error)}); give a decoder-only text model"
+        ) from error
+    return model
 
 
 def check_device(device: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadepth.execution.executor import check_unwrapped
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import layer_stack, takes
 from dynadepth.plans import Plans, check_plans
 from dynadepth.policies.base import Policy
 from dynadepth.policies.pooling import last_token_state, window_means
@@ -100,8 +100,10 @@ def block_influence(
     weights = weights / weights.sum(dim=1, keepdim=True) / len(weights)
 
     def record(layer_idx: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            cosine = nn.functional.cosine_similarity(args[0].float(), output.float(), dim=-1)
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # Some families return more than the states.
+            states = output[0] if isinstance(output, (tuple, list)) else output
+            cosine = nn.functional.cosine_similarity(args[0].float(), states.float(), dim=-1)
             influence[layer_idx] = float(((1 - cosine) * weights.to(cosine.device)).sum())
 
         return hook
@@ -122,6 +124,6 @@ def block_influence(
 def _forward(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Run the decoder layers on left- or right-padded prompts, without the output head."""
     positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    layer_stack(model).stack(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    )
+    stack = layer_stack(model).stack
+    given = {"position_ids": positions} if takes(stack, "position_ids") else {}
+    stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)

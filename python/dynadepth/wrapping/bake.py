@@ -4,26 +4,23 @@ The baked model does not need dynadepth, so it is the independent reference of e
 one fixed plan to other inference engines.
 """
 
-import copy
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import make_folder_beside
-from dynadepth.models.families import layer_stack
+from dynadepth.models.rebuild import rebuild
 from dynadepth.plans import check_plans, plan_text
+from dynadepth.proving.prove import proved_stack
 
 __all__ = ["bake", "save_baked"]
 
-# Config fields with one entry for each decoder layer. If one is missing here, the check of `save_baked` fails.
-_PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
 # A checkpoint does not record these kernels; the comparison must run the same ones.
 _KERNELS = ("_attn_implementation", "_experts_implementation")
 
@@ -51,52 +48,10 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
         3
     """
     check_unwrapped(model, before="bake")
-    stack = layer_stack(model)
-    visits = [
-        layer_idx
-        for layer_idx, action in enumerate(
-            check_plans(plan, stack.num_layers, num_rows=1)[0].tolist()
-        )
-        for _ in range(action)
-    ]
-    baked: PreTrainedModel = copy.deepcopy(model)
-    baked_stack = layer_stack(baked)
-    seen: set[int] = set()
-    layers = []
-    for place, layer_idx in enumerate(visits):
-        layer = baked_stack.layers[layer_idx]
-        if layer_idx in seen:
-            layer = copy.deepcopy(layer)
-        seen.add(layer_idx)
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = place  # type: ignore[assignment]
-        layers.append(layer)
-    path = next(
-        name for name, module in baked_stack.stack.named_children() if module is baked_stack.layers
-    )
-    setattr(baked_stack.stack, path, nn.ModuleList(layers))
-    _set_config(baked.config, visits, stack.num_layers)
+    stack = proved_stack(model)
+    actions = check_plans(plan, stack.num_layers, num_rows=1)[0]
+    baked: PreTrainedModel = rebuild(model, actions.tolist())
     return baked
-
-
-def _set_config(config: Any, visits: list[int], num_layers: int) -> None:
-    """Make a config describe the visited layers, in that order."""
-    for field in _PER_LAYER_FIELDS:
-        values = getattr(config, field, None)
-        if isinstance(values, (list, tuple)) and len(values) == num_layers:
-            setattr(config, field, [values[layer_idx] for layer_idx in visits])
-    dense = getattr(config, "mlp_only_layers", None)
-    if dense is not None:
-        # A config lists the layers without experts or gives their period; after baking they are listed.
-        step = config.decoder_sparse_step
-        config.mlp_only_layers = [
-            place
-            for place, layer_idx in enumerate(visits)
-            if layer_idx in dense or (layer_idx + 1) % step
-        ]
-        config.decoder_sparse_step = 1
-    config.num_hidden_layers = len(visits)
 
 
 def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]) -> None:

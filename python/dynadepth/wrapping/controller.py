@@ -18,11 +18,11 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
+from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
-from dynadepth.wrapping.attachment import Attachment
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.contexts import ContextMethods

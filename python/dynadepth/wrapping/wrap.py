@@ -12,11 +12,13 @@ from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_po
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.execution.executor import is_installed
-from dynadepth.models.families import LayerStack, check_not_parallel, layer_stack
+from dynadepth.models.structure import LayerStack, check_not_parallel
 from dynadepth.plans import check_plans
 from dynadepth.policies.base import Policy, StaticPolicy
+from dynadepth.proving.prove import Unlisted, proved_stack
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.controller import Controller, controller_of
+from dynadepth.wrapping.verify import check_identity, short_forward
 
 __all__ = ["unwrap_model", "wrap_model"]
 
@@ -31,6 +33,8 @@ def wrap_model(
     max_depth: float | None = None,
     protect: Iterable[int] = (),
     router_backend: Literal["torch", "onnx"] = "torch",
+    unlisted: Unlisted = "prove",
+    verify: bool = False,
 ) -> Any:
     """Give a causal language model a dynamic depth; its weights, names and classes stay as they are.
 
@@ -38,7 +42,8 @@ def wrap_model(
     kept on the cache. `unwrap_model` undoes it all.
 
     Args:
-        model: A supported transformers causal language model, bare or inside a PEFT or a `torch.compile` model.
+        model: A transformers causal language model, bare or inside a PEFT or a `torch.compile` model. The first of its
+            shape is proved on a tiny copy of it, which takes seconds; the verdict is kept.
         budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
         routers: A routers folder, a hub id, or what `load_policy` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
@@ -48,6 +53,9 @@ def wrap_model(
             layers, each run once, still fit.
         protect: Layers that always run once. With `budget`, only layers that the routers never skip.
         router_backend: What runs the routers: "torch", or "onnx" (onnxruntime on `routers.onnx`).
+        unlisted: What to do with a model whose shape has no verdict yet: "prove" it, or "refuse" it.
+        verify: Whether to compare one short forward of the model itself, wrapped with the identity plan, with the one
+            before wrapping: a proof on a copy cannot see the kernels, quantised weights and devices of the model.
 
     Returns:
         The same model, changed in place; `model.dynadepth` is its controller.
@@ -59,7 +67,7 @@ def wrap_model(
             that a menu of several steps cannot keep.
         FileNotFoundError: There are no routers beside the base model.
         PlanError: The plan does not fit this model.
-        UnsupportedModelError: The model's family is not supported.
+        UnsupportedModelError: The model cannot run exactly; says what differs, or what stands in the way.
         WrapError: The model is already wrapped, or another library has replaced one of its methods.
 
     Example:
@@ -86,7 +94,7 @@ def wrap_model(
             f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
         )
     inner = _causal_lm(model)
-    stack = layer_stack(inner)
+    stack = proved_stack(inner, unlisted=unlisted)
     if is_installed(stack) or "dynadepth" in inner.__dict__:
         raise WrapError(
             f"this {type(model).__name__} is wrapped already; call unwrap_model(model) first"
@@ -133,12 +141,19 @@ def wrap_model(
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()
-    controller.attachment.attach(controller, inner)
+    before = short_forward(inner) if verify else None
+    controller.attachment.attach(controller, inner, stack)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
     inner.__dict__["generate"] = partial(_generate, inner)
     for name in _PACKED:
         inner.__dict__[name] = partial(_refuse_packed, name)
+    if before is not None:
+        try:
+            check_identity(inner, before)
+        except BaseException:
+            unwrap_model(model)
+            raise
     return model
 
 

@@ -13,9 +13,9 @@ import torch
 from dynadepth.checkpoints.paths import restore_folder
 from dynadepth.checkpoints.save_load import TrainedPolicy, load_policy
 from dynadepth.errors import ConfigError
-from dynadepth.models.families import layer_stack
 from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.plans import plan_depth, plan_text
+from dynadepth.proving.prove import proved_stack
 from dynadepth.training.menu.fit import decision_layers
 from dynadepth_search.cli.demo_config import DemoConfig
 from dynadepth_search.data.downloads import fetch_model
@@ -94,7 +94,7 @@ class _Demo:
             source = str(fetch_model(config.cache))
         self._progress("load the model", 0, 1)
         model, tokenizer = load_model(source), load_tokenizer(source)
-        layer_stack(model)
+        proved_stack(model)
         self._progress("load the model", 1, 1)
         # The first step that writes: a run folder is bound to what was asked for, so whatever can
         # be refused has been by then.
@@ -175,7 +175,7 @@ class _Demo:
         return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
 
     def _search(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        spec = self._config.static(layer_stack(model).num_layers)
+        spec = self._config.static(proved_stack(model).num_layers)
         folder = self._out / "plans"
         found = search_static(model, tokenizer, train, folder, spec, progress=self._progress)
         return {

@@ -21,8 +21,8 @@ from dynadepth.checkpoints.paths import base_model_name
 from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import write_json_atomic
-from dynadepth.models.families import layer_stack
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
 from dynadepth.training.menu.menu_data import MenuData
 from dynadepth_search.data.splits import prompt_hashes

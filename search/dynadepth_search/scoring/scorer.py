@@ -13,8 +13,8 @@ import torch
 
 from dynadepth.errors import SearchError, TaskError
 from dynadepth.execution.sweep import Sweeper
-from dynadepth.models.families import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
+from dynadepth.proving.prove import proved_stack
 from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
 from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
@@ -72,7 +72,8 @@ class Scorer:
         if chat is not None:
             check_template(tokenizer, chat)
         self.chat = chat
-        self.num_layers: int = layer_stack(model).num_layers
+        self._stack = proved_stack(model)
+        self.num_layers: int = self._stack.num_layers
         config = model.config.get_text_config()
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._max_scored = max(1, max_logit_bytes // (4 * config.vocab_size))
@@ -170,7 +171,7 @@ class Scorer:
         works = self._works(examples, rows, np.asarray(example, dtype=np.int64), builder)
         device = self.model.device
         last: int | None = None
-        with Sweeper(self.model) as sweeper:
+        with Sweeper(self.model, self._stack) as sweeper:
             for group in pack(
                 works, max_scored=self._max_scored, max_tokens=self._max_tokens, aim=self._aim
             ):

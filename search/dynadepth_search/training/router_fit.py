@@ -20,11 +20,11 @@ from dynadepth.checkpoints.save_load import base_model_name, export_policy, save
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import ConfigError, LabelError
 from dynadepth.evaluation.folds import hold_out
-from dynadepth.models.families import layer_stack
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, plan_depth
 from dynadepth.policies.calibration import Calibration
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
+from dynadepth.proving.prove import proved_stack
 from dynadepth.training.router_training import (
     centre_heads,
     logits_of,
@@ -112,7 +112,7 @@ def fit_routers(
         PlanError: The plans do not form a front, or skip a protected layer.
         WrapError: The model is wrapped.
     """
-    stack = layer_stack(model)
+    stack = proved_stack(model)
     goal = check_objective(objective)
     config = RouterConfig(num_layers=stack.num_layers, hidden_size=stack.hidden_size)
     recipe = TrainConfig.for_preset("dynadepth") if training is None else training
@@ -223,7 +223,7 @@ def fit_imitation(
     Source:
         Dr.LLM (arXiv 2510.12773); deviation: the budget is calibrated.
     """
-    stack = layer_stack(model)
+    stack = proved_stack(model)
     config = RouterConfig.for_preset(
         "drllm", num_layers=stack.num_layers, hidden_size=stack.hidden_size
     )

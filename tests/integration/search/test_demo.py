@@ -351,7 +351,7 @@ def test_a_model_of_no_known_family_leaves_the_folder_free(
         raise UnsupportedModelError("no such family")
 
     run = tmp_path / "run"
-    monkeypatch.setattr(demo, "layer_stack", refuse)
+    monkeypatch.setattr(demo, "proved_stack", refuse)
     with pytest.raises(UnsupportedModelError, match="no such family"):
         run_demo(config(tiny_deep_base, questions, run))
     assert not run.exists()

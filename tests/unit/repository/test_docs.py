@@ -12,7 +12,7 @@ import typer
 from importlinter.api import read_configuration
 
 from dynadepth.cli import main as cli
-from dynadepth.models.families import SUPPORTED_FAMILIES
+from dynadepth.models.structure import SUPPORTED_FAMILIES
 from tests.pages import PAGES, README, ROOT, anchors, blocks, section, shell_lines, without_blocks
 
 PACKAGES = {"dynadepth": "python/dynadepth", "dynadepth_search": "search/dynadepth_search"}

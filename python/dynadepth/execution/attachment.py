@@ -3,12 +3,15 @@
 The stack's forward pre-hook opens a `PlanScope` for the forward, and the hook behind it closes the scope.
 """
 
+import re
+from inspect import signature
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
 import torch
 from torch import nn
 
+from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.executor import (
     check_installed,
     enter_scope,
@@ -18,12 +21,14 @@ from dynadepth.execution.executor import (
     remove_executor,
 )
 from dynadepth.execution.plan_forward import Planner, PlanScope
-from dynadepth.models.families import layer_stack
+from dynadepth.models.structure import LayerStack
 
 __all__ = ["Attachment"]
 
 # The attribute in which the stack of layers keeps who plans its forwards.
 _CONTROLLER = "_dynadepth_controller"
+# Parameters of a forward that take something else than text.
+_NOT_TEXT = re.compile(r"pixel|image|video|audio|vision|input_features")
 
 
 class _AttachedPlanner(Planner, Protocol):
@@ -56,22 +61,31 @@ class Attachment:
         """The module whose forward runs the layers; None while nothing is attached."""
         return None if self._stack is None else self._stack()
 
-    def attach(self, planner: _AttachedPlanner, model: nn.Module) -> None:
+    def attach(self, planner: _AttachedPlanner, model: nn.Module, stack: LayerStack) -> None:
         """Put the executor and the hooks on a model; if it raises, nothing is changed.
 
+        Args:
+            planner: Who plans the model's forwards.
+            model: The model.
+            stack: Its layers, proved.
+
         Raises:
-            UnsupportedModelError: The family is not supported.
+            UnsupportedModelError: The model has not been proved.
             WrapError: An executor is there already, or another library has replaced a layer's forward.
         """
-        stack = layer_stack(model)
         install_executor(stack, planner)
-        self._wrapped, self._list_name = WeakSet(stack.layers), stack.family.layers
+        self._wrapped = WeakSet(stack.layers)
+        self._list_name = _path_inside(stack.stack, stack.holder, stack.name)
         self._stack = ref(stack.stack)
         stack.stack.__dict__[_CONTROLLER] = planner
         self._handles = [
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
             stack.stack.register_forward_hook(_close_scope, always_call=True),
         ]
+        if any(_NOT_TEXT.search(name) for name in signature(type(model).forward).parameters):
+            self._handles.append(
+                model.register_forward_pre_hook(_refuse_what_is_not_text, with_kwargs=True)
+            )
 
     def detach(self, planner: object, model: nn.Module) -> None:
         """Remove everything that `attach` put on the model."""
@@ -94,7 +108,27 @@ class Attachment:
         Raises:
             WrapError: They were changed after wrapping.
         """
-        check_installed(getattr(stack, self._list_name), planner, planner.num_layers)
+        layers: Any = stack.get_submodule(self._list_name)
+        check_installed(layers, planner, planner.num_layers)
+
+
+def _refuse_what_is_not_text(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    names = list(signature(type(module).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name, value in given.items():
+        if value is not None and _NOT_TEXT.search(name):
+            raise UnsupportedModelError(
+                f"{name} was given, and a wrapped {type(module).__name__} reads text only: what images and sounds do "
+                "under a plan has not been proved; leave it out, or unwrap_model(model) first"
+            )
+
+
+def _path_inside(stack: nn.Module, holder: nn.Module, name: str) -> str:
+    """Return the list's path from the stack: its name, unless a container lies between."""
+    path = next(path for path, module in stack.named_modules() if module is holder)
+    return f"{path}.{name}" if path else name
 
 
 # Hooks find the controller through their module: in a deep-copied model, a closure would still refer to the original's
