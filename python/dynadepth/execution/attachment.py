@@ -4,6 +4,7 @@ The stack's forward pre-hook opens a `PlanScope` for the forward, and the hook b
 """
 
 import re
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Protocol
 from weakref import WeakSet, ref
@@ -23,7 +24,7 @@ from dynadepth.execution.executor import (
 from dynadepth.execution.plan_forward import Planner, PlanScope
 from dynadepth.models.structure import LayerStack
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "check_text_only"]
 
 # The attribute in which the stack of layers keeps who plans its forwards.
 _CONTROLLER = "_dynadepth_controller"
@@ -112,17 +113,29 @@ class Attachment:
         check_installed(layers, planner, planner.num_layers)
 
 
+def check_text_only(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse images, sounds and the like, for a forward or for `generate`.
+
+    Args:
+        model: The model that they are given to.
+        given: What it is given, by name.
+
+    Raises:
+        UnsupportedModelError: One of them is not text.
+    """
+    for name, value in given.items():
+        if value is not None and _NOT_TEXT.search(name):
+            raise UnsupportedModelError(
+                f"{name} was given, and a wrapped {type(model).__name__} reads text only: what images and sounds do "
+                "under a plan has not been proved; leave it out, or unwrap_model(model) first"
+            )
+
+
 def _refuse_what_is_not_text(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     names = list(signature(type(module).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name, value in given.items():
-        if value is not None and _NOT_TEXT.search(name):
-            raise UnsupportedModelError(
-                f"{name} was given, and a wrapped {type(module).__name__} reads text only: what images and sounds do "
-                "under a plan has not been proved; leave it out, or unwrap_model(model) first"
-            )
+    check_text_only(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _path_inside(stack: nn.Module, holder: nn.Module, name: str) -> str:

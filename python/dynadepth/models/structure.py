@@ -127,7 +127,8 @@ def layer_stack(model: nn.Module) -> LayerStack:
             f"{type(model).__name__} (model_type {model_type!r}) is refused: {reason}"
         )
     expected = getattr(text, "num_hidden_layers", None)
-    found = list(_layer_lists(model))
+    # Layers of an encoder of images take a mask too; those of a family that keeps no cache, nothing else.
+    found = list(_layer_lists(model, cache=True)) or list(_layer_lists(model, cache=False))
     fitting = [each for each in found if len(each[2]) == expected]
     if len(fitting) != 1:
         raise UnsupportedModelError(_no_single_list(model, model_type, expected, found, fitting))
@@ -202,29 +203,27 @@ def _structural_reason(model: nn.Module, config: Any, text: Any) -> str | None:
     return None
 
 
-def _layer_lists(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
-    """Yield every list of modules that are called with states, a mask and, in most families, a cache."""
+def _layer_lists(
+    model: nn.Module, *, cache: bool
+) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
+    """Yield every list of modules that are called with states, a mask and, if asked for, a cache."""
     for holder in model.modules():
         for name, child in holder.named_children():
             if (
                 isinstance(child, nn.ModuleList)
                 and len(child)
-                and all(_is_decoder_layer(each) for each in child)
+                and all(_takes_mask(each, cache=cache) for each in child)
             ):
                 yield holder, name, child
 
 
-def _is_decoder_layer(module: nn.Module) -> bool:
+def _takes_mask(module: nn.Module, *, cache: bool) -> bool:
     """Say whether a module, or one that another library has put itself around, is called as decoder layers are."""
-    with_cache = without = False
-    for each in module.modules():
-        names = list(inspect.signature(type(each).forward).parameters)
-        if _MASK_NAME in names[2:]:
-            without = without or each is module
-            with_cache = with_cache or any(name in names for name in _CACHE_NAMES)
-    # An encoder's layers take a mask but no cache; a decoder that keeps no cache is told from it by being causal, which
-    # the proof checks.
-    return with_cache or (without and not hasattr(module, "layers"))
+    names = (list(inspect.signature(type(each).forward).parameters) for each in module.modules())
+    return any(
+        _MASK_NAME in each[2:] and (not cache or any(name in each for name in _CACHE_NAMES))
+        for each in names
+    )
 
 
 def _running_module(model: nn.Module, holder: nn.Module) -> nn.Module:

@@ -1,24 +1,47 @@
-"""Compare one short forward of a wrapped model with the one before wrapping, on the model's own device and kernels."""
+"""Compare a short forward of a model, every layer once, with its own: on its own device, kernels and weights."""
 
 from typing import Any
 
 import torch
 
 from dynadepth.errors import UnsupportedModelError
-from dynadepth.models.structure import text_config_of
+from dynadepth.models.structure import LayerStack, text_config_of
 from dynadepth.plans import identity_plan
+from dynadepth.proving.driving import FixedPlans
 
-__all__ = ["check_identity", "short_forward"]
+__all__ = ["check_identity"]
 
 _TOKENS = 8
 
 
-def short_forward(model: Any) -> torch.Tensor:
+def check_identity(model: Any, stack: LayerStack) -> None:
+    """Refuse a model whose identity plan does not give its own logits; leaves it as it was.
+
+    Args:
+        model: The model, not wrapped.
+        stack: Its layers, proved.
+
+    Raises:
+        UnsupportedModelError: They differ.
+        WrapError: Another library has replaced a layer's forward.
+    """
+    before = _short_forward(model)
+    with FixedPlans(model, stack, identity_plan(stack.num_layers)[None]):
+        after = _short_forward(model)
+    # NaN equals itself here: a model may give it both times.
+    if not torch.equal(after.nan_to_num(), before.nan_to_num()):
+        difference = float((after.float() - before.float()).abs().max())
+        raise UnsupportedModelError(
+            f"with the plan of every layer once, this {type(model).__name__} differs from its own forward by "
+            f"{difference:.3g} in a logit; it was left unwrapped. Its tiny copy was exact, so look at what a copy does "
+            "not have: its kernels, quantised weights or devices"
+        )
+
+
+def _short_forward(model: Any) -> torch.Tensor:
     """Return the model's logits for a few tokens. Shape (1, tokens, vocabulary), model dtype and device."""
-    embedding = model.get_input_embeddings().weight
-    tokens = (
-        torch.arange(_TOKENS, device=embedding.device) % text_config_of(model.config).vocab_size
-    )
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.arange(_TOKENS, device=device) % text_config_of(model.config).vocab_size
     training = model.training
     model.eval()
     try:
@@ -29,22 +52,3 @@ def short_forward(model: Any) -> torch.Tensor:
     finally:
         model.train(training)
     return logits
-
-
-def check_identity(model: Any, before: torch.Tensor) -> None:
-    """Refuse a wrapped model whose identity plan does not give the logits that it gave before wrapping.
-
-    Raises:
-        UnsupportedModelError: They differ.
-    """
-    controller = model.dynadepth
-    with controller.plans(identity_plan(controller.num_layers)[None]):
-        after = short_forward(model)
-    # NaN equals itself here: a model may give it before and after.
-    if not torch.equal(after.nan_to_num(), before.nan_to_num()):
-        difference = float((after.float() - before.float()).abs().max())
-        raise UnsupportedModelError(
-            f"with the plan of every layer once, this {type(model).__name__} differs from its own forward by "
-            f"{difference:.3g} in a logit; it has been unwrapped. Its tiny copy was exact, so look at what a copy does "
-            "not have: its kernels, quantised weights or devices"
-        )

@@ -11,6 +11,7 @@ from torch import nn
 from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_policy
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
+from dynadepth.execution.attachment import check_text_only
 from dynadepth.execution.executor import is_installed
 from dynadepth.models.structure import LayerStack, check_not_parallel
 from dynadepth.plans import check_plans
@@ -18,7 +19,7 @@ from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.proving.prove import Unlisted, proved_stack
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.controller import Controller, controller_of
-from dynadepth.wrapping.verify import check_identity, short_forward
+from dynadepth.wrapping.verify import check_identity
 
 __all__ = ["unwrap_model", "wrap_model"]
 
@@ -141,19 +142,14 @@ def wrap_model(
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()
-    before = short_forward(inner) if verify else None
+    if verify:
+        check_identity(inner, stack)
     controller.attachment.attach(controller, inner, stack)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.
     inner.__dict__["generate"] = partial(_generate, inner)
     for name in _PACKED:
         inner.__dict__[name] = partial(_refuse_packed, name)
-    if before is not None:
-        try:
-            check_identity(inner, before)
-        except BaseException:
-            unwrap_model(model)
-            raise
     return model
 
 
@@ -208,6 +204,7 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         values = (getattr(config, name, None) for config in (given, model.generation_config))
         return next((value for value in values if value is not None), None)
 
+    check_text_only(model, kwargs)
     if setting("assistant_early_exit"):
         raise UnsupportedModelError(
             "assistant_early_exit changes the number of layers that the plan was made for; use assistant_model= or no "
