@@ -15,10 +15,10 @@ from peft import (
 )
 
 from dynadepth.errors import CheckpointError, UnsupportedModelError, WrapError
-from dynadepth.execution.sweep import Sweeper
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy
+from dynadepth.proving.prove import proved_stack
 from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.parity.drivers import MODES, baked_rows, drive, mixed_plans
@@ -229,7 +229,7 @@ def test_adapters_put_on_first_make_another_base_model():
     assert (logits - drive(reference(), ids, mask, 9, "full")).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("what", [lambda model: bake(model, PLAN), Sweeper])
+@pytest.mark.parametrize("what", [lambda model: bake(model, PLAN), proved_stack])
 def test_what_does_not_look_inside_says_what_to_give(what):
     with pytest.raises(UnsupportedModelError, match=r"PeftModel.*merge_and_unload.*get_base_model"):
         what(with_lora(tiny_model()))

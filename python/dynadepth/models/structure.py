@@ -4,6 +4,7 @@ Also refuses what the structure alone shows to be impossible, by its reason. Whe
 proof to say (`dynadepth.proving`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -219,11 +220,17 @@ def _layer_lists(
 
 def _takes_mask(module: nn.Module, *, cache: bool) -> bool:
     """Say whether a module, or one that another library has put itself around, is called as decoder layers are."""
-    names = (list(inspect.signature(type(each).forward).parameters) for each in module.modules())
+    names = (_parameters(type(each).forward) for each in module.modules())
     return any(
         _MASK_NAME in each[2:] and (not cache or any(name in each for name in _CACHE_NAMES))
         for each in names
     )
+
+
+# Models with a list of experts in every layer have tens of thousands of modules, of a few classes.
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
 
 
 def _running_module(model: nn.Module, holder: nn.Module) -> nn.Module:

@@ -60,7 +60,15 @@ def prompts(lengths: list[int], seed: int) -> Batch:
 
 
 def run(model: Any, batch: Batch, mode: Mode) -> torch.Tensor:
-    """Return the logits of all columns. Shape (rows, tokens, vocabulary).
+    """Return the logits of all columns.
+
+    Args:
+        model: The model.
+        batch: The tokens.
+        mode: How they are given to it.
+
+    Returns:
+        Shape (rows, tokens, vocabulary).
 
     Raises:
         UnsupportedModelError: The model returns no cache, or one of another form.
@@ -100,7 +108,16 @@ def run(model: Any, batch: Batch, mode: Mode) -> torch.Tensor:
 
 
 def generate(model: Any, batch: Batch, num_tokens: int) -> tuple[list[list[int]], torch.Tensor]:
-    """Continue prompts greedily; return the new tokens, and the logits of each step (steps, rows, vocabulary)."""
+    """Continue prompts greedily.
+
+    Args:
+        model: The model.
+        batch: Of it, the prompts.
+        num_tokens: New tokens of each row.
+
+    Returns:
+        The new tokens of each row, and the logits of each step, shape (steps, rows, vocabulary), float32.
+    """
     output = model.generate(
         batch.ids[:, : batch.prefill],
         attention_mask=batch.mask[:, : batch.prefill],
@@ -161,4 +178,11 @@ class FixedPlans:
         hidden_states: torch.Tensor,
         prompts: PromptBatch,
     ) -> None:
-        """Do nothing: every layer is decided from the start."""
+        """Do nothing: every layer is decided from the start.
+
+        Args:
+            plans: The plans of the batch.
+            layer_idx: The layer that the states enter.
+            hidden_states: Shape (rows, tokens, hidden).
+            prompts: The prompts of the batch.
+        """

@@ -17,7 +17,7 @@ from dynadepth.errors import ConfigError, DynadepthError, UnsupportedModelError
 from dynadepth.models.structure import LayerStack, layer_signature, layer_stack
 from dynadepth.proving.float64 import KeepFloat64
 from dynadepth.proving.laws import Kept, LawBroken, check_laws
-from dynadepth.proving.tiny_copy import layers_needed, tiny_copy
+from dynadepth.proving.tiny_copy import NoCopyError, layers_needed, tiny_copy
 from dynadepth.proving.verdict import Verdict, recall, remember, verdict_key
 
 __all__ = ["Unlisted", "check_unlisted", "prove", "proved_stack"]
@@ -177,6 +177,15 @@ def _prove(model: Any, stack: LayerStack, num_layers: int) -> Verdict:
 
 
 def _examine(model: Any, stack: LayerStack, num_layers: int) -> Kept:
+    try:
+        with KeepFloat64():
+            return check_laws(_copy_of(model, stack, num_layers))
+    except (RuntimeError, TypeError, NoCopyError):
+        # Some modules mix dtypes on purpose.
+        return check_laws(_copy_of(model, stack, num_layers), in_float64=False)
+
+
+def _copy_of(model: Any, stack: LayerStack, num_layers: int) -> Any:
     copy = tiny_copy(model, num_layers)
     for layer_idx, (own, other) in enumerate(
         zip(stack.layers, layer_stack(copy).layers, strict=False)
@@ -186,9 +195,4 @@ def _examine(model: Any, stack: LayerStack, num_layers: int) -> Kept:
                 f"its config builds a {type(other).__name__} as layer {layer_idx}, but the model has a "
                 f"{type(own).__name__} there, which was put in later and cannot be proved from the config"
             )
-    try:
-        with KeepFloat64():
-            return check_laws(copy)
-    except (RuntimeError, TypeError):
-        # Some modules mix dtypes on purpose.
-        return check_laws(tiny_copy(model, num_layers), in_float64=False)
+    return copy

@@ -11,7 +11,7 @@ from dynadepth.errors import UnsupportedModelError
 from dynadepth.models.structure import layer_stack
 from dynadepth.proving.tiny_config import tiny_config
 
-__all__ = ["HEAD_DIMS", "layers_needed", "own_class", "tiny_copy"]
+__all__ = ["HEAD_DIMS", "NoCopyError", "layers_needed", "own_class", "tiny_copy"]
 
 _FEWEST_LAYERS = 4
 # Beyond this many kinds, what differs between layers is taken for a number that grows with their index.
@@ -21,6 +21,10 @@ _MOST_PARAMETERS = 12_000_000
 _INITIALIZER_RANGE = 0.5
 # Kernels that a processor can run in float64.
 _ATTENTION = ("sdpa", "eager")
+
+
+class NoCopyError(UnsupportedModelError):
+    """No tiny copy of a model can be built from its config, or none runs."""
 
 
 def layers_needed(layers: nn.ModuleList) -> int:
@@ -67,7 +71,7 @@ def tiny_copy(model: nn.Module, num_layers: int) -> Any:
         The copy in evaluation mode.
 
     Raises:
-        UnsupportedModelError: No copy can be built, or none runs; says why.
+        NoCopyError: No copy can be built, or none runs; says why.
     """
     cls = own_class(model)
     config: Any = model.config
@@ -78,7 +82,7 @@ def tiny_copy(model: nn.Module, num_layers: int) -> Any:
             return model_or_reason
         reasons.append(model_or_reason)
     # The first size says most: later ones are only larger.
-    raise UnsupportedModelError(
+    raise NoCopyError(
         f"no tiny copy of this {config.model_type} can be made from its config, so it cannot be proved ({reasons[0]})"
     )
 

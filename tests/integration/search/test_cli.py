@@ -454,16 +454,16 @@ def test_a_wrong_model_and_an_unsupported_family(
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
     assert f"error: cannot load the model '{tmp_path / 'nothing'}'" in err
-    from transformers import CodeGenConfig, CodeGenForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
 
-    argv[argv.index("--model") + 1] = tmp_path / "codegen"
-    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
-    CodeGenForCausalLM(CodeGenConfig(**shape)).save_pretrained(argv[3])
+    argv[argv.index("--model") + 1] = tmp_path / "mamba"
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 97}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(argv[3])
     for path in (place / "my-model").glob("tokenizer*"):
         shutil.copy(path, argv[3])
     code, out, err = run(capsys, *argv)
     assert (code, out) == (1, "")
-    assert "has model_type 'codegen'; supported are bloom, cohere, falcon" in err
+    assert "(model_type 'mamba') is refused: it keeps states that are not keys and values" in err
     assert not (tmp_path / "labels").exists()
 
 
