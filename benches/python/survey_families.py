@@ -36,7 +36,10 @@ REASONS = (
         "a cache of another kind",
         r"cache is a |cache has a layer of|returns no cache|takes no cache",
     ),
-    ("not causal, or no reference for a plan", r"not causal|itself differs|two answers|no reference"),
+    (
+        "not causal, or no reference for a plan",
+        r"not causal|itself differs|two answers|no reference",
+    ),
     ("layers in another order or number", r"calls its layers|holds \d+ decoder layers"),
     ("no list of decoder layers", r"has no list|has \d+ lists"),
     ("states of another shape", r"states that enter|returns .* for states"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -55,7 +56,7 @@ def load_model(
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise AssetError(_cannot_load("model", name, error)) from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{name!r} is not a causal language model that transformers can build "
             f"({_first_line(error)}); give a decoder-only text model"
@@ -92,7 +93,7 @@ def load_skeleton(name_or_path: str | os.PathLike[str]) -> PreTrainedModel:
         config: Any = AutoConfig.from_pretrained(name)
     except (OSError, KeyError, TypeError) as error:
         raise AssetError(_cannot_load("config", name, error)) from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{name!r} is not the config of a model that transformers can build ({_first_line(error)})"
         ) from error
@@ -203,4 +204,6 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1].strip()}".rstrip(".")
     return lines[0].rstrip(".") if lines else "no message"

@@ -69,7 +69,7 @@ def test_a_refusal_is_an_answer_and_an_exit_code(capsys, config):
         ('{"model_type": "t5"}', "is not a causal language model"),
         (
             '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
-            "is not the config of a model that transformers can build",
+            "hidden size (30) is not a multiple of the number of attention heads",
         ),
     ],
 )
