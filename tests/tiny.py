@@ -84,6 +84,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "cohere, normed": ("cohere", {"use_qk_norm": True}),
+    # Families that no list has named; each has a way of its own to be called or to attend.
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **_WINDOWED},
+    ),
+    "glm4": ("glm4", {"head_dim": 8}),
+    "llama4": (
+        "llama4_text",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 6,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "moe_layers": [1],
+        },
+    ),
 }
 
 
@@ -94,7 +112,7 @@ MECHANISMS = ("llama", "gemma3", "gpt2", "falcon", "bloom", "mixtral")
 
 def attentions(family: str) -> tuple[str, ...]:
     """Return the kinds of attention that a family runs on a processor."""
-    return ("eager",) if family in ("bloom", "gemma2") else ("sdpa", "eager")
+    return ("eager",) if family in ("bloom", "gemma2", "gpt_oss") else ("sdpa", "eager")
 
 
 # Every family and variant with every kind of attention that it runs.

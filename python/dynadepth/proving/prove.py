@@ -131,7 +131,8 @@ def _verdict(model: Any, stack: LayerStack, unlisted: Unlisted, *, again: bool) 
         known = None if again else recall(key)
         if known is not None:
             return known
-        verdict = remember(key, _prove(model, stack, num_layers))
+        verdict, lasting = _prove(model, stack, num_layers)
+        verdict = remember(key, verdict, on_disk=lasting)
     _log.info(
         "proved %s (model_type %s) on a copy of %d layers in %.1f s: %s; verdict in %s",
         type(model).__name__,
@@ -144,9 +145,10 @@ def _verdict(model: Any, stack: LayerStack, unlisted: Unlisted, *, again: bool) 
     return verdict
 
 
-def _prove(model: Any, stack: LayerStack, num_layers: int) -> Verdict:
+def _prove(model: Any, stack: LayerStack, num_layers: int) -> tuple[Verdict, bool]:
+    """Return the verdict, and whether another process would come to the same one."""
     begin = time.monotonic()
-    kept, reason = None, ""
+    kept, reason, lasting = None, "", True
     try:
         with ExitStack() as block:
             # Whatever the caller has set for its own forwards.
@@ -156,15 +158,20 @@ def _prove(model: Any, stack: LayerStack, num_layers: int) -> Verdict:
             kept = _examine(model, stack, num_layers)
     except (LawBroken, DynadepthError) as error:
         reason = str(error)
-    except Exception as error:  # whatever a model's own code raises on its copy
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises on its copy, or this machine
+        lasting = False
         lines = str(error).strip().splitlines()
         reason = (
             f"its tiny copy fails with {type(error).__name__}: {lines[-1].strip() if lines else ''}"
         )
     seconds = round(time.monotonic() - begin, 3)
     if kept is None:
-        return _refused(_unreadable(stack) or reason, stack.model_type, num_layers, seconds)
-    return Verdict(
+        return _refused(
+            _unreadable(stack) or reason, stack.model_type, num_layers, seconds
+        ), lasting
+    proved = Verdict(
         exact=True,
         reason="",
         model_type=stack.model_type,
@@ -174,6 +181,7 @@ def _prove(model: Any, stack: LayerStack, num_layers: int) -> Verdict:
         seconds=seconds,
         traits=kept.traits,
     )
+    return proved, lasting
 
 
 def _examine(model: Any, stack: LayerStack, num_layers: int) -> Kept:

@@ -7,7 +7,7 @@ by the names of their fields, and fields that were equal stay equal, so that pro
 import copy
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["VOCAB_SIZE", "tiny_config"]
 
@@ -25,6 +25,7 @@ _GROUPS = re.compile(
 )
 _LAYERS = re.compile(r"^(num_hidden_layers|n_layers?|depth|(num_)?(encoder_|decoder_)?layers)$")
 _EXPERTS = re.compile(r"(num_experts|n_routed_experts|num_local_experts|n_experts)$")
+_CHOSEN_NAMES = re.compile(r"(experts_per_tok|experts_per_token|top_?k|moe_k|selected_experts)$")
 _ROTARY = re.compile(r"^(rotary_dim|rotary_ndims)$")
 _HIDDEN = re.compile(r"^(hidden_size|n_embd|d_model|hidden_dim|embed_dim|dim)$")
 _WIDTHS = re.compile(r"(size|dim|dims|rank|width|n_inner|d_ff|d_kv|d_head|channels|features)$")
@@ -33,22 +34,21 @@ _POSITIONS = re.compile(
     r"(position_embeddings|_positions|n_ctx|max_seq_len|sequence_length|seq_length)$"
 )
 # Windows and chunks are shorter than the prompts of a proof, so that they matter.
-_LIMITS = (
+_WINDOWS = (
     (re.compile(r"^(attention_)?chunk_size$"), 8),
     (re.compile(r"(sliding_window|window_size|local_window)$"), 6),
-    (re.compile(r"(experts_per_tok|experts_per_token|top_?k|moe_k|selected_experts)$"), _CHOSEN),
 )
 # What configs of a family leave open by default, and its published ones always set.
 _OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
 
 
-def tiny_config(config: Any, num_layers: int, head_dim: int | None) -> Any:
+def tiny_config(config: Any, num_layers: int, head_dim: int | Literal["all"] | None) -> Any:
     """Return a small config of the same class.
 
     Args:
         config: The config of a transformers model; not changed.
         num_layers: Decoder layers of the copy: the first ones.
-        head_dim: Width of a head; None keeps the config's own.
+        head_dim: Width of a head; None keeps the config's own, "all" keeps every width and count.
 
     Returns:
         A new config, without quantisation.
@@ -80,7 +80,7 @@ class _Sizes:
     fields: dict[str, Any]
     num_layers: int
     layers_name: str
-    head_dim: int | None
+    head_dim: int | Literal["all"] | None
     heads: int
     groups: int
     width: int
@@ -90,7 +90,11 @@ class _Sizes:
 
     @classmethod
     def of(
-        cls, fields: dict[str, Any], num_layers: int, layers_name: str, head_dim: int | None
+        cls,
+        fields: dict[str, Any],
+        num_layers: int,
+        layers_name: str,
+        head_dim: int | Literal["all"] | None,
     ) -> "_Sizes":
         """Read the sizes of a config and choose the small ones."""
         heads = _named(fields, _HEADS) or 1
@@ -102,7 +106,7 @@ class _Sizes:
         else:
             new_groups = 1 if groups == 1 else 2
             new_heads = new_groups * max(2, min(heads // groups, _MOST_HEADS))
-        width = before if head_dim is None else min(before, head_dim)
+        width = min(before, head_dim) if isinstance(head_dim, int) else before
         new_hidden = new_heads * (width if hidden == heads * before else width + 4)
         widths = {hidden: new_hidden, 2 * hidden: 2 * new_hidden, 4 * hidden: 2 * new_hidden + 8}
         widths.setdefault(heads * before, new_heads * width)
@@ -134,7 +138,7 @@ class _Sizes:
             return copy.deepcopy(value[: self.num_layers] if kept else value)
         if key.endswith("token_id") and type(value) is int:
             return _TOKENS.get(key, VOCAB_SIZE - 1 - value % 5)
-        if value is None and key in _OPEN and self.head_dim is not None:
+        if value is None and key in _OPEN and isinstance(self.head_dim, int):
             return {"head_dim": self.width, "num_key_value_heads": self.groups}.get(key, _CHOSEN)
         number = _number(value)
         return value if number is None else self._number(key, number)
@@ -153,7 +157,19 @@ class _Sizes:
         """Return the small form of a number."""
         if key == self.layers_name or _LAYERS.match(key):
             return min(number, self.num_layers)
-        if _EXPERTS.match(key):
+        if "vocab_size" in key:
+            return VOCAB_SIZE
+        if _POSITIONS.search(key):
+            # What a stretched range was stretched from stays the smaller one.
+            return 64 if key.startswith("original") else 128
+        for pattern, most in _WINDOWS:
+            if pattern.search(key):
+                return min(number, most)
+        return number if self.head_dim == "all" else self._narrow(key, number)
+
+    def _narrow(self, key: str, number: int) -> int:
+        """Return the small form of a width or a count."""
+        if _EXPERTS.search(key):
             per_group = self.fields.get("n_group") or self.fields.get("n_expert_group") or 1
             return min(number, max(_MOST_EXPERTS, 2 * per_group))
         if _HEADS.match(key):
@@ -162,14 +178,8 @@ class _Sizes:
             return self.groups
         if _ROTARY.match(key):
             return max(2, number * self.width // self.width_before // 2 * 2)
-        if "vocab_size" in key:
-            return VOCAB_SIZE
-        if _POSITIONS.search(key):
-            # What a stretched range was stretched from stays the smaller one.
-            return 64 if key.startswith("original") else 128
-        for pattern, most in _LIMITS:
-            if pattern.search(key):
-                return min(number, most)
+        if _CHOSEN_NAMES.search(key):
+            return min(number, _CHOSEN)
         if (_HIDDEN.match(key) or _WIDTHS.search(key)) and not _NO_WIDTHS.search(key):
             return self.widths.get(number, min(number, self.other))
         return number

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from dynadepth.proving.tiny_config import tiny_config
 __all__ = ["HEAD_DIMS", "NoCopyError", "layers_needed", "own_class", "tiny_copy"]
 
 _FEWEST_LAYERS = 4
-# Beyond this many kinds, what differs between layers is taken for a number that grows with their index.
+# Beyond this many kinds, counts are taken for numbers of the layers.
 _MOST_KINDS = 12
-HEAD_DIMS = (8, 16, 32, None)
+# Widths of heads that are tried in turn; None keeps the config's own, "all" every width.
+HEAD_DIMS: tuple[int | Literal["all"] | None, ...] = (8, 16, 32, None, "all")
 _MOST_PARAMETERS = 12_000_000
 _INITIALIZER_RANGE = 0.5
 # Kernels that a processor can run in float64.
@@ -30,23 +31,26 @@ class NoCopyError(UnsupportedModelError):
 def layers_needed(layers: nn.ModuleList) -> int:
     """Return how many of the first layers show every kind of layer, at least four if there are as many.
 
-    Two layers are of one kind if their modules have the same classes and the same switches, names and counts.
+    Two layers are of one kind if their modules have the same classes and the same switches, names and counts. Counts
+    that make nearly every layer a kind of its own are numbers of the layer, and are left out.
     """
-    first: dict[tuple[Any, ...], int] = {}
-    for layer_idx, layer in enumerate(layers):
-        first.setdefault(_kind(layer), layer_idx)
-    last = max(first.values()) if len(first) <= _MOST_KINDS else 0
-    return min(len(layers), max(_FEWEST_LAYERS, last + 2))
+    for classes in ((bool, str, int, type(None)), (bool, str, type(None))):
+        first: dict[tuple[Any, ...], int] = {}
+        for layer_idx, layer in enumerate(layers):
+            first.setdefault(_kind(layer, classes), layer_idx)
+        if len(first) <= _MOST_KINDS:
+            break
+    return min(len(layers), max(_FEWEST_LAYERS, max(first.values()) + 2))
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def _kind(layer: nn.Module, classes: tuple[type, ...]) -> tuple[Any, ...]:
     return tuple(
         (
             type(module).__name__,
             *sorted(
                 (name, str(value))
                 for name, value in module.__dict__.items()
-                if (value is None or isinstance(value, (bool, str, int)))
+                if type(value) in classes
                 and not name.startswith("_")
                 and not any(word in name for word in ("idx", "index", "number", "training"))
             ),
@@ -87,7 +91,7 @@ def tiny_copy(model: nn.Module, num_layers: int) -> Any:
     )
 
 
-def _tried(cls: Any, config: Any, num_layers: int, head_dim: int | None) -> Any:
+def _tried(cls: Any, config: Any, num_layers: int, head_dim: int | Literal["all"] | None) -> Any:
     """Return a copy with heads of this width, or why there is none."""
     try:
         return _build(cls, tiny_config(config, num_layers, head_dim), config)

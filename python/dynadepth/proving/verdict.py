@@ -170,8 +170,20 @@ def _traits(content: dict[str, Any]) -> LayerTraits:
     )
 
 
-def remember(key: str, verdict: Verdict) -> Verdict:
-    """Keep a verdict, in the folder if it can be written, and return it with its place."""
+def remember(key: str, verdict: Verdict, *, on_disk: bool = True) -> Verdict:
+    """Keep a verdict and return it with its place.
+
+    Args:
+        key: What `verdict_key` returned.
+        verdict: The verdict.
+        on_disk: Whether to keep it in the folder, if that can be written; else in memory only.
+
+    Returns:
+        The verdict, with where it is kept.
+    """
+    if not on_disk:
+        _KNOWN[key] = verdict
+        return verdict
     file = proofs_folder() / f"{key}.json"
     content = {"schema_version": _SCHEMA_VERSION, **asdict(verdict)}
     del content["kept"]

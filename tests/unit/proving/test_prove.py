@@ -164,6 +164,24 @@ def test_a_folder_that_cannot_be_written_keeps_the_verdict_in_memory(own_folder,
     assert prove(tiny_model("llama")).exact
 
 
+def test_what_this_machine_may_have_caused_is_not_kept_on_disk(own_folder, monkeypatch):
+    def fail(model, **_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(proving, "check_laws", fail)
+    verdict = prove(tiny_model("llama"))
+    assert (verdict.exact, verdict.kept) == (False, "memory")
+    assert verdict.reason == "its tiny copy fails with OSError: no space left on device"
+    assert not own_folder.exists()
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_models_of_very_few_layers_are_proved(own_folder, num_layers):
+    verdict = prove(tiny_model("gemma3", num_layers=num_layers))
+    assert verdict.exact, verdict.reason
+    assert verdict.num_layers == num_layers
+
+
 @pytest.mark.usefixtures("own_folder")
 def test_another_shape_or_release_is_proved_anew(monkeypatch):
     def key(model):

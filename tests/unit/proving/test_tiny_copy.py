@@ -58,6 +58,16 @@ def test_layers_of_one_kind_need_four(layers, needed):
     assert layers_needed(layer_stack(tiny_model("llama", num_layers=layers)).layers) == needed
 
 
+def test_numbers_of_layers_make_no_kinds_but_switches_do():
+    model = tiny_model("llama", num_layers=20)
+    layers = layer_stack(model).layers
+    for place, layer in enumerate(layers):
+        layer.self_attn.place = place
+    assert layers_needed(layers) == 4
+    layers[9].self_attn.is_windowed = True
+    assert layers_needed(layers) == 11
+
+
 def test_dense_and_expert_layers_are_two_kinds():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
