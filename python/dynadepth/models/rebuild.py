@@ -14,6 +14,8 @@ __all__ = ["rebuild"]
 
 # The names under which modules of a layer keep its index, by which they find their slot of the cache.
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index")
+# Lists of a config that name layers by their index.
+_LISTS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
 # Lists of a config that may be as long as the model is deep but say nothing of its layers.
 _NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "mrope_section")
 
@@ -50,12 +52,16 @@ def rebuild(model: Any, plan: Any) -> Any:
 
 def _follow_visits(config: Any, visits: list[int], num_layers: int) -> None:
     """Make a config describe the visited layers, in that order."""
-    for field, values in config.to_dict().items():
+    before = config.to_dict()
+    for field, values in before.items():
+        if field in _LISTS_OF_LAYERS and values is not None:
+            setattr(config, field, [place for place, idx in enumerate(visits) if idx in values])
+            continue
         if field.endswith(_NOT_PER_LAYER):
             continue
         if isinstance(values, (list, tuple)) and len(values) == num_layers:
             setattr(config, field, [values[layer_idx] for layer_idx in visits])
-    dense = getattr(config, "mlp_only_layers", None)
+    dense = before.get("mlp_only_layers")
     if dense is not None and hasattr(config, "decoder_sparse_step"):
         # A config lists the layers without experts or gives their period; after the rebuild they are listed.
         step = config.decoder_sparse_step
