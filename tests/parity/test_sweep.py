@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynadepth.errors import PlanError, WrapError
 from dynadepth.execution.sweep import Sweeper
@@ -70,6 +71,39 @@ def test_any_plans_and_prompts(data):
     for row, logits in enumerate(result.logits):
         reference = separate(model, ids, mask, plans[row], example[row])[-1]
         assert (logits - reference).abs().max().item() < 1e-9
+
+
+@pytest.mark.parametrize("num_plans", [2, 3, 9])
+def test_a_stack_that_needs_as_many_rows_as_it_was_given_gets_them(num_plans):
+    """GPT-BigCode gives its result the shape of its input, whatever its layers return."""
+    config = AutoConfig.for_model(
+        "gpt_bigcode",
+        vocab_size=97,
+        n_embd=32,
+        n_head=4,
+        n_layer=4,
+        n_positions=64,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    ids, mask = random_batch([9, 5, 12], seed=1)
+    rng = np.random.default_rng(0)
+    plans = rng.integers(0, 3, size=(num_plans, 4)).astype(np.uint8)
+    plans[:, 2] = 1
+    example = np.arange(num_plans) % 3
+    score = torch.tensor([[row, 11] for row in range(num_plans)])
+    stack = proved_stack(model)
+    assert stack.traits.fixed_rows
+    watch = Watch([0, 2])
+    with Sweeper(model, stack) as sweeper:
+        found = sweeper.sweep(ids, mask, plans, example, score=score, observer=watch).logits
+    assert [len(states) for _, states, _ in watch.seen][:1] == [3]
+    for row, plan in enumerate(plans):
+        one = slice(int(example[row]), int(example[row]) + 1)
+        expected = drive(bake(model, plan), ids[one], mask[one], 0, "full")[0, -1]
+        assert (found[row] - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ class Sweeper:
                 f"{type(model).__name__} has no output head; load it with AutoModelForCausalLM"
             )
 
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether the model needs as many rows after its layers as before them."""
+        return self._stack.traits is not None and self._stack.traits.fixed_rows
+
     def __enter__(self) -> "Sweeper":
         install_executor(self._stack, self)
         return self
@@ -151,11 +156,20 @@ class Sweeper:
         _check_score(score, len(checked), num_tokens)
         plan = plan_sweep(checked, examples, num_examples)
         device = input_ids.device
+        num_rows = num_examples
+        if self.fixed_rows:
+            # The rows that are added are the first prompt again; their states are dropped before the first layer.
+            num_rows = max(num_examples, len(checked))
+            rows = torch.arange(num_rows, device=device)
+            rows[num_examples:] = 0
+            input_ids, attention_mask = input_ids[rows], attention_mask[rows]
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         given = {"position_ids": positions} if takes(self._model, "position_ids") else {}
         flat = score.to(device)
         handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
-        enter_scope(_SweepScope(self, plan, num_examples, device, observer, score.cpu().numpy()))
+        scored = score.cpu().numpy()
+        scope = _SweepScope(self, plan, num_examples, num_rows, device, observer, scored)
+        enter_scope(scope)
         try:
             with torch.inference_mode():
                 logits = self._model(
@@ -185,6 +199,7 @@ class _SweepScope:
         owner: Sweeper,
         plan: SweepPlan,
         num_examples: int,
+        num_rows: int,
         device: torch.device,
         observer: StateObserver | None,
         score: npt.NDArray[np.int64],
@@ -195,7 +210,8 @@ class _SweepScope:
         self.dispatch: Sequence[Any] = (PER_ROW,) * plan.num_layers
         self._plan = plan
         self._score = score
-        self._num_examples = num_examples
+        self._num_examples, self._num_rows = num_examples, num_rows
+        self._fixed_rows = owner.fixed_rows
         self._observer = observer
         # The prompt whose masks and positions each state has.
         self._example = torch.arange(num_examples, device=device)
@@ -203,6 +219,8 @@ class _SweepScope:
     def run(self, call: LayerCall) -> torch.Tensor:
         """Visit each distinct state once, some of the results again, and gather the next layer's states."""
         states, example = call.hidden_states, self._example
+        if call.layer_idx == 0:
+            states = states[: self._num_examples]
         if self._observer is not None and call.layer_idx in self._observer.layers:
             self._observer.observe(call.layer_idx, states, self._plan.entering(call.layer_idx))
         first, second, gather, following = (
@@ -219,6 +237,9 @@ class _SweepScope:
             if second.numel():
                 again = pieces[1].index_select(0, second)
                 pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
+        if self._fixed_rows and call.layer_idx == self._plan.num_layers - 1:
+            missing = self._num_rows - len(gather)
+            gather = torch.cat([gather, gather[:1].expand(missing)])
         return torch.cat(pieces).index_select(0, gather)
 
     def _wanted(
@@ -249,9 +270,7 @@ class _SweepScope:
         # Not every module accepts an empty batch.
         if wanted.any() and not wanted.all():
             tokens = torch.from_numpy(np.flatnonzero(wanted)).to(states.device)
-        return call.visit(
-            states, cache=None, index=prompts, num_rows=self._num_examples, wanted=tokens
-        )
+        return call.visit(states, cache=None, index=prompts, num_rows=self._num_rows, wanted=tokens)
 
 
 def _check_examples(example: Any, num_plans: int, num_examples: int) -> npt.NDArray[np.uint32]:

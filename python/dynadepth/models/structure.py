@@ -46,12 +46,14 @@ class LayerTraits:
         row_arguments: Parameters of a layer's forward that take tensors with one entry, or one group of entries, for
             each row of the batch.
         shared_arguments: Parameters that take tensors which are the same for all rows.
+        fixed_rows: Whether the stack's forward needs as many rows after its layers as before them.
     """
 
     num_extras: int | None = None
     feed_forward: str | None = None
     row_arguments: tuple[str, ...] = ()
     shared_arguments: tuple[str, ...] = ()
+    fixed_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

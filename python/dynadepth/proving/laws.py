@@ -6,7 +6,7 @@ and cached rows differ by.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,14 @@ def check_laws(model: Any, *, in_float64: bool = True) -> Kept:
     _identity(model, stack, few, base, modes)
     references = _References(model, plans)
     worst = _every_plan(model, stack, plans, batch, base, references, modes)
-    worst = max(worst, _sweep(model, stack, plans, batch, base, references))
+    try:
+        swept = _sweep(model, stack, plans, few, base, references)
+    except RuntimeError:
+        # Some stacks give their result the shape of their input.
+        traits = replace(traits, fixed_rows=True)
+        stack = stack.with_traits(traits)
+        swept = _sweep(model, stack, plans, few, base, references)
+    worst = max(worst, swept)
     _generation(model, stack, plans[: len(_LENGTHS)], few, references)
     _undone(model, stack, few, base)
     return Kept(traits, base.noise, worst)
@@ -227,16 +234,18 @@ def _sweep(
     base: _Base,
     references: _References,
 ) -> float:
+    """Run all plans on a few prompts in one forward: more plans than the model's own forward is given rows."""
     last = batch.ids.shape[1] - 1
-    rows = np.arange(len(plans))
-    score = torch.tensor([[row, last] for row in rows.tolist()])
+    prompt = np.arange(len(plans)) % len(batch.ids)
+    score = torch.tensor([[row, last] for row in range(len(plans))])
     with Sweeper(model, stack) as sweeper:
-        found = sweeper.sweep(batch.ids, batch.mask, plans, rows, score=score).logits
+        found = sweeper.sweep(batch.ids, batch.mask, plans, prompt, score=score).logits
     worst = 0.0
-    for row, reference in references.expected(batch, padded=base.same_padding):
+    for row, plan in enumerate(plans):
+        alone = batch.row(int(prompt[row]), padded=base.same_padding)
+        reference = run(references.model(row), alone, "uncached")[0, -1:]
         worst = max(
-            worst,
-            _compare(found[row : row + 1], reference[-1:], plans[row], "law 2: in a sweep", base),
+            worst, _compare(found[row : row + 1], reference, plan, "law 2: in a sweep", base)
         )
     return worst
 

@@ -167,6 +167,7 @@ def _traits(content: dict[str, Any]) -> LayerTraits:
         feed_forward=content["feed_forward"],
         row_arguments=tuple(content["row_arguments"]),
         shared_arguments=tuple(content["shared_arguments"]),
+        fixed_rows=content["fixed_rows"],
     )
 
 
