@@ -5,7 +5,6 @@ The stack's forward pre-hook opens a `PlanScope` for the forward, and the hook b
 
 import re
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
@@ -22,7 +21,7 @@ from dynadepth.execution.executor import (
     remove_executor,
 )
 from dynadepth.execution.plan_forward import Planner, PlanScope
-from dynadepth.models.structure import LayerStack
+from dynadepth.models.structure import LayerStack, forward_parameters
 
 __all__ = ["Attachment", "check_text_only"]
 
@@ -83,7 +82,7 @@ class Attachment:
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
             stack.stack.register_forward_hook(_close_scope, always_call=True),
         ]
-        if any(_NOT_TEXT.search(name) for name in signature(type(model).forward).parameters):
+        if any(_NOT_TEXT.search(name) for name in forward_parameters(type(model).forward)):
             self._handles.append(
                 model.register_forward_pre_hook(_refuse_what_is_not_text, with_kwargs=True)
             )
@@ -134,7 +133,7 @@ def check_text_only(model: nn.Module, given: Mapping[str, Any]) -> None:
 def _refuse_what_is_not_text(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    names = list(signature(type(module).forward).parameters)[1:]
+    names = forward_parameters(type(module).forward)[1:]
     check_text_only(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
 

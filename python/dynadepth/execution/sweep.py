@@ -25,7 +25,7 @@ from dynadepth.execution.executor import (
     remove_executor,
 )
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.models.structure import LayerStack, takes
+from dynadepth.models.structure import LayerStack, position_arguments
 from dynadepth.plans import check_plans
 
 __all__ = ["StateObserver", "SweepResult", "Sweeper"]
@@ -163,8 +163,7 @@ class Sweeper:
             rows = torch.arange(num_rows, device=device)
             rows[num_examples:] = 0
             input_ids, attention_mask = input_ids[rows], attention_mask[rows]
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        given = {"position_ids": positions} if takes(self._model, "position_ids") else {}
+        given = position_arguments(self._model, attention_mask)
         flat = score.to(device)
         handle = self._head.register_forward_pre_hook(_ScoredStates(flat[:, 0], flat[:, 1]))
         scored = score.cpu().numpy()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynadepth.errors import UnsupportedModelError
@@ -19,8 +20,10 @@ __all__ = [
     "LayerStack",
     "LayerTraits",
     "check_not_parallel",
+    "forward_parameters",
     "layer_signature",
     "layer_stack",
+    "position_arguments",
     "takes",
     "text_config_of",
 ]
@@ -93,7 +96,30 @@ def text_config_of(config: Any) -> Any:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Say whether a module's forward has a parameter of this name."""
-    return name in inspect.signature(type(module).forward).parameters
+    return name in forward_parameters(type(module).forward)
+
+
+# Asked for every module of a model, and models with a list of experts in every layer have tens of thousands.
+@functools.cache
+def forward_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of an unbound forward's parameters, self included."""
+    return tuple(inspect.signature(forward).parameters)
+
+
+def position_arguments(module: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the positions of a padded batch, as the argument of a module's forward that takes them.
+
+    Args:
+        module: The model, or its stack of layers.
+        attention_mask: 1 for real tokens. Shape (rows, tokens).
+
+    Returns:
+        `position_ids`, which number the real tokens of each row from 0, shape (rows, tokens), int64; empty if the
+        forward takes none.
+    """
+    if not takes(module, "position_ids"):
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)}
 
 
 def layer_stack(model: nn.Module) -> LayerStack:
@@ -222,17 +248,11 @@ def _layer_lists(
 
 def _takes_mask(module: nn.Module, *, cache: bool) -> bool:
     """Say whether a module, or one that another library has put itself around, is called as decoder layers are."""
-    names = (_parameters(type(each).forward) for each in module.modules())
+    names = (forward_parameters(type(each).forward) for each in module.modules())
     return any(
         _MASK_NAME in each[2:] and (not cache or any(name in each for name in _CACHE_NAMES))
         for each in names
     )
-
-
-# Models with a list of experts in every layer have tens of thousands of modules, of a few classes.
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)
 
 
 def _running_module(model: nn.Module, holder: nn.Module) -> nn.Module:

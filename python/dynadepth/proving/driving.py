@@ -10,7 +10,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
-from dynadepth.models.structure import LayerStack, takes
+from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans
 from dynadepth.policies.prompt_batch import PromptBatch
 from dynadepth.proving.tiny_config import VOCAB_SIZE
@@ -73,33 +73,31 @@ def run(model: Any, batch: Batch, mode: Mode) -> torch.Tensor:
     Raises:
         UnsupportedModelError: The model returns no cache, or one of another form.
     """
-    positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)
-    by_position = takes(model, "position_ids")
+    positions = position_arguments(model, batch.mask)
     with torch.no_grad():
         if mode == "uncached":
-            given = {"position_ids": positions} if by_position else {}
             logits: torch.Tensor = model(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **given
+                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **positions
             ).logits
             return logits
-        name = next((each for each in _CACHE_NAMES if takes(model, each)), None)
-        if name is None:
+        cache_name = next((each for each in _CACHE_NAMES if takes(model, each)), None)
+        if cache_name is None:
             raise UnsupportedModelError("its forward takes no cache")
         size = 1 if mode == "one token at a time" else 3
         width = batch.ids.shape[1]
         ends = [batch.prefill, *range(batch.prefill + size, width, size), width]
         pieces, begin, cache = [], 0, None
         for end in dict.fromkeys(ends):
-            given = {"position_ids": positions[:, begin:end]} if by_position else {}
+            given = {name: each[:, begin:end] for name, each in positions.items()}
             if cache is not None:
-                given[name] = cache
+                given[cache_name] = cache
             output = model(
                 input_ids=batch.ids[:, begin:end],
                 attention_mask=batch.mask[:, :end],
                 use_cache=True,
                 **given,
             )
-            cache = getattr(output, name, None)
+            cache = getattr(output, cache_name, None)
             if cache is None:
                 raise UnsupportedModelError("its forward returns no cache")
             pieces.append(output.logits)

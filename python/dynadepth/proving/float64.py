@@ -28,12 +28,11 @@ class KeepFloat64(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
-            if torch.float32 in args[1:]:
-                args = tuple(torch.float64 if _is_float32(each) else each for each in args)
+            args = tuple(torch.float64 if _is_float32(each) else each for each in args)
             if _is_float32(given.get("dtype")):
                 given = {**given, "dtype": torch.float64}
         return func(*args, **given)
 
 
 def _is_float32(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value == torch.float32
+    return value is torch.float32

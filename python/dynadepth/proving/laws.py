@@ -18,6 +18,7 @@ from dynadepth.models.structure import LayerStack, LayerTraits, layer_signature,
 from dynadepth.plans import Plans, identity_plan, plan_text
 from dynadepth.proving.driving import MODES, Batch, FixedPlans, Mode, generate, prompts, run
 from dynadepth.proving.observing import observe_layers
+from dynadepth.proving.tiny_copy import failure
 
 __all__ = ["Kept", "LawBroken", "check_laws"]
 
@@ -188,7 +189,7 @@ class _References:
             except (RuntimeError, IndexError, KeyError, ValueError) as error:
                 raise LawBroken(
                     f"there is no reference for plan {plan_text(self._plans[row])}: the model rebuilt as its visits "
-                    f"fails with {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+                    f"fails with {failure(error)}"
                 ) from error
             yield row, logits[-int(batch.mask[row].sum()) :]
 

@@ -17,10 +17,10 @@ from dynadepth.errors import ConfigError, DynadepthError, UnsupportedModelError
 from dynadepth.models.structure import LayerStack, layer_signature, layer_stack
 from dynadepth.proving.float64 import KeepFloat64
 from dynadepth.proving.laws import Kept, LawBroken, check_laws
-from dynadepth.proving.tiny_copy import NoCopyError, layers_needed, tiny_copy
+from dynadepth.proving.tiny_copy import NoCopyError, failure, layers_needed, own_class, tiny_copy
 from dynadepth.proving.verdict import Verdict, recall, remember, verdict_key
 
-__all__ = ["Unlisted", "check_unlisted", "prove", "proved_stack"]
+__all__ = ["Unlisted", "prove", "proved_stack"]
 
 # What to do with a model whose shape has no verdict yet.
 Unlisted = Literal["prove", "refuse"]
@@ -44,7 +44,7 @@ def proved_stack(model: Any, *, unlisted: Unlisted = "prove") -> LayerStack:
         ConfigError: `unlisted` is something else.
         UnsupportedModelError: The model cannot run exactly, or has no verdict and none may be made.
     """
-    check_unlisted(unlisted)
+    _check_unlisted(unlisted)
     stack = layer_stack(model)
     verdict = _verdict(model, stack, unlisted, again=False)
     if not verdict.exact or verdict.traits is None:
@@ -81,7 +81,7 @@ def prove(model: Any, *, again: bool = False) -> Verdict:
     return _verdict(model, stack, "prove", again=again)
 
 
-def check_unlisted(unlisted: str) -> None:
+def _check_unlisted(unlisted: str) -> None:
     """Refuse a setting that does not exist.
 
     Raises:
@@ -162,10 +162,7 @@ def _prove(model: Any, stack: LayerStack, num_layers: int) -> tuple[Verdict, boo
         raise
     except Exception as error:  # whatever a model's own code raises on its copy, or this machine
         lasting = False
-        lines = str(error).strip().splitlines()
-        reason = (
-            f"its tiny copy fails with {type(error).__name__}: {lines[-1].strip() if lines else ''}"
-        )
+        reason = f"its tiny copy fails with {failure(error)}"
     seconds = round(time.monotonic() - begin, 3)
     if kept is None:
         return _refused(
@@ -198,7 +195,7 @@ def _copy_of(model: Any, stack: LayerStack, num_layers: int) -> Any:
     for layer_idx, (own, other) in enumerate(
         zip(stack.layers, layer_stack(copy).layers, strict=False)
     ):
-        if not any(isinstance(module, type(other)) for module in own.modules()):
+        if not any(own_class(module) is type(other) for module in own.modules()):
             raise UnsupportedModelError(
                 f"its config builds a {type(other).__name__} as layer {layer_idx}, but the model has a "
                 f"{type(own).__name__} there, which was put in later and cannot be proved from the config"

@@ -11,7 +11,7 @@ from dynadepth.errors import UnsupportedModelError
 from dynadepth.models.structure import layer_stack
 from dynadepth.proving.tiny_config import tiny_config
 
-__all__ = ["HEAD_DIMS", "NoCopyError", "layers_needed", "own_class", "tiny_copy"]
+__all__ = ["HEAD_DIMS", "NoCopyError", "failure", "layers_needed", "own_class", "tiny_copy"]
 
 _FEWEST_LAYERS = 4
 # Beyond this many kinds, counts are taken for numbers of the layers.
@@ -59,9 +59,16 @@ def _kind(layer: nn.Module, classes: tuple[type, ...]) -> tuple[Any, ...]:
     )
 
 
-def own_class(model: nn.Module) -> Any:
-    """Return the class that a model was built with; sharding puts a class of its own in front of it."""
-    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+def failure(error: Exception) -> str:
+    """Return what a model's own code raised, in one line: the last of its message says most."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
+
+
+def own_class(module: nn.Module) -> Any:
+    """Return the class that a module was built with: not the one that wrapping, or sharding, puts in front of it."""
+    cls = getattr(type(module), "_dynadepth_base", type(module))
+    return next(cls for cls in cls.__mro__ if not cls.__module__.startswith("torch."))
 
 
 def tiny_copy(model: nn.Module, num_layers: int) -> Any:
@@ -96,8 +103,7 @@ def _tried(cls: Any, config: Any, num_layers: int, head_dim: int | Literal["all"
     try:
         return _build(cls, tiny_config(config, num_layers, head_dim), config)
     except Exception as error:  # a config may be refused by any check of its family
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+        return failure(error)
 
 
 def _build(cls: Any, config: Any, original: Any) -> Any:

@@ -13,7 +13,8 @@ import transformers
 from platformdirs import user_cache_path
 
 from dynadepth._core import __version__
-from dynadepth.errors import CheckpointError
+from dynadepth.config import config_from_dict
+from dynadepth.errors import CheckpointError, ConfigError
 from dynadepth.files import read_versioned_json, write_json_atomic
 from dynadepth.models.structure import LayerStack, LayerTraits
 from dynadepth.proving.tiny_config import tiny_config
@@ -77,7 +78,7 @@ def verdict_key(model: Any, stack: LayerStack, num_layers: int) -> str:
         config = tiny_config(model.config, num_layers, HEAD_DIMS[0]).to_dict()
     except Exception:  # as any check of the family raises it; the proof will say so
         config = model.config.to_dict()
-    classes = {own_class(model), *(type(layer) for layer in stack.layers), type(stack.stack)}
+    classes = {own_class(module) for module in (model, stack.stack, *stack.layers)}
     parts = {
         "schema": _SCHEMA_VERSION,
         "versions": [__version__, transformers.__version__, torch.__version__, _own_source()],
@@ -116,8 +117,7 @@ def _own_source() -> str:
 
 
 def _class_source(cls: Any) -> str:
-    base = getattr(cls, "_dynadepth_base", cls)
-    return f"{base.__module__}.{base.__qualname__} {_file_of(base)}"
+    return f"{cls.__module__}.{cls.__qualname__} {_file_of(cls)}"
 
 
 @cache
@@ -152,23 +152,13 @@ def recall(key: str) -> Verdict | None:
                 for name in Verdict.__dataclass_fields__
                 if name not in ("traits", "kept")
             },
-            traits=None if traits is None else _traits(traits),
+            traits=None if traits is None else config_from_dict(LayerTraits, traits),
             kept=str(file),
         )
-    except (OSError, CheckpointError, KeyError, TypeError):
+    except (OSError, CheckpointError, ConfigError, KeyError, TypeError):
         return None
     _KNOWN[key] = found
     return found
-
-
-def _traits(content: dict[str, Any]) -> LayerTraits:
-    return LayerTraits(
-        num_extras=content["num_extras"],
-        feed_forward=content["feed_forward"],
-        row_arguments=tuple(content["row_arguments"]),
-        shared_arguments=tuple(content["shared_arguments"]),
-        fixed_rows=content["fixed_rows"],
-    )
 
 
 def remember(key: str, verdict: Verdict, *, on_disk: bool = True) -> Verdict:

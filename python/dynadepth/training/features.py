@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadepth.execution.executor import check_unwrapped
-from dynadepth.models.structure import layer_stack, takes
+from dynadepth.models.structure import layer_stack, position_arguments
 from dynadepth.plans import Plans, check_plans
 from dynadepth.policies.base import Policy
 from dynadepth.policies.pooling import last_token_state, window_means
@@ -61,13 +61,14 @@ def prompt_features(
         PlanError: A plan does not fit this model, or there is not one for each row.
         WrapError: The model is wrapped.
     """
+    stack = layer_stack(model)
     teacher = _TeacherPolicy(
-        check_plans(plans, layer_stack(model).num_layers, num_rows=len(input_ids)), num_windows
+        check_plans(plans, stack.num_layers, num_rows=len(input_ids)), num_windows
     )
     wrap_model(model, policy=teacher)
     try:
         with torch.inference_mode():
-            _forward(model, input_ids, attention_mask)
+            _forward(stack.stack, input_ids, attention_mask)
     finally:
         unwrap_model(model)
     return torch.stack(teacher.pooled, dim=1)
@@ -114,16 +115,14 @@ def block_influence(
     ]
     try:
         with torch.inference_mode():
-            _forward(model, input_ids, attention_mask)
+            _forward(stack.stack, input_ids, attention_mask)
     finally:
         for handle in handles:
             handle.remove()
     return influence
 
 
-def _forward(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+def _forward(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Run the decoder layers on left- or right-padded prompts, without the output head."""
-    positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    stack = layer_stack(model).stack
-    given = {"position_ids": positions} if takes(stack, "position_ids") else {}
+    given = position_arguments(stack, attention_mask)
     stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)

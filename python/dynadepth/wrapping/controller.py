@@ -5,7 +5,6 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 `model.dynadepth` is the controller.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
+from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -140,9 +140,8 @@ class Controller(ContextMethods):
         if input_ids is None and inputs.get("inputs_embeds") is None:
             raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
         # Numbered as in `generate`; families without this argument use the mask instead.
-        takes_positions = "position_ids" in inspect.signature(type(stack).forward).parameters
-        if attention_mask is not None and takes_positions and inputs.get("position_ids") is None:
-            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if attention_mask is not None and inputs.get("position_ids") is None:
+            inputs |= position_arguments(stack, attention_mask)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         context = Context(self, only_plans=True)
         with torch.no_grad(), open_context(context):

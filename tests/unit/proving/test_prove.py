@@ -114,17 +114,15 @@ def test_spoiled_models_are_refused_by_what_differs(kind):
 
 @pytest.mark.usefixtures("own_folder")
 def test_a_layer_that_was_put_in_later_is_refused():
-    model = tiny_model("llama")
-    other = spoiled(IndexedMaskLlama)
-    model.model.layers[1] = other.model.layers[1]
-    # It is a Llama's layer by inheritance, so its own forward decides.
     wrap_model(tiny_model("llama"), plan="0-3")
-    strange = tiny_model("llama")
-    strange.model.layers[1] = tiny_model("qwen3").model.layers[1]
-    with pytest.raises(
-        UnsupportedModelError, match=r"builds a LlamaDecoderLayer as layer 1.*Qwen3"
-    ):
-        wrap_model(strange, plan="0-3")
+    # A Llama's layer by inheritance too: its own forward is not the one of the copy.
+    for other, name in ((tiny_model("qwen3"), "Qwen3"), (spoiled(IndexedMaskLlama), "IndexedMask")):
+        model = tiny_model("llama")
+        model.model.layers[1] = other.model.layers[1]
+        with pytest.raises(
+            UnsupportedModelError, match=rf"builds a LlamaDecoderLayer as layer 1.*{name}"
+        ):
+            wrap_model(model, plan="0-3")
 
 
 def test_a_verdict_is_kept_and_found_again(own_folder, caplog, monkeypatch):
