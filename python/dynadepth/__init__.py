@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dynadepth.policies.menu_policy import MenuPolicy
     from dynadepth.policies.prompt_batch import PromptBatch
     from dynadepth.policies.router_policy import RouterPolicy
+    from dynadepth.shortcuts.maps import Shortcuts
+    from dynadepth.shortcuts.save_load import load_shortcuts
     from dynadepth.wrapping.bake import bake
     from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 
@@ -43,6 +45,7 @@ __all__ = [
     "PromptBatch",
     "RouterPolicy",
     "Routers",
+    "Shortcuts",
     "StaticPolicy",
     "TrainedMenu",
     "TrainedPolicy",
@@ -52,6 +55,7 @@ __all__ = [
     "check_plans",
     "identity_plan",
     "load_policy",
+    "load_shortcuts",
     "parse_plan",
     "plan_depth",
     "plan_ranges",
@@ -75,6 +79,7 @@ _MODULES = {
     "PromptBatch": "policies.prompt_batch",
     "RouterPolicy": "policies.router_policy",
     "Routers": "checkpoints.trained_policy",
+    "Shortcuts": "shortcuts.maps",
     "StaticPolicy": "policies.base",
     "TrainedMenu": "checkpoints.trained_policy",
     "TrainedPolicy": "checkpoints.trained_policy",
@@ -83,6 +88,7 @@ _MODULES = {
     "check_plans": "plans",
     "identity_plan": "plans",
     "load_policy": "checkpoints.save_load",
+    "load_shortcuts": "shortcuts.save_load",
     "parse_plan": "plans",
     "plan_depth": "plans",
     "plan_ranges": "plans",

@@ -16,6 +16,7 @@ __all__ = [
     "LabelError",
     "PlanError",
     "SearchError",
+    "ShortcutError",
     "TaskError",
     "UnsupportedModelError",
     "WrapError",
@@ -52,6 +53,10 @@ class SearchError(DynadepthError, RuntimeError):
 
 class CheckpointError(DynadepthError, ValueError):
     """A routers folder is damaged, or belongs to another base model."""
+
+
+class ShortcutError(DynadepthError, ValueError):
+    """Shortcuts are damaged, belong to another base model, or are not those that a policy was calibrated with."""
 
 
 class ExportError(DynadepthError, RuntimeError):

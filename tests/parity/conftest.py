@@ -1,4 +1,8 @@
-"""What the parity suite shares: exact eager attention, and a count of its cases by family."""
+"""What the parity suite shares: exact eager attention, shortcuts in place of skipped layers, and a count of its cases.
+
+Every case runs twice: skipped layers leave nothing behind, and they leave random shortcuts. The reference of the second
+is a baked model with ordinary modules that compute the same.
+"""
 
 import re
 from collections import Counter
@@ -6,7 +10,49 @@ from collections import Counter
 import pytest
 import torch
 
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.wrapping.bake import bake
+from dynadepth.wrapping.skipping import skips_of
+from dynadepth.wrapping.wrap import wrap_model
+from tests.parity import drivers, recompute
 from tests.tiny import FAMILIES, VARIANTS
+from tests.tiny_shortcuts import random_shortcuts, rebuilt_with_shortcuts
+
+# Not about what runs: decisions, files, or models without a reference.
+_ONCE = ("test_onnx", "test_onnx_menu", "test_budgets", "test_published_bugs", "test_scoring")
+
+
+def pytest_generate_tests(metafunc):
+    """Let every case of the other modules run both ways."""
+    if metafunc.module.__name__.rpartition(".")[2] not in _ONCE:
+        metafunc.fixturenames.append("skipped_layers")
+        metafunc.parametrize("skipped_layers", ["plain", "shortcuts"], indirect=True)
+
+
+@pytest.fixture
+def skipped_layers(request, monkeypatch):
+    """Wrap, sweep and bake with shortcuts, whatever the test calls."""
+    if request.param == "plain":
+        return
+
+    def wrapped(model, **how):
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        return wrap_model(model, **{"shortcuts": random_shortcuts(inner), **how})
+
+    def baked(model, plan):
+        checked = bake(model, plan)  # refuses what it refuses
+        del checked
+        return rebuilt_with_shortcuts(model, plan, random_shortcuts(model))
+
+    def sweeper(model, stack):
+        return Sweeper(model, stack, skips_of(random_shortcuts(model), stack.num_layers))
+
+    replacements = {"wrap_model": wrapped, "bake": baked, "Sweeper": sweeper}
+    for module in (request.module, drivers, recompute):
+        for name, replacement in replacements.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, replacement)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dynadepth.plans import EXECUTE, Plans
+from dynadepth.plans import EXECUTE, SKIP, Plans
 
 __all__ = ["RowPlans"]
+
+# Stands for a visit that is not made.
+_SKIPPING = -1
 
 
 class RowPlans:
@@ -71,10 +74,14 @@ class RowPlans:
         key = (layer_idx, visit)
         rows = self._rows.get(key)
         if rows is None:
-            rows = self._rows[key] = np.flatnonzero(
-                self.plans[:, layer_idx] >= int(EXECUTE) + visit
-            ).tolist()
+            actions = self.plans[:, layer_idx]
+            found = actions == int(SKIP) if visit == _SKIPPING else actions >= int(EXECUTE) + visit
+            rows = self._rows[key] = np.flatnonzero(found).tolist()
         return rows
+
+    def skipping(self, layer_idx: int) -> list[int]:
+        """Return the rows that skip a layer, ascending; its actions must be decided."""
+        return self.rows(layer_idx, _SKIPPING)
 
     def index(self, layer_idx: int, visit: int, device: torch.device) -> torch.Tensor:
         """Return the rows that make a visit as an index tensor, which is copied to the device once.
@@ -94,6 +101,10 @@ class RowPlans:
                 self.rows(layer_idx, visit), dtype=torch.long
             ).to(device)
         return index
+
+    def skipping_index(self, layer_idx: int, device: torch.device) -> torch.Tensor:
+        """Return the rows that skip a layer as an index tensor, see `index`. Shape (rows that skip it,), int64."""
+        return self.index(layer_idx, _SKIPPING, device)
 
     def decide(self, layer_idx: int, actions: Plans) -> None:
         """Fix the actions of consecutive layers.

@@ -58,7 +58,7 @@ def push_policy(
     """Publish routers, or a menu, on the Hugging Face hub.
 
     Everything is checked before anything is sent. All files go into one commit, which also removes a `routers.onnx` of
-    other routers: readers of the repository see either the previous routers or these. Nothing but the four files of a
+    other routers: readers of the repository see either the previous routers or these. Nothing but the files of a
     routers folder is sent.
 
     Args:

@@ -44,6 +44,7 @@ def policy_card(policy: TrainedPolicy) -> str:
         f"{len(calibration.depths)} steps",
         *_shape(policy),
         f"- protected layers: {', '.join(map(str, policy.protect)) or 'none'}",
+        *_skipped(policy),
         *_trained_on(policy.training),
         "",
         "A budget is a mean over prompts like those it was calibrated on; other prompts may take more or less.",
@@ -111,6 +112,17 @@ def _shape(policy: TrainedPolicy) -> list[str]:
             f"- shrinkage: {policy.shrinkage:g} (0: one plan for all prompts, 1: as the routers were trained)",
         ]
     return []
+
+
+def _skipped(policy: TrainedPolicy) -> list[str]:
+    shortcuts = policy.shortcuts
+    if shortcuts is None:
+        return []
+    return [
+        f"- skipped layers: replaced by linear shortcuts of rank {shortcuts.rank} "
+        f"({len(shortcuts.mapped_layers)} of {shortcuts.num_layers} layers have one); calibrated with them, so the "
+        "policy does not run without"
+    ]
 
 
 def _trained_on(training: Mapping[str, Any]) -> list[str]:

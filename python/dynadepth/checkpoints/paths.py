@@ -10,6 +10,7 @@ from torch import nn
 from dynadepth.errors import CheckpointError, ConfigError
 from dynadepth.files import make_folder_beside, write_bytes_atomic
 from dynadepth.models.names import is_hub_id
+from dynadepth.shortcuts import save_load as shortcut_files
 
 __all__ = [
     "CARD_NAME",
@@ -22,6 +23,7 @@ __all__ = [
     "find_routers",
     "first_lines",
     "locate_routers",
+    "locate_shortcuts",
     "replace_folder",
     "restore_folder",
 ]
@@ -31,7 +33,8 @@ WEIGHTS_NAME = "routers.safetensors"
 ONNX_NAME = "routers.onnx"
 CARD_NAME = "README.md"
 FOLDER_NAME = "routers"
-ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME)
+_SHORTCUT_FILES = (shortcut_files.CONFIG_NAME, shortcut_files.WEIGHTS_NAME)
+ROUTERS_FILES = (CONFIG_NAME, WEIGHTS_NAME, ONNX_NAME, CARD_NAME, *_SHORTCUT_FILES)
 
 
 def find_routers(model: nn.Module) -> Path:
@@ -128,6 +131,35 @@ def locate_routers(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
     raise FileNotFoundError(
         f"{path_or_hub_id} has neither {CONFIG_NAME} nor {FOLDER_NAME}/{CONFIG_NAME}; expected a routers folder as "
         "`dynadepth train` writes it"
+    )
+
+
+def locate_shortcuts(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """Return the folder of shortcuts for a path or a hub id; those on the hub are downloaded.
+
+    Args:
+        path_or_hub_id: A folder of shortcuts, a routers folder that carries them, a folder that contains one called
+            `shortcuts` or `routers`, or a hub id of any of these.
+
+    Raises:
+        FileNotFoundError: There are none; the message says what was looked for.
+    """
+    path = Path(path_or_hub_id)
+    inside = ("", "shortcuts", FOLDER_NAME)
+    if not path.is_dir():
+        hub_id = os.fspath(path_or_hub_id)
+        if not is_hub_id(path_or_hub_id):
+            raise FileNotFoundError(
+                f"there is no folder {path}; expected what `dynadepth shortcuts` writes, or a hub id like org/name"
+            )
+        names = [Path(folder, name).as_posix() for folder in inside for name in _SHORTCUT_FILES]
+        path = _download(hub_id, names)
+    for folder in inside:
+        if (path / folder / shortcut_files.CONFIG_NAME).is_file():
+            return path / folder
+    raise FileNotFoundError(
+        f"{path_or_hub_id} has no {shortcut_files.CONFIG_NAME}, neither there nor in shortcuts/ or {FOLDER_NAME}/; "
+        "make it with `dynadepth shortcuts`"
     )
 
 

@@ -37,6 +37,9 @@ from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
 from dynadepth.policies.calibration import Calibration
 from dynadepth.policies.menu import Menu
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth.shortcuts.save_load import CONFIG_NAME as SHORTCUTS_NAME
+from dynadepth.shortcuts.save_load import load_shortcuts, shortcut_files
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -74,6 +77,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "protect": list,
     "metrics": dict,
     "training": dict,
+    "shortcuts": str,
 }
 _JSON_WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a fraction"}
 
@@ -94,8 +98,10 @@ def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
     Raises:
         CheckpointError: The folder holds other files, or metrics or training notes cannot be written as JSON. Nothing
             was changed.
+        ShortcutError: What was measured of its shortcuts cannot be written as JSON. Nothing was changed.
     """
     content = _to_json(routers)
+    beside = {} if routers.shortcuts is None else shortcut_files(routers.shortcuts)
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in routers.tensors().items()
     }
@@ -105,6 +111,7 @@ def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
             WEIGHTS_NAME: save(tensors),
             CONFIG_NAME: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(),
             CARD_NAME: policy_card(routers).encode(),
+            **beside,
         },
     )
 
@@ -146,8 +153,9 @@ def load_policy(
         The routers, on the host.
 
     Raises:
-        CheckpointError: A file is damaged or newer than this dynadepth, or the routers belong to another
+        CheckpointError: A file is damaged, missing or newer than this dynadepth, or the routers belong to another
             base model.
+        ShortcutError: The shortcuts beside the routers are damaged.
         ConfigError: A revision was given for a folder on this machine.
         FileNotFoundError: There is no such folder, locally or on the hub.
     """
@@ -174,6 +182,8 @@ def _to_json(routers: TrainedPolicy) -> dict[str, Any]:
         "metrics": dict(routers.metrics),
         "training": dict(routers.training),
     }
+    if routers.shortcuts is not None:
+        content["shortcuts"] = routers.shortcuts.digest
     if isinstance(routers, Routers):
         content["router"] = routers.config.to_dict()
         content["action_order"] = _ACTION_ORDER
@@ -217,6 +227,7 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
             "training": content["training"],
             "folder": folder,
             "accepted": accepted,
+            "shortcuts": _read_shortcuts(folder, content.get("shortcuts"), accepted=accepted),
         }
         if content["kind"] == "menu":
             return TrainedMenu(menu=_read_menu(file, content["menu"], tensors), **common)
@@ -232,6 +243,24 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def _read_shortcuts(folder: Path, digest: str | None, *, accepted: bool) -> Shortcuts | None:
+    """Return the shortcuts that a policy was calibrated with; without them its budgets would not be kept."""
+    if digest is None:
+        return None
+    if not (folder / SHORTCUTS_NAME).is_file():
+        raise CheckpointError(
+            f"the policy in {folder} was calibrated with shortcuts {digest}, but there is no {SHORTCUTS_NAME}; copy "
+            "the whole folder"
+        )
+    shortcuts = load_shortcuts(folder, accept_mismatch=accepted)
+    if shortcuts.digest != digest:
+        raise CheckpointError(
+            f"the policy in {folder} was calibrated with shortcuts {digest}, but those beside it are "
+            f"{shortcuts.digest}; copy the whole folder, or train the routers again"
+        )
+    return shortcuts
+
+
 def _check_content(file: Path, content: Mapping[str, Any]) -> None:
     """Check the keys, types and fixed values of everything that no class checks itself."""
     kind = content.get("kind")
@@ -239,7 +268,9 @@ def _check_content(file: Path, content: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{file}: kind is {kind!r}; expected one of {', '.join(sorted(_KIND_KEYS))}"
         )
-    _check_keys(file, content, (*_KEYS, *_KIND_KEYS[kind]))
+    # A policy that was calibrated without shortcuts says nothing of them.
+    optional = ("shortcuts",) if "shortcuts" in content else ()
+    _check_keys(file, content, (*_KEYS, *_KIND_KEYS[kind], *optional))
     for name, expected_kind in _KINDS.items():
         if name in content:
             _check_kind(file, name, content[name], expected_kind)

@@ -28,6 +28,7 @@ from dynadepth.policies.menu import Menu
 from dynadepth.policies.menu_policy import MenuPolicy
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.policies.router_policy import RouterPolicy
+from dynadepth.shortcuts.maps import Shortcuts
 
 __all__ = ["Backend", "Routers", "TrainedMenu", "TrainedPolicy"]
 
@@ -50,6 +51,7 @@ class TrainedPolicy(ABC):
         training: How it was trained, as values that JSON can hold.
         folder: Where it was loaded from; None if it was not.
         accepted: Whether the user has accepted that the base model differs from the fingerprint.
+        shortcuts: The maps that were in place of skipped layers when it was calibrated; None: nothing was.
 
     Raises:
         ConfigError: A value has the wrong shape or is out of range.
@@ -64,6 +66,7 @@ class TrainedPolicy(ABC):
     training: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     accepted: bool = False
+    shortcuts: Shortcuts | None = None
 
     def __post_init__(self) -> None:
         protect = [plain_number(layer) for layer in self.protect]
@@ -73,6 +76,11 @@ class TrainedPolicy(ABC):
                     f"protect names layer {layer!r}; expected numbers from 0 to {self.num_layers - 1}"
                 )
         object.__setattr__(self, "protect", tuple(sorted(set(protect))))
+        if self.shortcuts is not None and self.shortcuts.num_layers != self.num_layers:
+            raise ConfigError(
+                f"the shortcuts are for {self.shortcuts.num_layers} layers, the policy for {self.num_layers}; give "
+                "those that the policy was calibrated with"
+            )
 
     @property
     @abstractmethod

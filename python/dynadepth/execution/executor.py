@@ -27,9 +27,10 @@ from dynadepth.models.structure import (
 )
 
 __all__ = [
+    "NOTHING",
     "PER_ROW",
-    "SKIPPED",
     "Scope",
+    "Skipped",
     "check_installed",
     "check_unwrapped",
     "enter_scope",
@@ -40,9 +41,34 @@ __all__ = [
     "remove_executor",
 ]
 
-# Entries of a scope's `dispatch`. PER_ROW: call the scope's `run`. SKIPPED: the layer runs for no row.
+# An entry of a scope's `dispatch`: call the scope's `run`.
 PER_ROW: Any = object()
-SKIPPED: Any = object()
+
+
+class Skipped:
+    """An entry of a scope's `dispatch`: the layer runs for no row.
+
+    Attributes:
+        through: What the rows go through in place of the layer, from states of shape (rows, tokens, hidden) to states
+            of the same shape, dtype and device.
+    """
+
+    __slots__ = ("through",)
+
+    def __init__(self, through: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.through = through
+
+    # A copied model has the same nothing.
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return "NOTHING" if self is NOTHING else (Skipped, (self.through,))
+
+
+def _unchanged(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
+# A layer that is skipped without anything in its place.
+NOTHING = Skipped(_unchanged)
 
 
 class Scope(Protocol):
@@ -51,7 +77,7 @@ class Scope(Protocol):
     owner: object
     outer: "Scope | None"
     # One entry for each layer. If the layer is known to run once for all rows: the cache that it is given, which may be
-    # None. If it is known to run for no row: `SKIPPED`. Otherwise `PER_ROW`, and `run` must be called.
+    # None. If it is known to run for no row: a `Skipped`. Otherwise `PER_ROW`, and `run` must be called.
     dispatch: Sequence[Any]
 
     def run(self, call: LayerCall) -> torch.Tensor:
@@ -189,8 +215,8 @@ def _routed_class(base: Any) -> type[nn.Module]:
         # Most calls of most plans take this shortcut; in decoding, these lines are the cost of wrapping.
         if cache_name in kwargs:
             view = scope.dispatch[installed.layer_idx]
-            if view is SKIPPED:
-                states = args[0] if args else kwargs[states_name]
+            if view.__class__ is Skipped:
+                states = view.through(args[0] if args else kwargs[states_name])
                 extras = installed.traits.num_extras
                 return states if extras is None else (states, *(None,) * extras)
             if view is not PER_ROW:

@@ -14,7 +14,7 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.callbacks import VisitCallbacks, VisitEvent
 from dynadepth.execution.context_stack import callbacks_of
-from dynadepth.execution.executor import PER_ROW, SKIPPED, Scope
+from dynadepth.execution.executor import NOTHING, PER_ROW, Scope, Skipped
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.execution.padding import SpecialTokens, real_tokens, unmarked_padding
 from dynadepth.plans import EXECUTE, SKIP
@@ -27,6 +27,11 @@ class Planner(Protocol):
     """Makes the plans of a forward pass."""
 
     num_layers: int
+
+    @property
+    def skips(self) -> Sequence[Skipped]:
+        """What rows go through in place of each layer that they skip."""
+        ...
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new."""
@@ -128,10 +133,11 @@ class PlanScope:
             self._planner.decide(plans, layer_idx, states, self._prompts)
             self._look_ahead(plans)
         if self._only_plans and plans.num_decided == self._planner.num_layers:
-            self.dispatch = (SKIPPED,) * plans.num_decided
+            self.dispatch = (NOTHING,) * plans.num_decided
             return states
         cache = self._cache
         num_rows, callbacks = plans.num_rows, self._callbacks
+        states = self._skip(plans, layer_idx, states)
         for visit in (0, 1):
             rows = plans.rows(layer_idx, visit)
             if not rows:
@@ -174,6 +180,16 @@ class PlanScope:
     def _cache(self) -> DepthCache | None:
         return None if self._cache_ref is None else self._cache_ref()
 
+    def _skip(self, plans: RowPlans, layer_idx: int, states: torch.Tensor) -> torch.Tensor:
+        """Take the rows that skip a layer through what is in its place."""
+        skipped = self._planner.skips[layer_idx]
+        if skipped is NOTHING or not (rows := plans.skipping(layer_idx)):
+            return states
+        if len(rows) == plans.num_rows:
+            return skipped.through(states)
+        index = plans.skipping_index(layer_idx, states.device)
+        return states.index_copy(0, index, skipped.through(states.index_select(0, index)))
+
     def _look_ahead(self, plans: RowPlans) -> None:
         """Dispatch layers directly where EXECUTE or SKIP is decided for all rows, if there are no callbacks."""
         if self._callbacks is not None:
@@ -182,8 +198,8 @@ class PlanScope:
         cache = self._cache
         views = [None] * len(actions) if cache is None else cache.first_views
         self.dispatch = [
-            view if action == EXECUTE else SKIPPED if action == SKIP else PER_ROW
-            for view, action in zip(views, actions, strict=True)
+            view if action == EXECUTE else skipped if action == SKIP else PER_ROW
+            for view, action, skipped in zip(views, actions, self._planner.skips, strict=True)
         ]
 
     def _read_prompts(self, call: LayerCall, plans: RowPlans) -> PromptBatch:

@@ -17,8 +17,10 @@ from torch import nn
 from dynadepth._core import SweepPlan, plan_sweep
 from dynadepth.errors import PlanError, UnsupportedModelError
 from dynadepth.execution.executor import (
+    NOTHING,
     PER_ROW,
     Scope,
+    Skipped,
     enter_scope,
     install_executor,
     leave_scope,
@@ -72,6 +74,7 @@ class Sweeper:
     Args:
         model: A causal language model.
         stack: Its layers, as `dynadepth.proving.proved_stack` returns them.
+        skips: What states go through in place of each layer that a plan skips; None: nothing.
 
     Raises:
         UnsupportedModelError: The model has no output head; on entering: it has not been proved.
@@ -94,9 +97,12 @@ class Sweeper:
         ((3, 32), 8, 5)
     """
 
-    def __init__(self, model: Any, stack: LayerStack) -> None:
+    def __init__(
+        self, model: Any, stack: LayerStack, skips: Sequence[Skipped] | None = None
+    ) -> None:
         self._model = model
         self._stack = stack
+        self.skips = (NOTHING,) * stack.num_layers if skips is None else tuple(skips)
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module):
             raise UnsupportedModelError(
@@ -210,7 +216,7 @@ class _SweepScope:
         self._plan = plan
         self._score = score
         self._num_examples, self._num_rows = num_examples, num_rows
-        self._fixed_rows = owner.fixed_rows
+        self._fixed_rows, self._skips = owner.fixed_rows, owner.skips
         self._observer = observer
         # The prompt whose masks and positions each state has.
         self._example = torch.arange(num_examples, device=device)
@@ -226,7 +232,7 @@ class _SweepScope:
             torch.from_numpy(array).to(states.device) for array in self._plan.layer(call.layer_idx)
         )
         self._example = following
-        pieces = [states]
+        pieces = [self._skip(call.layer_idx, states, gather)]
         if first.numel():
             wanted = self._wanted(call.layer_idx, states, len(first), len(second))
             prompts = example[first]
@@ -240,6 +246,16 @@ class _SweepScope:
             missing = self._num_rows - len(gather)
             gather = torch.cat([gather, gather[:1].expand(missing)])
         return torch.cat(pieces).index_select(0, gather)
+
+    def _skip(self, layer_idx: int, states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
+        """Take the states that some plan leads past this layer through what is in its place."""
+        skipped = self._skips[layer_idx]
+        if skipped is NOTHING:
+            return states
+        past = gather[gather < len(states)].unique()
+        if not past.numel():
+            return states
+        return states.index_copy(0, past, skipped.through(states.index_select(0, past)))
 
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int

@@ -10,6 +10,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
+from dynadepth.execution.executor import NOTHING
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -134,6 +135,7 @@ class FixedPlans:
 
     def __init__(self, model: Any, stack: LayerStack, plans: Plans) -> None:
         self.num_layers = stack.num_layers
+        self.skips = (NOTHING,) * stack.num_layers
         self.plans = plans
         self.attachment = Attachment()
         self._model, self._stack = model, stack

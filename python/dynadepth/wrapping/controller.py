@@ -23,9 +23,11 @@ from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.constraints import Limits
 from dynadepth.wrapping.contexts import ContextMethods
+from dynadepth.wrapping.skipping import skips_of
 from dynadepth.wrapping.stats import Stats, Totals
 
 __all__ = ["Controller"]
@@ -42,6 +44,8 @@ class Controller(ContextMethods):
     Attributes:
         num_layers: Decoder layers of the model.
         attachment: What it has put on the model.
+        shortcuts: The maps that rows take in place of layers that they skip; None: nothing is in their place.
+        skips: What rows go through in place of each layer that they skip.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,11 +75,14 @@ class Controller(ContextMethods):
         protect: Iterable[int] = (),
         budget: float | None = None,
         budgets: Budgets | None = None,
+        shortcuts: Shortcuts | None = None,
     ) -> None:
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
         self.attachment = Attachment()
+        self.shortcuts = shortcuts
+        self.skips = skips_of(shortcuts, num_layers)
 
     @property
     def policy(self) -> Policy:
@@ -161,6 +168,10 @@ class Controller(ContextMethods):
         if isinstance(self.policy, StaticPolicy):
             policy += f" {plan_ranges(self.policy.plan)}"
         parts = [f"{self.num_layers} layers", policy]
+        if self.shortcuts is not None:
+            parts.append(
+                f"shortcuts of rank {self.shortcuts.rank} for {len(self.shortcuts.mapped_layers)} layers"
+            )
         if self._limits.max_depth is not None:
             parts.append(f"max_depth {self._limits.max_depth:g}")
         if self._limits.protect:

@@ -19,6 +19,7 @@ from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.proving.prove import Unlisted, proved_stack
 from dynadepth.wrapping.budgets import Budgets
 from dynadepth.wrapping.controller import Controller, controller_of
+from dynadepth.wrapping.skipping import GivenShortcuts, place_shortcuts, resolve_shortcuts
 from dynadepth.wrapping.verify import check_identity
 
 __all__ = ["unwrap_model", "wrap_model"]
@@ -34,6 +35,7 @@ def wrap_model(
     max_depth: float | None = None,
     protect: Iterable[int] = (),
     router_backend: Literal["torch", "onnx"] = "torch",
+    shortcuts: GivenShortcuts = None,
     unlisted: Unlisted = "prove",
     verify: bool = False,
 ) -> Any:
@@ -54,6 +56,9 @@ def wrap_model(
             layers, each run once, still fit.
         protect: Layers that always run once. With `budget`, only layers that the routers never skip.
         router_backend: What runs the routers: "torch", or "onnx" (onnxruntime on `routers.onnx`).
+        shortcuts: What rows take in place of layers that they skip: a folder that `dynadepth shortcuts` wrote, a hub
+            id, or what `load_shortcuts` returned. None: with `budget` those that the routers were calibrated with,
+            otherwise nothing. False: nothing.
         unlisted: What to do with a model whose shape has no verdict yet: "prove" it, or "refuse" it.
         verify: Whether to compare one short forward of the model itself, wrapped with the identity plan, with the one
             before wrapping: a proof on a copy cannot see the kernels, quantised weights and devices of the model.
@@ -68,6 +73,8 @@ def wrap_model(
             that a menu of several steps cannot keep.
         FileNotFoundError: There are no routers beside the base model.
         PlanError: The plan does not fit this model.
+        ShortcutError: The shortcuts are damaged, belong to another base model, or are not those that the routers were
+            calibrated with.
         UnsupportedModelError: The model cannot run exactly; says what differs, or what stands in the way.
         WrapError: The model is already wrapped, or another library has replaced one of its methods.
 
@@ -108,7 +115,7 @@ def wrap_model(
     protected = _check_protect(protect, stack)
     max_depth = _check_max_depth(max_depth)
 
-    budgets = None
+    budgets, loaded = None, None
     if budget is not None:
         loaded = _resolve_routers(inner, routers)
         budgets = Budgets(loaded, router_backend)
@@ -131,6 +138,7 @@ def wrap_model(
             f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
             "use a policy made for this model"
         )
+    maps = resolve_shortcuts(shortcuts, inner, loaded)
     controller = Controller(
         stack.num_layers,
         chosen,
@@ -138,12 +146,15 @@ def wrap_model(
         protect=protected,
         budget=None if budget is None else float(budget),
         budgets=budgets,
+        shortcuts=maps,
     )
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
     controller.check_menu()
     if verify:
         check_identity(inner, stack)
+    if maps is not None:
+        place_shortcuts(maps, stack.layers)
     controller.attachment.attach(controller, inner, stack)
     inner.__dict__["dynadepth"] = controller
     # Partials of module-level functions: deepcopy rebinds them to the copy, and PEFT reaches them.

@@ -1,0 +1,181 @@
+"""Plans judged on the base model's own text: at every token of it, what the plan would have said instead.
+
+The text is given (teacher forcing), so one token that turns does not spoil the next. It shows harm that the first token
+of an answer does not.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.execution.executor import Skipped
+from dynadepth.execution.sweep import Sweeper
+from dynadepth.models.structure import LayerStack
+from dynadepth.plans import Plans, check_plans, identity_plan
+from dynadepth_search.scoring.batching import pad_left
+
+__all__ = ["Text", "TextOutcomes", "score_texts"]
+
+_Floats = npt.NDArray[np.float64]
+# As in `dynadepth_search.scoring.scorer`: what suits a processor's caches, and the most logits of one sweep in bytes.
+_TOKENS = 1536
+_LOGIT_BYTES = 400_000_000
+_LOGIT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """A prompt and how the base model goes on.
+
+    Args:
+        ids: Token ids, without padding. Shape (tokens,), int64.
+        prompt: Number of tokens of the prompt, 1 or more.
+    """
+
+    ids: npt.NDArray[np.int64]
+    prompt: int
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """The places whose next token is compared: the end of the prompt, and all but the last token after it."""
+        return np.arange(self.prompt - 1, max(self.prompt, len(self.ids) - 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextOutcomes:
+    """The outcomes of K plans on N texts, at each new token; NaN behind the end of a text.
+
+    Args:
+        divergence: KL(base, plan) in nats over the whole vocabulary. Shape (K, N, longest), float64.
+        agreement: 1 where the plan's first choice is the base's, else 0. Shape (K, N, longest), float64.
+    """
+
+    divergence: _Floats
+    agreement: _Floats
+
+    def by_text(self) -> tuple[_Floats, _Floats]:
+        """Return divergence and agreement as means over the tokens of each text. Shape (K, N), float64, each."""
+        return np.nanmean(self.divergence, axis=2), np.nanmean(self.agreement, axis=2)
+
+
+def score_texts(
+    model: Any,
+    stack: LayerStack,
+    texts: Sequence[Text],
+    plans: Any,
+    *,
+    skips: Sequence[Skipped] | None = None,
+    sweep_tokens: int | None = None,
+) -> TextOutcomes:
+    """Compare plans with the identity plan at every new token of some texts.
+
+    Args:
+        model: The unwrapped base model, in evaluation mode.
+        stack: Its layers, proved.
+        texts: The texts.
+        plans: The plans. Shape (K, layers), uint8.
+        skips: What states go through in place of skipped layers; None: nothing.
+        sweep_tokens: Padded tokens at which a sweep takes no further text; None: what suits the device.
+
+    Returns:
+        The outcomes, in the order given.
+
+    Raises:
+        PlanError: A plan is not one of this model.
+        WrapError: The model is wrapped.
+    """
+    rows = check_plans(plans, stack.num_layers)
+    longest = max(len(text.places) for text in texts)
+    found = TextOutcomes(*(np.full((len(rows), len(texts), longest), np.nan) for _ in range(2)))
+    vocabulary = model.config.get_text_config().vocab_size
+    most = max(1, _LOGIT_BYTES // (4 * vocabulary))
+    aim = sweep_tokens or (_TOKENS if model.device.type == "cpu" else 16 * _TOKENS)
+    with Sweeper(model, stack, skips) as sweeper:
+        for group, columns in _groups(texts, len(rows), most, aim):
+            _run(sweeper, model.device, texts, group, rows[columns], found, columns)
+    return found
+
+
+def _groups(
+    texts: Sequence[Text], num_plans: int, most: int, aim: int
+) -> Iterator[tuple[list[int], slice]]:
+    """Yield texts that share a sweep, shortest first, and which of the plans they run; the base runs besides."""
+    order = sorted(range(len(texts)), key=lambda row: (len(texts[row].ids), row))
+    group: list[int] = []
+    scored = 0
+    for row in order:
+        text = texts[row]
+        places = (num_plans + 1) * len(text.places)
+        tokens = (len(group) + 1) * (num_plans + 1) * len(text.ids)
+        if group and (scored + places > most or tokens > aim):
+            yield group, slice(0, num_plans)
+            group, scored = [], 0
+        # A text whose plans alone are too many logits runs them in parts.
+        size = max(1, most // len(text.places) - 1)
+        if not group and num_plans > size:
+            for first in range(0, num_plans, size):
+                yield [row], slice(first, min(first + size, num_plans))
+            continue
+        group.append(row)
+        scored += places
+    if group:
+        yield group, slice(0, num_plans)
+
+
+def _run(
+    sweeper: Sweeper,
+    device: torch.device,
+    texts: Sequence[Text],
+    group: list[int],
+    plans: Plans,
+    found: TextOutcomes,
+    columns: slice,
+) -> None:
+    ids, mask = pad_left((texts[row].ids for row in group), device)
+    every = np.concatenate([identity_plan(plans.shape[1])[None], plans])
+    score, example = [], []
+    for number, row in enumerate(group):
+        text = texts[row]
+        at = ids.shape[1] - len(text.ids) + text.places
+        for plan in range(len(every)):
+            pairs = np.stack([np.full(len(at), number * len(every) + plan), at], axis=1)
+            score.append(pairs)
+        example.append(np.full(len(every), number))
+    result = sweeper.sweep(
+        ids,
+        mask,
+        np.tile(every, (len(group), 1)),
+        np.concatenate(example),
+        score=torch.from_numpy(np.concatenate(score).astype(np.int64)),
+    )
+    start = 0
+    for row in group:
+        count = len(texts[row].places)
+        logits = result.logits[start : start + count * len(every)].unflatten(0, (len(every), count))
+        start += count * len(every)
+        for first in range(0, count, _LOGIT_ROWS):
+            here = slice(first, min(first + _LOGIT_ROWS, count))
+            divergence, agreement = _compare(logits[:, here])
+            found.divergence[columns, row, here] = divergence
+            found.agreement[columns, row, here] = agreement
+
+
+@torch.inference_mode()
+def _compare(logits: torch.Tensor) -> tuple[_Floats, _Floats]:
+    """Compare the plans' logits with the first one's. Shape (1 + plans, places, vocabulary)."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    base = torch.log_softmax(logits[0], dim=-1, dtype=exact)
+    probs, choice = base.exp(), logits[0].argmax(dim=-1)
+    divergence, agreement = [], []
+    # One plan at a time: the vocabulary in full precision is the largest thing here.
+    for plan in logits[1:]:
+        other = torch.log_softmax(plan, dim=-1, dtype=exact)
+        # A token that the base excludes (log-probability minus infinity) contributes nothing.
+        terms = torch.where(base.isfinite(), probs * (base - other), 0.0)
+        divergence.append(terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0))
+        agreement.append((plan.argmax(dim=-1) == choice).double())
+    return torch.stack(divergence).cpu().numpy(), torch.stack(agreement).cpu().numpy()
