@@ -46,6 +46,13 @@ def generate(
         Literal["torch", "onnx"],
         typer.Option("--router-backend", help="Library that computes the decisions"),
     ] = "torch",
+    shortcuts: Annotated[
+        str | None,
+        typer.Option(
+            "--shortcuts",
+            help="Folder or Hub id of shortcuts, in place of skipped layers [default: those of the routers]",
+        ),
+    ] = None,
     max_depth: Annotated[
         float | None,
         typer.Option("--max-depth", help="Hard limit on each prompt's depth, at least 1"),
@@ -96,7 +103,7 @@ def generate(
     how: dict[str, Any] = {"plan": plan}
     if plan is None:
         how = {"budget": budget, "routers": routers, "router_backend": router_backend}
-    how["max_depth"] = max_depth
+    how |= {"max_depth": max_depth, "shortcuts": shortcuts}
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -16,6 +16,8 @@ from dynadepth.plans import Plans, check_plans
 from dynadepth.policies.base import Policy
 from dynadepth.policies.pooling import last_token_state, window_means
 from dynadepth.policies.prompt_batch import PromptBatch
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth.wrapping.skipping import skips_of
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 
 __all__ = ["block_influence", "prompt_features"]
@@ -42,7 +44,13 @@ class _TeacherPolicy(Policy):
 
 
 def prompt_features(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, plans: Any, *, num_windows: int
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    plans: Any,
+    *,
+    num_windows: int,
+    shortcuts: Shortcuts | None = None,
 ) -> Tensor:
     """Return what routers would read of prompts that run given plans.
 
@@ -52,6 +60,7 @@ def prompt_features(
         attention_mask: 1 for real tokens. Shape (rows, tokens).
         plans: The plan of each row. Shape (rows, num_layers), uint8.
         num_windows: Number of windows per prompt.
+        shortcuts: What rows take in place of layers that they skip; None: nothing.
 
     Returns:
         For the states that enter each layer: their means over the windows, then the state of the last token. Shape
@@ -59,13 +68,14 @@ def prompt_features(
 
     Raises:
         PlanError: A plan does not fit this model, or there is not one for each row.
+        ShortcutError: The shortcuts belong to another base model.
         WrapError: The model is wrapped.
     """
     stack = layer_stack(model)
     teacher = _TeacherPolicy(
         check_plans(plans, stack.num_layers, num_rows=len(input_ids)), num_windows
     )
-    wrap_model(model, policy=teacher)
+    wrap_model(model, policy=teacher, shortcuts=shortcuts)
     try:
         with torch.inference_mode():
             _forward(stack.stack, input_ids, attention_mask)
@@ -75,36 +85,40 @@ def prompt_features(
 
 
 def block_influence(
-    model: Any, input_ids: Tensor, attention_mask: Tensor
+    model: Any, input_ids: Tensor, attention_mask: Tensor, shortcuts: Shortcuts | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return how much each layer changes the direction of the states.
+    """Return how much each layer changes the direction of the states, beyond what its shortcut does.
 
     Args:
         model: An unwrapped, supported model; not changed.
         input_ids: Prompt tokens. Shape (rows, tokens), int64.
         attention_mask: 1 for real tokens. Shape (rows, tokens).
+        shortcuts: What states take in place of a layer that is skipped; None: nothing.
 
     Returns:
-        1 - cosine similarity of a layer's input and output, averaged over the real tokens of each row, then over rows.
-        Shape (num_layers,), float64.
+        1 - cosine similarity of a layer's output and of what skipping it leaves, its input or what its shortcut makes
+        of it, averaged over the real tokens of each row, then over rows. Shape (num_layers,), float64.
 
     Raises:
         WrapError: The model is wrapped.
 
     Source:
-        ShortGPT (arXiv 2403.03853), equation 1; deviation: every prompt counts once, whatever its length.
+        ShortGPT (arXiv 2403.03853), equation 1; deviations: every prompt counts once, whatever its length, and
+        a layer with a shortcut is compared with that, so that the order it gives is of what is lost.
     """
     check_unwrapped(model, before="block_influence")
     stack = layer_stack(model)
     influence = np.zeros(stack.num_layers)
     weights = attention_mask.to(torch.float32)
     weights = weights / weights.sum(dim=1, keepdim=True) / len(weights)
+    skips = skips_of(shortcuts, stack.num_layers)
 
     def record(layer_idx: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             # Some families return more than the states.
             states = output[0] if isinstance(output, (tuple, list)) else output
-            cosine = nn.functional.cosine_similarity(args[0].float(), states.float(), dim=-1)
+            left = skips[layer_idx].through(args[0])
+            cosine = nn.functional.cosine_similarity(left.float(), states.float(), dim=-1)
             influence[layer_idx] = float(((1 - cosine) * weights.to(cosine.device)).sum())
 
         return hook

@@ -20,6 +20,7 @@ from dynadepth_search.cli.options import (
 )
 from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
 from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
+from dynadepth_search.cli.shortcut_verb import fit_shortcuts
 
 __all__ = ["register"]
 
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     search.command("static")(search_static)
     search.command("prompts")(search_prompts)
     app.add_typer(search, name="search")
+    app.command("shortcuts")(fit_shortcuts)
     app.command("score")(score)
     app.command("train")(train)
     app.command("eval")(evaluate_policy)

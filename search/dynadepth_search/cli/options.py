@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dynadepth.shortcuts.maps import Shortcuts as LoadedShortcuts
     from dynadepth_search.data.tasks import Task
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "Protect",
     "Scoring",
     "Seed",
+    "Shortcuts",
     "display",
     "in_chat",
     "layer_numbers",
     "load",
+    "load_shortcuts_for",
     "print_evaluation",
     "print_result",
     "quiet",
@@ -57,6 +60,13 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Take the first prompts of the task only")
 ]
 Protect = Annotated[str, typer.Option("--protect", help="Layers that always run once, such as 0,1")]
+Shortcuts = Annotated[
+    Path | None,
+    typer.Option(
+        "--shortcuts",
+        help="Folder that `shortcuts` wrote: what is left in place of skipped layers [default: nothing]",
+    ),
+]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put every prompt into the model's chat template")
 ]
@@ -80,6 +90,18 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
     quiet()
     return load_model(model, device=device), load_tokenizer(model)
+
+
+def load_shortcuts_for(model: "PreTrainedModel", folder: Path | None) -> "LoadedShortcuts | None":
+    """Load shortcuts and check that they are those of a model.
+
+    Args:
+        model: The base model.
+        folder: Their folder; None: none are asked for.
+    """
+    from dynadepth.shortcuts.save_load import load_shortcuts
+
+    return None if folder is None else load_shortcuts(folder, model=model)
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":

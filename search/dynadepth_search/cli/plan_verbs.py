@@ -19,10 +19,12 @@ from dynadepth_search.cli.options import (
     Protect,
     Scoring,
     Seed,
+    Shortcuts,
     display,
     in_chat,
     layer_numbers,
     load,
+    load_shortcuts_for,
     print_result,
 )
 
@@ -60,6 +62,7 @@ def search_static(
         ),
     ] = 6,
     protect: Protect = "",
+    shortcuts: Shortcuts = None,
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -82,9 +85,12 @@ def search_static(
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
+    maps = load_shortcuts_for(base, shortcuts)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
-        found = static.search_static(base, tokenizer, prompts, out, spec, progress=progress)
+        found = static.search_static(
+            base, tokenizer, prompts, out, spec, shortcuts=maps, progress=progress
+        )
     result: dict[str, Any] = {
         "plans": str(out),
         "menu": len(found.menu),
@@ -122,6 +128,7 @@ def search_prompts(
         ),
     ] = None,
     protect: Protect = "",
+    shortcuts: Shortcuts = None,
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -146,9 +153,12 @@ def search_prompts(
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
+    maps = load_shortcuts_for(base, shortcuts)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
-        summary = per_prompt.search_prompts(base, tokenizer, prompts, out, spec, progress=progress)
+        summary = per_prompt.search_prompts(
+            base, tokenizer, prompts, out, spec, shortcuts=maps, progress=progress
+        )
     labels = read_labels(out, model=base)
     result: dict[str, Any] = {
         "labels": str(out),
@@ -196,6 +206,7 @@ def score(
             help="Number of windows stored in addition to the last prompt token's state",
         ),
     ] = 0,
+    shortcuts: Shortcuts = None,
     limit: Limit = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -207,11 +218,19 @@ def score(
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.score_table import score_prompts
     from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.compatibility import check_same_shortcuts
     from dynadepth_search.training.router_fit import router_plans
 
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device)
+    maps = load_shortcuts_for(base, shortcuts)
     found = read_static(plans, model=base)
+    check_same_shortcuts(
+        found.shortcuts,
+        maps,
+        what=f"the plans in {plans} were",
+        advice="give the same, or search again",
+    )
     prompts = in_chat(prompts, tokenizer, chat=chat)
     rows = found.menu if policy == "menu" else router_plans(found.front)
     if not wanted and policy == "menu":
@@ -225,6 +244,7 @@ def score(
             out,
             layers=wanted,
             num_windows=windows,
+            shortcuts=maps,
             plan_prompts=found.prompt_hashes or (),
             progress=progress,
         )

@@ -19,10 +19,12 @@ from dynadepth_search.cli.options import (
     Protect,
     Scoring,
     Seed,
+    Shortcuts,
     display,
     in_chat,
     layer_numbers,
     load,
+    load_shortcuts_for,
     print_evaluation,
     print_result,
     scalar_values,
@@ -63,6 +65,7 @@ def train(
     ] = "menu",
     objective: Objective = "preserve",
     protect: Protect = "",
+    shortcuts: Shortcuts = None,
     accept_partial: Annotated[
         bool,
         typer.Option(
@@ -90,13 +93,16 @@ def train(
     from dynadepth_search.training.run_folders import with_folders
 
     base, tokenizer = load(model, device)
+    maps = load_shortcuts_for(base, shortcuts)
     if scores is not None and policy != "drllm":
         table = read_scores(scores, model=base, accept_partial=accept_partial)
     with display() as progress:
         trained: TrainedPolicy
         if policy == "drllm" and labels is not None:
             found = read_labels(labels, model=base, accept_partial=accept_partial)
-            trained = fit_imitation(base, tokenizer, found, seed=seed, progress=progress)
+            trained = fit_imitation(
+                base, tokenizer, found, shortcuts=maps, seed=seed, progress=progress
+            )
         elif policy == "routers" and scores is not None and plans is not None:
             front = read_static(plans, model=base).front
             trained = fit_routers(
@@ -106,6 +112,7 @@ def train(
                 front,
                 objective=objective,
                 protect=protected,
+                shortcuts=maps,
                 seed=seed,
                 progress=progress,
             )
@@ -114,6 +121,7 @@ def train(
                 table,
                 objective=objective,
                 protect=protected,
+                shortcuts=maps,
                 seed=seed,
                 progress=progress,
             )
@@ -165,6 +173,7 @@ def evaluate_policy(
         list[Path] | None,
         typer.Option("--against", help="Folder of other routers to compare; give it several times"),
     ] = None,
+    shortcuts: Shortcuts = None,
     unseen: Annotated[
         Path | None,
         typer.Option("--unseen", help="Prompts of another kind, whose mean depth is reported"),
@@ -184,7 +193,7 @@ def evaluate_policy(
     from dynadepth_search.report.report import write_report
     from dynadepth_search.scoring.score_table import read_scores
     from dynadepth_search.search.static import read_static
-    from dynadepth_search.storage.compatibility import chat_form
+    from dynadepth_search.storage.compatibility import chat_form, check_same_shortcuts
     from dynadepth_search.training.run_folders import named_folder
 
     others = _named(against or [])
@@ -202,6 +211,22 @@ def evaluate_policy(
     other = None if other is None else in_chat(other, tokenizer, chat=chat)
     asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
     given.check_model(base)
+    own = given.shortcuts
+    if shortcuts is not None:
+        own = load_shortcuts_for(base, shortcuts)
+        check_same_shortcuts(
+            None if given.shortcuts is None else given.shortcuts.digest,
+            own,
+            what=f"the routers in {routers} were",
+            advice="leave --shortcuts out: the routers carry theirs",
+        )
+    for what, digest in (("plans", static.shortcuts), ("scores", table.shortcuts)):
+        check_same_shortcuts(
+            digest,
+            own,
+            what=f"the {what} were",
+            advice=f"give the --{what} that these routers were trained on",
+        )
     presets = {name: load_policy(path, model=base) for name, path in others.items()}
     check_trained_on({str(routers): given}, asked)
     with display() as progress:

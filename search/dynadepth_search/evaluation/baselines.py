@@ -9,6 +9,7 @@ import torch
 
 from dynadepth.errors import BudgetError
 from dynadepth.plans import Plans, identity_plan
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.features import block_influence
 
 __all__ = ["mean_influence", "random_plans", "removal_plans"]
@@ -63,13 +64,16 @@ def removal_plans(influence: npt.NDArray[np.float64]) -> Plans:
 
 
 def mean_influence(
-    model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    model: Any,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    shortcuts: Shortcuts | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Return each layer's block influence, averaged over prompts.
+    """Return each layer's block influence, averaged over prompts; with shortcuts, what it does beyond its own.
 
     Args:
         model: An unwrapped base model; not changed.
         batches: Token ids and attention masks of prompts. Shape (rows, tokens) each, int64.
+        shortcuts: What states take in place of a layer that is skipped; None: nothing.
 
     Returns:
         Influence. Shape (num_layers,), float64.
@@ -78,7 +82,7 @@ def mean_influence(
         ShortGPT (arXiv 2403.03853), equation 1.
     """
     weighted = [
-        (len(input_ids), block_influence(model, input_ids, attention_mask))
+        (len(input_ids), block_influence(model, input_ids, attention_mask, shortcuts))
         for input_ids, attention_mask in batches
     ]
     rows = sum(count for count, _ in weighted)

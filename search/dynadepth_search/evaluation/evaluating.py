@@ -60,7 +60,7 @@ from dynadepth_search.scoring.runtime_checks import (
     wrapped,
 )
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.storage.compatibility import dtype_name
+from dynadepth_search.storage.compatibility import check_same_shortcuts, dtype_name
 
 __all__ = [
     "EVALUATION_NAME",
@@ -151,6 +151,7 @@ def evaluate(
             preset has the name of something else in the comparison.
         CheckpointError: A policy's memory of the prompts that trained it is damaged.
         LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
+        ShortcutError: Two policies were calibrated with other shortcuts in place of skipped layers.
         TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
             in training a policy to compare; or a prompt cannot be encoded.
     """
@@ -168,6 +169,14 @@ def evaluate(
             f"task {heldout.name!r} has prompts alone, but objective 'reward' needs answers; "
             "use objective 'preserve'"
         )
+    shortcuts = routers.shortcuts
+    for name, preset in (presets or {}).items():
+        check_same_shortcuts(
+            None if preset.shortcuts is None else preset.shortcuts.digest,
+            shortcuts,
+            what=f"routers {name} were",
+            advice="compare policies that skip alike",
+        )
     _check_apart(train, heldout)
     took_part = _who_took_part(sources, seen or {})
     known = {name: hashes for name, hashes in took_part.items() if hashes is not None}
@@ -178,7 +187,7 @@ def evaluate(
     for budget in settings.budgets:
         routers.calibration.penalty_for(budget)
     started = time.perf_counter()
-    scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat)
+    scorer = Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat, shortcuts=shortcuts)
     # Fail on prompts that cannot be encoded before an hour of work, not after it.
     for example in heldout.examples:
         scorer.encode(example)
@@ -198,7 +207,9 @@ def evaluate(
         comparison = Comparison(
             policies=planned_policies,
             front=front,
-            influence=mean_influence(model, _batches(reader, train, settings.batch_size)),
+            influence=mean_influence(
+                model, _batches(reader, train, settings.batch_size), shortcuts
+            ),
             num_prompts=len(heldout.examples),
             random_draws=settings.random_draws,
             seed=settings.seed,
@@ -429,7 +440,9 @@ def _time(
         if item.run.kind in ("static", "shortgpt", "random")
     }
     for plans, _ in mixtures.values():
-        policies |= {plan_text(plan): {"plan": plan} for plan in plans}
+        policies |= {
+            plan_text(plan): {"plan": plan, "shortcuts": scorer.shortcuts} for plan in plans
+        }
     progress("timing prefills", 0, 1)
     examples = task.examples[: config.timing_prompts]
     ratios, base_milliseconds = time_prefill(

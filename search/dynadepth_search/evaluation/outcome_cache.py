@@ -22,7 +22,7 @@ from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.storage.compatibility import check_asked, dtype_name
+from dynadepth_search.storage.compatibility import check_asked, dtype_name, shortcut_fields
 
 __all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table", "outcome_conditions"]
 
@@ -73,6 +73,7 @@ def outcome_conditions(scorer: Scorer, task: Task) -> dict[str, Any]:
         "device": model.device.type,
         "kind": task.kind,
         "limits": scorer.limits,
+        **shortcut_fields(scorer.shortcuts),
     }
 
 

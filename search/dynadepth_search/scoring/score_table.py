@@ -24,6 +24,7 @@ from dynadepth.files import write_json_atomic
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
 from dynadepth.models.structure import layer_stack
 from dynadepth.plans import Plans, check_plans, identity_plan, parse_plan, plan_text, prefix_numbers
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.menu.menu_data import MenuData
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
@@ -34,6 +35,7 @@ from dynadepth_search.scoring.states import PromptStates
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
+    shortcut_fields,
     stored_hashes,
     task_fields,
 )
@@ -124,6 +126,12 @@ class ScoreTable:
         return stored_hashes(self.manifest, "plan_prompt_hashes") or ()
 
     @property
+    def shortcuts(self) -> str | None:
+        """The digest of the shortcuts that were in place of skipped layers; None: nothing was."""
+        known: str | None = self.manifest["asked"].get("shortcuts")
+        return known
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the base model."""
         known: dict[str, Any] = self.manifest["base_model"]["fingerprint"]
@@ -139,6 +147,7 @@ def score_prompts(
     *,
     layers: Sequence[int],
     num_windows: int = 0,
+    shortcuts: Shortcuts | None = None,
     plan_prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ScoreTable:
@@ -152,6 +161,7 @@ def score_prompts(
         folder: Folder of the table; it is made if it is missing.
         layers: Layers whose entering states are stored.
         num_windows: Number of windows that are stored in addition to the last prompt token's state.
+        shortcuts: What states take in place of layers that a plan skips; None: nothing.
         plan_prompts: Hashes of the prompts that chose the plans; they are stored so that held-out prompts can be
             compared with them.
         progress: Called with the stage, finished prompts and all of them.
@@ -164,6 +174,7 @@ def score_prompts(
         LabelError: The folder holds a table with other settings, is damaged, or is in use.
         PlanError: The plans are not different plans of this model with the identity first.
         SearchError: A metric is not finite.
+        ShortcutError: The shortcuts belong to another base model.
         TaskError: A prompt cannot be encoded.
         WrapError: The model is wrapped.
     """
@@ -185,8 +196,9 @@ def score_prompts(
         "plans": [plan_text(plan) for plan in rows],
         "layers": sorted({int(layer) for layer in layers}),
         "num_windows": num_windows,
+        **shortcut_fields(shortcuts),
     }
-    scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
+    scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat, shortcuts=shortcuts)
     for example in task.examples:
         scorer.encode(example)
     with locked(place):

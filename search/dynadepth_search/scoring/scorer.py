@@ -15,6 +15,8 @@ from dynadepth.errors import SearchError, TaskError
 from dynadepth.execution.sweep import Sweeper
 from dynadepth.plans import Plans, check_plans, identity_plan, plan_text
 from dynadepth.proving.prove import proved_stack
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth.wrapping.skipping import skips_of
 from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
 from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
@@ -46,9 +48,11 @@ class Scorer:
         max_tokens: Maximum number of padded tokens of one sweep, counted once for each plan.
         sweep_tokens: Number of padded tokens at which a sweep takes no further example; None: what suits the device,
             few on a CPU (so that states stay in its caches), `max_tokens` elsewhere.
+        shortcuts: What states take in place of layers that a plan skips; None: nothing.
         max_base_bytes: Maximum size of the cached next-token distributions of the identity plan, in bytes.
 
     Raises:
+        ShortcutError: The shortcuts belong to another base model.
         TaskError: The scoring is unknown, the tokenizer ends every text, or its chat template is not that of `chat`.
         UnsupportedModelError: The family is not supported.
     """
@@ -60,6 +64,7 @@ class Scorer:
         scoring: str = "raw",
         *,
         chat: ChatForm | None = None,
+        shortcuts: Shortcuts | None = None,
         max_logit_bytes: int = 400_000_000,
         max_tokens: int = 65_536,
         sweep_tokens: int | None = None,
@@ -73,6 +78,9 @@ class Scorer:
             check_template(tokenizer, chat)
         self.chat = chat
         self._stack = proved_stack(model)
+        if shortcuts is not None:
+            shortcuts.check_model(model)
+        self.shortcuts = shortcuts
         self.num_layers: int = self._stack.num_layers
         config = model.config.get_text_config()
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -171,7 +179,8 @@ class Scorer:
         works = self._works(examples, rows, np.asarray(example, dtype=np.int64), builder)
         device = self.model.device
         last: int | None = None
-        with Sweeper(self.model, self._stack) as sweeper:
+        skips = skips_of(self.shortcuts, self.num_layers)
+        with Sweeper(self.model, self._stack, skips) as sweeper:
             for group in pack(
                 works, max_scored=self._max_scored, max_tokens=self._max_tokens, aim=self._aim
             ):

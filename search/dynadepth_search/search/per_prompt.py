@@ -19,6 +19,7 @@ from dynadepth import _core
 from dynadepth.errors import LabelError, SearchError
 from dynadepth.models.fingerprint import check_base_model, fingerprint
 from dynadepth.plans import Plans, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
@@ -26,7 +27,12 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec, PromptSearchSummary
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.compatibility import (
+    check_asked,
+    dtype_name,
+    shortcut_fields,
+    task_fields,
+)
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import label_row
@@ -71,6 +77,7 @@ def search_prompts(
     folder: str | os.PathLike[str],
     spec: PromptSearchSpec,
     *,
+    shortcuts: Shortcuts | None = None,
     progress: Progress | None = None,
 ) -> PromptSearchSummary:
     """Find a label for every prompt of a task, or continue a search that was interrupted.
@@ -85,6 +92,7 @@ def search_prompts(
         task: The prompts.
         folder: Folder of the labels; it is made if it is missing.
         spec: Settings of the search.
+        shortcuts: What states take in place of layers that a plan skips; None: nothing.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
@@ -94,12 +102,18 @@ def search_prompts(
         ConfigError: The spec does not fit the model.
         LabelError: The folder is damaged or in use, or belongs to another model, task or spec.
         SearchError: A reward is not finite.
+        ShortcutError: The shortcuts belong to another base model.
         TaskError: The objective needs answers that the task does not have, or a prompt cannot be encoded.
         WrapError: The model is wrapped.
     """
     check_answers(task, spec.objective)
     scorer = Scorer(
-        model, tokenizer, task.scoring, chat=task.chat, max_logit_bytes=spec.max_logit_bytes
+        model,
+        tokenizer,
+        task.scoring,
+        chat=task.chat,
+        shortcuts=shortcuts,
+        max_logit_bytes=spec.max_logit_bytes,
     )
     # Before anything is written: a prompt that is too long would end the search in its middle.
     for example in task.examples:
@@ -219,6 +233,7 @@ class _Search:
             depth_penalty=probe_penalty(prior) if asked is None else float(asked),
             prior=prior,
             versions=_versions(),
+            shortcuts=shortcut_fields(self._scorer.shortcuts).get("shortcuts"),
         )
 
     def _check(self, manifest: Manifest, folder: Path) -> None:
@@ -233,9 +248,12 @@ class _Search:
             "task": task_fields(self._task),
             "search": self._spec.to_dict(),
             "dtype": dtype_name(self._scorer.model),
+            **shortcut_fields(self._scorer.shortcuts),
         }
         stored_task = {key: value for key, value in manifest.task.items() if key != "name"}
         stored = {"task": stored_task, "search": manifest.search, "dtype": manifest.dtype}
+        if manifest.shortcuts is not None:
+            stored["shortcuts"] = manifest.shortcuts
         check_asked(folder, asked, stored)
 
 

@@ -19,6 +19,7 @@ from dynadepth.evaluation.folds import draw_parts
 from dynadepth.files import write_json_atomic
 from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.plans import SKIP, Plans, identity_plan, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.menu.fit import choose_plans
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
@@ -42,6 +43,7 @@ from dynadepth_search.search.static_spec import StaticSpec
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
+    shortcut_fields,
     task_fields,
 )
 
@@ -62,6 +64,7 @@ def search_static(
     folder: str | os.PathLike[str],
     spec: StaticSpec,
     *,
+    shortcuts: Shortcuts | None = None,
     progress: Progress = silent,
 ) -> StaticPlans:
     """Search for plans that suit all prompts of a task, or continue a search that was interrupted.
@@ -77,6 +80,7 @@ def search_static(
         task: Training prompts; a sample of them is used.
         folder: Folder for `menu.json` and the score table of the pool.
         spec: Settings of the search.
+        shortcuts: What states take in place of layers that a plan skips; None: nothing.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
@@ -87,6 +91,7 @@ def search_static(
             the model does not have.
         LabelError: The folder holds a search with other settings, or is in use.
         SearchError: A metric is not finite.
+        ShortcutError: The shortcuts belong to another base model.
         TaskError: There are too few prompts, or the objective needs answers that the task does not have.
 
     Source:
@@ -101,7 +106,7 @@ def search_static(
         )
     place = Path(folder)
     # Everything that can be refused is refused before a folder is made.
-    search = _StaticSearch(model, tokenizer, task, place, spec, progress)
+    search = _StaticSearch(model, tokenizer, task, place, spec, shortcuts, progress)
     with locked(place):
         search.run()
     return read_static(place)
@@ -117,11 +122,13 @@ class _StaticSearch:
         task: Task,
         folder: Path,
         spec: StaticSpec,
+        shortcuts: Shortcuts | None,
         progress: Progress,
     ) -> None:
         self._model, self._tokenizer, self._task = model, tokenizer, task
         self._folder, self._spec, self._progress = folder, spec, progress
-        self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
+        self._shortcuts = shortcuts
+        self._scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat, shortcuts=shortcuts)
         self._num_layers = self._scorer.num_layers
         # At most a third of the prompts chooses the beam: the menu needs prompts that did not.
         names = [example.prompt.strip() for example in task.examples]
@@ -150,6 +157,7 @@ class _StaticSearch:
             "dtype": dtype_name(model),
             "task": task_fields(task),
             "search": config_to_dict(spec),
+            **shortcut_fields(shortcuts),
         }
         self._path = folder / MENU
         self._content: dict[str, Any] = {}
@@ -262,6 +270,7 @@ class _StaticSearch:
             plans,
             self._folder / _POOL,
             layers=[first],
+            shortcuts=self._shortcuts,
             plan_prompts=self._content.get("prompt_hashes", ()),
             progress=self._progress,
         )

@@ -63,6 +63,12 @@ class StaticPlans:
     asked: dict[str, Any]
     prompt_hashes: tuple[str, ...] | None = None
 
+    @property
+    def shortcuts(self) -> str | None:
+        """The digest of the shortcuts that were in place of skipped layers; None: nothing was."""
+        known: str | None = self.asked.get("shortcuts")
+        return known
+
 
 def read_static(folder: str | os.PathLike[str], *, model: Any = None) -> StaticPlans:
     """Read what a search of static plans found.
@@ -138,9 +144,11 @@ def read_menu(path: Path, num_layers: int | None = None) -> dict[str, Any]:
         ],
         ["prompt_hashes", "pool", "confirmed", "front", "menu"],
     )
-    asked = found["asked"].fields(["base_model", "dtype", "task", "search"])
+    asked = found["asked"].fields(["base_model", "dtype", "task", "search"], ["shortcuts"])
     asked["base_model"].hexadecimal(16)
     asked["dtype"].text()
+    if "shortcuts" in asked:
+        asked["shortcuts"].hexadecimal(16)
     check_stored_task(asked["task"], named=False)
     if "objective" not in asked["search"].mapping():
         asked["search"].damaged("asked.search has no 'objective'")

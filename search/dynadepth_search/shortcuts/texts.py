@@ -1,28 +1,85 @@
-"""The texts that shortcuts are fitted and judged on: prompts with the base model's own continuations."""
+"""The texts that shortcuts are fitted and judged on: prompts with the base model's own continuations, in a journal."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dynadepth_search.files.journal import Journal, read_journal
+from dynadepth_search.files.stored import Stored
+from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.batching import pad_left
 from dynadepth_search.scoring.own_text import Text
+from dynadepth_search.shortcuts.spec import ShortcutSpec
 
-__all__ = ["batches_of", "continue_prompts"]
+__all__ = ["TextFile", "batches_of", "continue_prompts"]
+
+_Ids = npt.NDArray[np.int64]
+_ADVICE = "delete the file and fit again"
 
 
-def continue_prompts(
-    model: Any, prompts: Sequence[npt.NDArray[np.int64]], *, new_tokens: int, batch_size: int = 32
-) -> list[Text]:
-    """Let the base model continue prompts greedily, up to the end of its answer.
+class TextFile:
+    """The continuations that a fit has made so far.
 
     Args:
-        model: The unwrapped base model.
+        path: The journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def continued(
+        self, model: Any, prompts: Sequence[_Ids], spec: ShortcutSpec, progress: Progress = silent
+    ) -> list[Text]:
+        """Return every prompt with its continuation; those that are not in the file yet are made and added.
+
+        Args:
+            model: The unwrapped base model.
+            prompts: Token ids of each prompt.
+            spec: Settings of the fit.
+            progress: Called with the stage, the number of finished prompts and of all.
+
+        Raises:
+            LabelError: The file is damaged.
+        """
+        known, length = read_journal(self._path, _read, advice=_ADVICE)
+        answers = dict(known)
+        journal = Journal(self._path, length)
+        batches = batches_of([len(prompt) for prompt in prompts], 2 * spec.batch_size)
+        for rows in batches:
+            progress("continuing prompts", len(answers), len(prompts))
+            # Which prompts share a batch decides the last bits, so a batch is made as a whole or not at all.
+            if not all(row in answers for row in rows):
+                made = continue_prompts(
+                    model, [prompts[row] for row in rows], new_tokens=spec.new_tokens
+                )
+                for row, text in zip(rows, made, strict=True):
+                    answer = text.ids[text.prompt :].tolist()
+                    if row not in answers:
+                        answers[row] = answer
+                        journal.append({"prompt": row, "continuation": answer})
+        progress("continuing prompts", len(prompts), len(prompts))
+        return [
+            Text(np.concatenate([prompt, np.array(answers[row], dtype=np.int64)]), len(prompt))
+            for row, prompt in enumerate(prompts)
+        ]
+
+
+def _read(line: Stored) -> tuple[int, list[int]]:
+    found = line.fields(["prompt", "continuation"])
+    return found["prompt"].whole(), [item.whole() for item in found["continuation"].entries()]
+
+
+def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) -> list[Text]:
+    """Let a model continue prompts greedily, in one batch, each up to the end of its answer.
+
+    Args:
+        model: The model, wrapped or not.
         prompts: Token ids of each prompt.
         new_tokens: The most tokens of a continuation; 0: none.
-        batch_size: Prompts that run together.
 
     Returns:
         The texts, in the order of the prompts; the token that ends an answer is the last one.
@@ -31,27 +88,26 @@ def continue_prompts(
         return [Text(prompt, len(prompt)) for prompt in prompts]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    texts: dict[int, Text] = {}
-    for rows in batches_of([len(prompt) for prompt in prompts], batch_size):
-        ids, mask = pad_left((prompts[row] for row in rows), model.device)
-        with torch.inference_mode():
-            # What a model's own config says of sampling and penalties does not hold here.
-            grown = model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=min(ends, default=0),
-            )
-        for row, answer in zip(rows, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
-            stop = next(
-                (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
-                len(answer),
-            )
-            texts[row] = Text(np.concatenate([prompts[row], answer[:stop]]), len(prompts[row]))
-    return [texts[row] for row in range(len(prompts))]
+    ids, mask = pad_left(prompts, model.device)
+    with torch.inference_mode():
+        # What a model's own config says of sampling and penalties does not hold here.
+        grown = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=min(ends, default=0),
+        )
+    texts = []
+    for prompt, answer in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
+        stop = next(
+            (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
+            len(answer),
+        )
+        texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
+    return texts
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

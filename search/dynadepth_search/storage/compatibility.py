@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from dynadepth.config import config_from_dict
-from dynadepth.errors import ConfigError, LabelError, TaskError
+from dynadepth.errors import ConfigError, LabelError, ShortcutError, TaskError
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import ChatForm, Kind, Scoring, Task
 from dynadepth_search.files.stored import Stored
 
 __all__ = [
     "chat_form",
     "check_asked",
+    "check_same_shortcuts",
     "check_stored_fingerprint",
     "check_stored_task",
     "dtype_name",
+    "shortcut_fields",
     "stored_config",
     "stored_hashes",
     "task_fields",
@@ -56,6 +59,37 @@ def task_fields(task: Task) -> dict[str, Any]:
     if task.chat is not None:
         fields["chat"] = {"template": task.chat.template, "system": task.chat.system}
     return fields
+
+
+def shortcut_fields(shortcuts: Shortcuts | None) -> dict[str, str]:
+    """Return what identifies the shortcuts of a run, as values that JSON can hold; nothing if there were none.
+
+    Results with and without shortcuts, or with others, are those of different models, and never mix.
+    """
+    return {} if shortcuts is None else {"shortcuts": shortcuts.digest}
+
+
+def check_same_shortcuts(
+    stored: str | None, shortcuts: Shortcuts | None, *, what: str, advice: str
+) -> None:
+    """Refuse to use what was made with other shortcuts than are used now.
+
+    Args:
+        stored: The digest of the shortcuts that it was made with; None: it was made without.
+        shortcuts: Those that are used now; None: none.
+        what: What was made so, for the message.
+        advice: What the user can do.
+
+    Raises:
+        ShortcutError: They differ.
+    """
+    now = None if shortcuts is None else shortcuts.digest
+    if stored != now:
+        said = [
+            "without shortcuts" if each is None else f"with shortcuts {each}"
+            for each in (stored, now)
+        ]
+        raise ShortcutError(f"{what} made {said[0]}, but now it is {said[1]}; {advice}")
 
 
 def chat_form(fields: Mapping[str, Any]) -> ChatForm | None:

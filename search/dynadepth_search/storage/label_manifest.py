@@ -49,6 +49,7 @@ class Manifest:
         prior: What the probe measured.
         versions: Versions of the libraries that were used.
         shards: The finished shards, in order.
+        shortcuts: The digest of the shortcuts that were in place of skipped layers; None: nothing was.
     """
 
     base_model: dict[str, Any]
@@ -60,6 +61,7 @@ class Manifest:
     prior: EditPrior
     versions: dict[str, str]
     shards: tuple[Shard, ...] = ()
+    shortcuts: str | None = None
 
     @property
     def objective(self) -> str:
@@ -73,6 +75,8 @@ class Manifest:
             {item.name: getattr(shard, item.name) for item in fields(Shard)}
             for shard in self.shards
         ]
+        if self.shortcuts is None:
+            del content["shortcuts"]
         return {
             "schema_version": SCHEMA_VERSION,
             **content,
@@ -99,7 +103,8 @@ def read_manifest(folder: Path) -> Manifest:
     )
     del content["schema_version"]
     stored = Stored(content, str(path), "run the search in a new folder")
-    found = stored.fields(item.name for item in fields(Manifest))
+    names = [item.name for item in fields(Manifest) if item.name != "shortcuts"]
+    found = stored.fields(names, ["shortcuts"])
     check_stored_fingerprint(found["base_model"])
     check_stored_task(found["task"], named=True)
     _check_search(found["search"])
@@ -116,6 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         prior=_read_prior(found["prior"], num_layers),
         versions=content["versions"],
         shards=_read_shards(found["shards"], content["task"]["prompts"]),
+        shortcuts=found["shortcuts"].hexadecimal(16) if "shortcuts" in found else None,
     )
 
 

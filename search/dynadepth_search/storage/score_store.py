@@ -237,7 +237,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_asked(stored: Stored) -> None:
     """Check what a manifest says that its table was asked for."""
-    asked = stored.fields(["base_model", "dtype", "task", "plans", "layers", "num_windows"])
+    needed = ["base_model", "dtype", "task", "plans", "layers", "num_windows"]
+    asked = stored.fields(needed, ["shortcuts"])
+    if "shortcuts" in asked:
+        asked["shortcuts"].hexadecimal(16)
     asked["base_model"].hexadecimal(16)
     asked["dtype"].text()
     check_stored_task(asked["task"], named=False)

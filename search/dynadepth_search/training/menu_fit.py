@@ -11,11 +11,13 @@ from dynadepth.checkpoints.trained_policy import TrainedMenu
 from dynadepth.errors import ConfigError
 from dynadepth.plans import plan_depth
 from dynadepth.policies.calibration import Calibration, calibrate
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.menu.fit import MenuFit, fit_menu
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.scoring.score_table import ScoreTable, menu_data
+from dynadepth_search.storage.compatibility import check_same_shortcuts
 
 __all__ = ["calibrate_menu", "fit_trained_menu", "learning_curve"]
 
@@ -34,6 +36,7 @@ def fit_trained_menu(
     plans: Any = None,
     objective: str = "preserve",
     protect: tuple[int, ...] = (),
+    shortcuts: Shortcuts | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> TrainedMenu:
@@ -47,6 +50,7 @@ def fit_trained_menu(
         plans: The menu's plans, all in the table, the identity first; None: all plans of the table.
         objective: `preserve` or `reward`, see `dynadepth.training.menu.fit.fit_menu`.
         protect: Layers that no plan of the menu may edit.
+        shortcuts: Those that the table was made with; None: it was made without.
         seed: Seed of the folds and the training.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
@@ -56,7 +60,11 @@ def fit_trained_menu(
     Raises:
         ConfigError: There are too few prompts, a plan is not in the table or edits a protected layer, or the table has
             no metrics for the objective.
+        ShortcutError: The table was made with other shortcuts.
     """
+    check_same_shortcuts(
+        table.shortcuts, shortcuts, what="the scores were", advice="give the same (--shortcuts)"
+    )
     goal = check_objective(objective)
     fit = fit_menu(
         menu_data(table, _columns(table, plans)),
@@ -92,6 +100,7 @@ def fit_trained_menu(
         fingerprint=table.fingerprint,
         base_model=table.manifest["base_model"]["name"],
         training=notes,
+        shortcuts=shortcuts,
     )
 
 

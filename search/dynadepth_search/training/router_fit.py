@@ -25,6 +25,7 @@ from dynadepth.plans import NUM_ACTIONS, Plans, check_plans, plan_depth
 from dynadepth.policies.calibration import Calibration
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.proving.prove import proved_stack
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.router_training import (
     centre_heads,
     logits_of,
@@ -43,6 +44,7 @@ from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import Objective, check_objective, plan_values
 from dynadepth_search.scoring.score_table import ScoreTable
+from dynadepth_search.storage.compatibility import check_same_shortcuts
 from dynadepth_search.storage.labels import Labels
 from dynadepth_search.training.training_prompts import BATCH, TrainingPrompts
 
@@ -80,6 +82,7 @@ def fit_routers(
     objective: str = "preserve",
     protect: tuple[int, ...] = (),
     training: TrainConfig | None = None,
+    shortcuts: Shortcuts | None = None,
     seed: int = 0,
     batch_size: int = BATCH,
     progress: Progress = silent,
@@ -99,6 +102,7 @@ def fit_routers(
         objective: Defines the value of a plan, see `dynadepth_search.scoring.objectives.plan_values`.
         protect: Layers that always run once.
         training: The recipe; None: that of the preset `dynadepth`.
+        shortcuts: Those that the table was made with; None: it was made without.
         seed: Seed of the split, the folds and the training.
         batch_size: Number of prompts of one forward.
         progress: Called with the stage, the number of finished steps and the number of all steps.
@@ -110,6 +114,7 @@ def fit_routers(
         ConfigError: The table lacks a plan or has no answers for the objective, or states are not finite.
         LabelError: There are too few distinct prompts, or the table or the front has another number of layers.
         PlanError: The plans do not form a front, or skip a protected layer.
+        ShortcutError: The table was made with other shortcuts.
         WrapError: The model is wrapped.
     """
     stack = proved_stack(model)
@@ -117,6 +122,9 @@ def fit_routers(
     config = RouterConfig(num_layers=stack.num_layers, hidden_size=stack.hidden_size)
     recipe = TrainConfig.for_preset("dynadepth") if training is None else training
     _check_layers(table.plans.shape[1], front, stack.num_layers)
+    check_same_shortcuts(
+        table.shortcuts, shortcuts, what="the scores were", advice="give the same (--shortcuts)"
+    )
     removed_layers(front)
     rows = check_plans(front, stack.num_layers)
     # Fail before an hour of work, not after it.
@@ -130,6 +138,7 @@ def fit_routers(
         tokenizer,
         table.examples,
         table.manifest["asked"]["task"],
+        shortcuts=shortcuts,
         batch_size=batch_size,
         progress=progress,
     )
@@ -184,7 +193,7 @@ def fit_routers(
         "plan_prompt_hashes": list(table.plan_prompt_hashes),
         "shrinkage": choice.to_dict(),
     }
-    return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes)
+    return _routers(model, heads, bias, choice.shrinkage, calibration, protect, notes, shortcuts)
 
 
 def fit_imitation(
@@ -194,6 +203,7 @@ def fit_imitation(
     *,
     training: TrainConfig | None = None,
     lowest: float = 0.5,
+    shortcuts: Shortcuts | None = None,
     seed: int = 0,
     batch_size: int = BATCH,
     progress: Progress = silent,
@@ -208,6 +218,7 @@ def fit_imitation(
         labels: Labels of the training prompts.
         training: The recipe; None: the published one.
         lowest: Smallest budget to calibrate, as a fraction of the number of layers.
+        shortcuts: Those that the labels were searched with; None: they were searched without.
         seed: Seed of the split and the training.
         batch_size: Number of prompts of one forward.
         progress: Called with the stage, the number of finished steps and the number of all steps.
@@ -218,6 +229,7 @@ def fit_imitation(
     Raises:
         ConfigError: States are not finite, or the routers reach no depth from `lowest` to 1.
         LabelError: There are too few distinct prompts, or the labels have another number of layers.
+        ShortcutError: The labels were searched with other shortcuts.
         WrapError: The model is wrapped.
 
     Source:
@@ -230,12 +242,16 @@ def fit_imitation(
     recipe = TrainConfig.for_preset("drllm") if training is None else training
     _check_layers(labels.plans.shape[1], labels.plans, stack.num_layers)
     manifest = labels.manifest
+    check_same_shortcuts(
+        manifest.shortcuts, shortcuts, what="the labels were", advice="give the same (--shortcuts)"
+    )
     protect = tuple(int(layer) for layer in manifest.search["config"].get("protect", ()))
     prompts = TrainingPrompts(
         model,
         tokenizer,
         labels.examples,
         manifest.task,
+        shortcuts=shortcuts,
         batch_size=batch_size,
         progress=progress,
     )
@@ -270,7 +286,7 @@ def fit_imitation(
             "evaluations": labels.evaluations,
         },
     }
-    return _routers(model, heads, bias, 1.0, calibration, protect, notes)
+    return _routers(model, heads, bias, 1.0, calibration, protect, notes, shortcuts)
 
 
 def write_routers(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
@@ -359,6 +375,7 @@ def _routers(
     calibration: Calibration,
     protect: tuple[int, ...],
     notes: dict[str, Any],
+    shortcuts: Shortcuts | None,
 ) -> Routers:
     return Routers(
         heads=heads.to("cpu"),
@@ -369,4 +386,5 @@ def _routers(
         fingerprint=fingerprint(model),
         base_model=base_model_name(model),
         training=notes,
+        shortcuts=shortcuts,
     )

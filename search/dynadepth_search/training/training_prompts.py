@@ -14,6 +14,7 @@ from dynadepth.plans import Plans, plan_depth
 from dynadepth.policies.calibration import Calibration, calibrate
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.policies.router_policy import RouterPolicy
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.features import prompt_features
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.progress import Progress, silent
@@ -44,6 +45,7 @@ class TrainingPrompts:
         tokenizer: Tokenizer of the base model.
         examples: The prompts.
         task: The fields of their task, as stored in their folder, see `task_fields`.
+        shortcuts: What states take in place of layers that a plan skips; None: nothing.
         batch_size: Number of prompts of one forward.
         progress: Called with the stage, the number of finished steps and the number of all steps.
     """
@@ -55,12 +57,16 @@ class TrainingPrompts:
         examples: Sequence[Example],
         task: Mapping[str, Any],
         *,
+        shortcuts: Shortcuts | None = None,
         batch_size: int = BATCH,
         progress: Progress = silent,
     ) -> None:
         self._model, self._examples = model, examples
         self.texts = [example.prompt.strip() for example in examples]
-        self._scorer = Scorer(model, tokenizer, task["scoring"], chat=chat_form(task))
+        self._shortcuts = shortcuts
+        self._scorer = Scorer(
+            model, tokenizer, task["scoring"], chat=chat_form(task), shortcuts=shortcuts
+        )
         self.batch_size, self.progress = batch_size, progress
 
     def split(self, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -108,6 +114,7 @@ class TrainingPrompts:
                 attention_mask,
                 plans[batch],
                 num_windows=config.num_windows,
+                shortcuts=self._shortcuts,
             )
             self.progress(stage, len(found), len(order))
         return torch.stack([found[i] for i in np.argsort(order)])
@@ -175,7 +182,8 @@ class TrainingPrompts:
             passes += 1
             self.progress("calibrating", passes, _CALIBRATION_PASSES)
             policy = RouterPolicy(heads, bias, shrinkage=shrinkage, penalty=penalty)
-            with wrapped(self._model, policy=policy, protect=protect) as model:
+            how = {"policy": policy, "protect": protect, "shortcuts": self._shortcuts}
+            with wrapped(self._model, **how) as model:
                 plans = planned(model, self._scorer, examples, batch_size=self.batch_size)
             return float(plan_depth(plans).mean())
 
