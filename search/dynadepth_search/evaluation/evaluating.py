@@ -18,10 +18,13 @@ import transformers
 
 from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
-from dynadepth.checkpoints.trained_policy import TrainedPolicy
+from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_versioned_json
+from dynadepth.models.compute import PlanCost
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.baselines import mean_influence
@@ -229,9 +232,17 @@ def evaluate(
             model, scorer, heldout, compared, tested, settings, progress
         )
         base = compared[0].run
+        cost = _cost(model, shortcuts)
+        tokens = np.mean([len(scorer.encode(item).prompt_ids) for item in heldout.examples])
         policies = [
             policy_metrics(
-                item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name)
+                item.run,
+                base,
+                item.static,
+                seed=settings.seed,
+                cost=cost,
+                heads=_heads(arguments.get(item.run.name)) / float(tokens),
+                time=times.get(item.run.name),
             )
             for item in compared
         ]
@@ -421,6 +432,23 @@ def _plan(
         planned_policies.append(PlannedPolicy(name=name, kind=kind, budget=budget, plans=plans))
     progress("planning held-out prompts", len(wanted), len(wanted))
     return planned_policies, arguments, notes
+
+
+def _cost(model: Any, shortcuts: Shortcuts | None) -> PlanCost:
+    maps = () if shortcuts is None else shortcuts.maps
+    skips = [0.0 if each is None else float(each.multiply_adds) for each in maps]
+    return PlanCost.of_model(model, layer_stack(model), skips)
+
+
+def _heads(arguments: Mapping[str, Any] | None) -> float:
+    """Return the multiply-adds of a policy's heads for one prompt: every weight once, for each vector that it reads."""
+    if arguments is None:
+        return 0.0
+    routers = arguments["routers"]
+    reads = 1
+    if isinstance(routers, Routers):
+        reads = routers.config.num_windows + int(routers.config.last_token)
+    return float(reads * sum(each.numel() for each in routers.tensors().values() if each.dim() > 1))
 
 
 def _time(
