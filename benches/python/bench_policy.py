@@ -33,6 +33,7 @@ from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.menu.fit import decision_layers
 from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
+from dynadepth_search.data.kinds import fetch_kinds, in_turns, shuffled
 from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.evaluation.menu_outcomes import compare_menu, table_mix
@@ -61,7 +62,7 @@ def lettered(
             for question in fetch_questions(cache, name)
             if len(question.text) + sum(map(len, question.options)) <= LONGEST
         ]
-        parts[name] = _shuffled(found, len(parts))
+        parts[name] = shuffled(found, len(parts))
     first, second = {}, {}
     for name, found in parts.items():
         first[name] = found[: train // len(parts)]
@@ -71,65 +72,21 @@ def lettered(
             _chat_task(tokenizer, title, part, count)
             for title, part, count in (("train", first, train), ("heldout", second, heldout))
         ),
-        *(_interleaved(part, count)[1] for part, count in ((first, train), (second, heldout))),
+        *(in_turns(part, count)[1] for part, count in ((first, train), (second, heldout))),
     )
 
 
 def _chat_task(tokenizer: Any, title: str, parts: dict[str, list[Example]], count: int) -> Task:
-    examples = tuple(_interleaved(parts, count)[0])
+    examples = tuple(in_turns(parts, count)[0])
     return as_chat(Task(f"six sets, {title}", examples, "letter"), tokenizer, system=SYSTEM)
-
-
-def _shuffled(examples: list[Example], seed: int) -> list[Example]:
-    return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
-
-
-def _interleaved(parts: dict[str, list[Example]], count: int) -> tuple[list[Example], list[str]]:
-    """Return examples of all parts in turns, so that an unfinished run has some of each."""
-    longest = max(len(part) for part in parts.values())
-    turns = [
-        (part[index], name)
-        for index in range(longest)
-        for name, part in parts.items()
-        if index < len(part)
-    ][:count]
-    return [example for example, _ in turns], [name for _, name in turns]
 
 
 def several_kinds(
     _tokenizer: Any, cache: Path, train: int, heldout: int
 ) -> tuple[Task, Task, list[str], list[str]]:
     """Return prompts without answers: questions, passages to go on with, instructions."""
-    questions = fetch_questions(cache, "CommonsenseQA")
-    passages = fetch_questions(cache, "BoolQ")
-    goals = fetch_questions(cache, "PIQA")
-    rng = np.random.default_rng(0)
-    parts = {
-        "question": [f"Question: {each.text}\nAnswer:" for each in questions],
-        "passage": [_beginning(each.text, rng) for each in passages],
-        "instruction": [_instruction(each.text) for each in goals],
-    }
-    examples: dict[str, list[Example]] = {}
-    for name, texts in parts.items():
-        distinct = list(dict.fromkeys(text for text in texts if 20 <= len(text) <= LONGEST))
-        examples[name] = _shuffled([Example(prompt=text) for text in distinct], len(examples))
-    first = {name: part[: train // 3] for name, part in examples.items()}
-    second = {name: part[train // 3 :] for name, part in examples.items()}
-    made = []
-    for title, part, count in (("train", first, train), ("heldout", second, heldout)):
-        listed, names = _interleaved(part, count)
-        made.append((Task(f"three kinds, {title}", tuple(listed)), names))
-    return made[0][0], made[1][0], made[0][1], made[1][1]
-
-
-def _beginning(passage: str, rng: np.random.Generator) -> str:
-    """Cut a passage somewhere between words of its second half."""
-    words = passage.rsplit("\n", 1)[0].split(" ")
-    return " ".join(words[: int(rng.integers(len(words) // 2, len(words))) or 1])
-
-
-def _instruction(goal: str) -> str:
-    return f"Give step by step instructions for the following.\n{goal.rstrip('.?')}.\nSteps:\n1."
+    first, second = fetch_kinds(cache, train=train, heldout=heldout)
+    return first.task, second.task, list(first.kinds), list(second.kinds)
 
 
 def main() -> None:

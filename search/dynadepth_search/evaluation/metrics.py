@@ -33,7 +33,7 @@ __all__ = [
     "unit_of",
 ]
 
-Kind = Literal["base", "routed", "preset", "static", "shortgpt", "random", "oracle"]
+Kind = Literal["base", "routed", "preset", "static", "plain", "shortgpt", "random", "oracle"]
 Floats = npt.NDArray[np.float64]
 
 METRIC_LABELS = {
