@@ -67,8 +67,7 @@ def choose_maps(
 
     def judged(skips: Sequence[Skipped]) -> tuple[Any, Any]:
         divergence, agreement = score_texts(model, stack, texts, plans, skips=skips).by_text()
-        # What overflows is no candidate.
-        return np.nan_to_num(divergence.mean(axis=1), nan=np.inf), agreement.mean(axis=1)
+        return divergence.mean(axis=1), agreement.mean(axis=1)
 
     progress(stage, 0, steps)
     plain, plain_agreement = judged((NOTHING,) * stack.num_layers)
