@@ -33,12 +33,13 @@ from dynadepth.shortcuts.maps import LinearShortcut, Rank
 from dynadepth.shortcuts.moments import Moments
 from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.wrapping.skipping import skips_of
+from dynadepth_search.cli.demo_answers import plan_of_depth
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.data.kinds import KINDS, KindsTask, fetch_kinds
 from dynadepth_search.scoring.own_text import Text, score_texts
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.search.static import StaticPlans, read_static
+from dynadepth_search.search.static import read_static
 from dynadepth_search.shortcuts.choosing import single_skips
 from dynadepth_search.shortcuts.collecting import MomentCollector
 from dynadepth_search.shortcuts.distilling import distil, draw_plans
@@ -336,7 +337,7 @@ def bench_generation(options: argparse.Namespace, folder: Path) -> dict[str, Any
     rows = []
     for depth in DEPTHS:
         for way in ("plain", "shortcuts"):
-            plan = nearest_plan(read_static(run / way / "plans"), depth)
+            plan = plan_of_depth(read_static(run / way / "plans"), depth)
             given = maps if way == "shortcuts" else None
             skips = skips_of(given, material.stack.num_layers)
             forced = score_texts(
@@ -370,13 +371,6 @@ def bench_generation(options: argparse.Namespace, folder: Path) -> dict[str, Any
             )
             say(json.dumps(rows[-1]), len(rows), 2 * len(DEPTHS))
     return {"prompts": len(texts), "new_tokens": options.new_tokens, "rows": rows}
-
-
-def nearest_plan(found: StaticPlans, depth: float) -> Plans:
-    """Return the best measured plan of the depth that is nearest."""
-    away = np.abs(plan_depth(found.pool) - depth)
-    near = away <= away.min() + 1e-9
-    return found.pool[int(np.argmax(np.where(near, found.pool_values, -np.inf)))]
 
 
 def write_freely(material: Material, texts: Sequence[Text], new_tokens: int) -> list[Any]:

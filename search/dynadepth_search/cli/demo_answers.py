@@ -17,7 +17,7 @@ _NEW_TOKENS = 40
 
 
 def plan_of_depth(found: StaticPlans, depth: float) -> Plans:
-    """Return the best measured plan of the depth that is nearest to one.
+    """Return the best measured plan of the depth that is nearest to one; of two such depths, the lower.
 
     Args:
         found: What a search of static plans found.
@@ -26,7 +26,9 @@ def plan_of_depth(found: StaticPlans, depth: float) -> Plans:
     Returns:
         The plan. Shape (num_layers,), uint8.
     """
-    away = np.abs(plan_depth(found.pool) - depth)
+    depths = plan_depth(found.pool)
+    # Less than a visit of any model, so that it decides between equals alone.
+    away = np.abs(depths - depth) + 1e-6 * depths
     near = away <= away.min() + 1e-9
     plan: Plans = found.pool[int(np.argmax(np.where(near, found.pool_values, -np.inf)))]
     return plan

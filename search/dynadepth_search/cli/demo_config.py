@@ -69,8 +69,8 @@ class DemoConfig:
 
     @property
     def shown_depth(self) -> float:
-        """The depth of the plans that generate an answer: the last budget but one, or the last of few."""
-        return self.budgets[-2:][0]
+        """The depth of the plans that generate an answer: the third budget, or the last of fewer."""
+        return self.budgets[:3][-1]
 
     @property
     def search(self) -> PromptSearchSpec:
