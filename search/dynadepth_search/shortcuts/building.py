@@ -102,16 +102,16 @@ class _Fit:
         scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._prompts = [scorer.encode(example).prompt_ids for example in task.examples]
         names = [example.prompt.strip() for example in task.examples]
-        if len(set(names)) < _FEWEST_PROMPTS:
+        different = list(dict.fromkeys(names))
+        if len(different) < _FEWEST_PROMPTS:
             raise TaskError(
-                f"{len(set(names))} different prompts cannot fit shortcuts; give {_FEWEST_PROMPTS} or more"
+                f"{len(different)} different prompts cannot fit shortcuts; give {_FEWEST_PROMPTS} or more"
             )
-        count = max(1, min(spec.num_heldout, round(_HELD_OUT * len(set(names)))))
-        (heldout,) = draw_parts(names, [count], np.random.default_rng(spec.seed))
-        chosen = set(heldout.tolist())
-        shared = {names[row] for row in chosen}
-        self._heldout = sorted(chosen)
-        self._fitted_on = [row for row in range(len(names)) if names[row] not in shared]
+        count = max(1, min(spec.num_heldout, round(_HELD_OUT * len(different))))
+        (drawn,) = draw_parts(different, [count], np.random.default_rng(spec.seed))
+        chosen = {different[number] for number in drawn.tolist()}
+        self._heldout = sorted(names.index(name) for name in chosen)
+        self._fitted_on = [row for row, name in enumerate(names) if name not in chosen]
         self._asked = {
             "base_model": fingerprint_digest(fingerprint(model)),
             "dtype": dtype_name(model),
@@ -124,6 +124,7 @@ class _Fit:
         if path.exists():
             shortcuts = load_shortcuts(self.folder, model=self._model)
             check_asked(path, self._asked, shortcuts.training.get("asked", {}))
+            self._clear()
             return shortcuts
         mark = self._work / "asked.json"
         if mark.exists():
@@ -173,7 +174,7 @@ class _Fit:
         )
         write_text_atomic(self.folder / CARD_NAME, shortcuts_card(shortcuts))
         save_shortcuts(self.folder, shortcuts)
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._clear()
         return load_shortcuts(self.folder)
 
     def _distil(
@@ -196,6 +197,10 @@ class _Fit:
             seed=self._spec.seed,
             progress=self._progress,
         )
+
+    def _clear(self) -> None:
+        """Remove what was worked on; a run that was killed here leaves it to the next."""
+        shutil.rmtree(self._work, ignore_errors=True)
 
 
 def _shortened(text: Text, num_places: int) -> Text:
