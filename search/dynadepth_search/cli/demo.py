@@ -103,7 +103,7 @@ class _Demo:
         steps.run("fetch the prompts", lambda: self._split(model, tokenizer))
         train, heldout = (self._task(name) for name in ("train", "heldout"))
         fitted = steps.run("fit shortcuts", lambda: self._fit_shortcuts(model, tokenizer, train))
-        self._maps = load_shortcuts(self._out / "shortcuts", model=model)
+        self._maps = load_shortcuts(config.maps or self._out / "shortcuts", model=model)
         steps.run(
             "search plain plans", lambda: self._search(model, tokenizer, train, "plain-plans", None)
         )
@@ -192,12 +192,16 @@ class _Demo:
         return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
 
     def _fit_shortcuts(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        folder, spec = self._out / "shortcuts", self._config.shortcuts
-        found = fit_shortcuts(model, tokenizer, train, folder, spec, progress=self._progress)
+        given, spec = self._config.maps, self._config.shortcuts
+        if given is None:
+            folder = self._out / "shortcuts"
+            found = fit_shortcuts(model, tokenizer, train, folder, spec, progress=self._progress)
+        else:
+            found = load_shortcuts(given, model=model)
         return {
             "rank": found.rank,
             "layers with a map": len(found.mapped_layers),
-            "tokens": found.training["tokens"],
+            "tokens": found.training.get("tokens"),
         }
 
     def _search(

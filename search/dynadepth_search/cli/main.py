@@ -50,6 +50,12 @@ def _demo(
     task: Annotated[
         Path | None, typer.Option("--task", help="JSON lines [default: prompts of three kinds]")
     ] = None,
+    shortcuts: Annotated[
+        Path | None,
+        typer.Option(
+            "--shortcuts", help="Folder that `shortcuts` wrote [default: they are fitted]"
+        ),
+    ] = None,
     scoring: Scoring = "raw",
     objective: Objective = "preserve",
     prompts: Annotated[
@@ -93,6 +99,7 @@ def _demo(
         cache=default_cache() if cache is None else cache,
         model=model,
         task=task,
+        maps=shortcuts,
         scoring=scoring,
         objective=objective,
         prompts=prompts or (48 if quick else 240),

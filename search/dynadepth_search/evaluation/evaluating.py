@@ -41,6 +41,7 @@ from dynadepth_search.evaluation.metrics import (
 from dynadepth_search.evaluation.notes import (
     describe,
     drift_notes,
+    fitted_on,
     plan_map,
     remembered_prompts,
     unrecorded_notes,
@@ -412,6 +413,8 @@ def _who_took_part(
         what = f"the training of {name}"
         _check_remembered(what, trained)
         policies[what] = remembered_prompts(trained)
+        if trained.shortcuts is not None:
+            policies[f"the shortcuts of {name}"] = fitted_on(trained.shortcuts)
     return {**seen, **policies}
 
 

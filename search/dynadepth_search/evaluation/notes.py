@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
-from dynadepth.errors import ConfigError
+from dynadepth.errors import ConfigError, ShortcutError
 from dynadepth.plans import plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.train_config import TrainConfig
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.comparison import PlannedPolicy
@@ -20,6 +21,7 @@ from dynadepth_search.evaluation.metrics import show_budget
 __all__ = [
     "describe",
     "drift_notes",
+    "fitted_on",
     "plan_map",
     "remembered_prompts",
     "unrecorded_notes",
@@ -40,6 +42,25 @@ def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
         f"On {drift[0]['n']} prompts of another kind ({drift[0]['task']}), which took no part in the calibration, "
         f"the mean depth is {shown}."
     ]
+
+
+def fitted_on(shortcuts: Shortcuts) -> list[str] | None:
+    """Return the hashes of the prompts that shortcuts were fitted on; None if they do not say.
+
+    Args:
+        shortcuts: The shortcuts.
+
+    Raises:
+        ShortcutError: What they say is not a list of texts.
+    """
+    known = shortcuts.training.get("prompt_hashes")
+    if known is None:
+        return None
+    if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+        raise ShortcutError(
+            f"prompt_hashes of the shortcuts is {str(known)[:60]!r}; expected a list of texts: fit them again"
+        )
+    return list(known)
 
 
 def remembered_prompts(trained: TrainedPolicy) -> list[str] | None:
