@@ -62,6 +62,8 @@ def unrecorded_notes(names: Sequence[str]) -> list[str]:
 def describe(routers: TrainedPolicy) -> dict[str, Any]:
     """Return what kind of policy is under test."""
     described: dict[str, Any] = {"kind": routers.kind, "range": list(routers.calibration.range)}
+    if routers.shortcuts is not None:
+        described["shortcuts"] = f"rank {routers.shortcuts.rank}, {routers.shortcuts.digest}"
     if isinstance(routers, Routers):
         return described | {"preset": routers.config.preset, "shrinkage": routers.shrinkage}
     recipe = routers.training.get("recipe")

@@ -5,6 +5,7 @@ What is worked on lies in `work/` inside the folder, and goes when the shortcuts
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.card import shortcuts_card
-from dynadepth_search.shortcuts.choosing import choose_maps
+from dynadepth_search.shortcuts.choosing import ChosenMap, choose_maps
+from dynadepth_search.shortcuts.distilling import Distilled, distil
 from dynadepth_search.shortcuts.moment_files import MomentFiles
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
@@ -153,8 +155,9 @@ class _Fit:
                 f"no map of rank {self._rank} beats nothing on {len(heldout)} held-out prompts; give more prompts, or "
                 "a lower rank"
             )
+        distilled = self._distil(chosen, fitted_on, heldout)
         shortcuts = Shortcuts(
-            maps=maps,
+            maps=distilled.maps,
             fingerprint=fingerprint(self._model),
             rank=self._rank,
             base_model=base_model_name(self._model),
@@ -166,12 +169,34 @@ class _Fit:
                 "prompts": len(fitted_on),
                 "heldout_prompts": len(heldout),
                 "tokens": int(moments[0].tokens),
+                "distillation": distilled.notes,
             },
         )
         write_text_atomic(self.folder / CARD_NAME, shortcuts_card(shortcuts))
         save_shortcuts(self.folder, shortcuts)
         self._clear()
         return load_shortcuts(self.folder)
+
+    def _distil(
+        self, chosen: Sequence[ChosenMap], texts: Sequence[Text], heldout: Sequence[Text]
+    ) -> Distilled:
+        """Train the maps further if that is asked for."""
+        maps = [each.shortcut for each in chosen]
+        if not self._spec.distil_steps:
+            return Distilled(maps, {"steps": 0, "kept": False})
+        harm = [each.measured["divergence"] for each in chosen]
+        return distil(
+            self._model,
+            self._stack,
+            maps,
+            np.array([np.inf if each is None else each for each in harm]),
+            texts,
+            [_shortened(text, self._spec.num_places) for text in heldout],
+            self._work / "distillation.safetensors",
+            steps=self._spec.distil_steps,
+            seed=self._spec.seed,
+            progress=self._progress,
+        )
 
     def _clear(self) -> None:
         """Remove what was worked on; a run that was killed here leaves it to the next."""
