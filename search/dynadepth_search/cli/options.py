@@ -98,11 +98,12 @@ def load_shortcuts_for(model: "PreTrainedModel", folder: Path | None) -> "Loaded
 
     Args:
         model: The base model.
-        folder: Their folder; None: none are asked for.
+        folder: Their folder, or one that contains it; None: none are asked for.
     """
+    from dynadepth.checkpoints.paths import locate_shortcuts
     from dynadepth.shortcuts.save_load import load_shortcuts
 
-    return None if folder is None else load_shortcuts(folder, model=model)
+    return None if folder is None else load_shortcuts(locate_shortcuts(folder), model=model)
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":

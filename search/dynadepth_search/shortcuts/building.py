@@ -29,7 +29,7 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.card import shortcuts_card
-from dynadepth_search.shortcuts.choosing import ChosenMap, choose_maps
+from dynadepth_search.shortcuts.choosing import ChosenMap, choose_maps, measure_again
 from dynadepth_search.shortcuts.distilling import Distilled, distil
 from dynadepth_search.shortcuts.moment_files import MomentFiles
 from dynadepth_search.shortcuts.spec import ShortcutSpec
@@ -139,12 +139,14 @@ class _Fit:
         heldout = [texts[row] for row in self._heldout]
         files = MomentFiles(self._work, self._stack, self._model.device, self._spec.batch_size)
         moments = files.collect("moments", fitted_on, self._progress)
+        others = files.collect("held-out moments", heldout, self._progress)
+        judged = [_shortened(text, self._spec.num_places) for text in heldout]
         chosen = choose_maps(
             self._model,
             self._stack,
             moments,
-            files.collect("held-out moments", heldout, self._progress),
-            [_shortened(text, self._spec.num_places) for text in heldout],
+            others,
+            judged,
             rank=self._rank,
             ridges=self._spec.ridges,
             progress=self._progress,
@@ -155,13 +157,16 @@ class _Fit:
                 f"no map of rank {self._rank} beats nothing on {len(heldout)} held-out prompts; give more prompts, or "
                 "a lower rank"
             )
-        distilled = self._distil(chosen, fitted_on, heldout)
+        distilled = self._distil(chosen, fitted_on, judged)
+        layers = [each.measured for each in chosen]
+        if distilled.notes["kept"]:
+            layers = measure_again(self._model, self._stack, chosen, distilled.maps, others, judged)
         shortcuts = Shortcuts(
             maps=distilled.maps,
             fingerprint=fingerprint(self._model),
             rank=self._rank,
             base_model=base_model_name(self._model),
-            layers=[each.measured for each in chosen],
+            layers=layers,
             training={
                 "asked": self._asked,
                 "task_name": self._task.name,
@@ -191,7 +196,7 @@ class _Fit:
             maps,
             np.array([np.inf if each is None else each for each in harm]),
             texts,
-            [_shortened(text, self._spec.num_places) for text in heldout],
+            heldout,
             self._work / "distillation.safetensors",
             steps=self._spec.distil_steps,
             seed=self._spec.seed,

@@ -4,6 +4,7 @@ Gradients reach the maps alone. Rows of a batch skip different layers, drawn as 
 are missed less are drawn more often. A text's own tokens are its data, so nothing is labelled.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ _EVERY = 50
 # Evaluations without progress before training stops.
 _PATIENCE = 3
 _WRITE_SECONDS = 30.0
+# Stands for a divergence that is not finite; nats of ordinary models are far below.
+_OVERFLOW = 1e9
 # Shares of the layers that the plans of the held-out texts skip, and plans of each.
 _SHARES = (0.05, 0.1, 0.2, 0.3)
 _PLANS = 3
@@ -169,27 +172,28 @@ class _Distillation:
                     value = float(self._judge(self._maps(self._weights), stopping).mean())
                     if value < min(history, default=np.inf):
                         best = {n: w.detach().clone() for n, w in self._weights.items()}
-                    history.append(value)
+                    history.append(value if np.isfinite(value) else _OVERFLOW)
                 if step == steps or time.monotonic() - written > _WRITE_SECONDS:
                     self._write(step, history, best)
                     written = time.monotonic()
         progress("distilling shortcuts", steps, steps)
         trained = self._maps(best)
         after = self._judge(trained, deciding)
-        change = (after - before).mean(axis=0)
+        # What overflows before and after has not changed.
+        change = np.nan_to_num(after - before, nan=0.0).mean(axis=0)
         error = float(change.std(ddof=1) / np.sqrt(len(change))) if len(change) > 1 else np.inf
         kept = bool(change.mean() < -error)
         groups = [slice(first, first + _PLANS) for first in range(0, len(before), _PLANS)]
         notes = {
             "steps": step,
             "kept": kept,
-            "change": float(change.mean()),
+            "change": _finite(float(change.mean())),
             "standard_error": error if np.isfinite(error) else None,
             "by_share_of_layers_skipped": [
                 {
                     "share": share,
-                    "divergence_before": float(before[group].mean()),
-                    "divergence_after": float(after[group].mean()),
+                    "divergence_before": _finite(float(before[group].mean())),
+                    "divergence_after": _finite(float(after[group].mean())),
                 }
                 for share, group in zip(_SHARES, groups, strict=True)
             ],
@@ -217,8 +221,10 @@ class _Distillation:
             group["lr"] = _LEARNING_RATE * share
         self._optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
-        self._optimiser.step()
+        norm = nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
+        # A batch whose logits overflow under its plans teaches nothing.
+        if bool(torch.isfinite(norm)):
+            self._optimiser.step()
 
     def _log_probs(self, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """Return log-probabilities at some places. Shape (places, vocabulary), float32 or better."""
@@ -285,7 +291,7 @@ class _Distillation:
             for part, tensor in self._optimiser.state[weight].items():
                 tensors[f"adam.{name}.{part}"] = tensor
         data = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {"step": str(step), "history": str(history)}
+        notes = {"step": str(step), "history": json.dumps(history)}
         write_bytes_atomic(self._file, save(data, metadata=notes))
 
     def _read(self) -> dict[str, Any] | None:
@@ -333,6 +339,10 @@ class _Trained:
             change = states @ down
             moved = states + (change if up is None else change @ up)
         return moved if bias is None else moved + bias
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _stalled(history: Sequence[float]) -> bool:
