@@ -17,7 +17,12 @@ from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.training.menu.fit import decision_layers
-from dynadepth_search.cli.demo_answers import answer_prompt, plan_of_depth, show_answers
+from dynadepth_search.cli.demo_answers import (
+    answer_prompt,
+    plan_of_depth,
+    show_answers,
+    talkative_prompt,
+)
 from dynadepth_search.cli.demo_config import DemoConfig
 from dynadepth_search.data.downloads import fetch_model
 from dynadepth_search.data.kinds import fetch_kinds
@@ -51,6 +56,8 @@ __all__ = ["card_table", "run_demo"]
 # Of the prompts that train the menu, those that the dearer comparisons learn from.
 _ROUTER_SHARE = 0.4
 _LABEL_SHARE = 0.2
+# Prompts among which one is looked for that the base model has something to say to.
+_LISTENED_TO = 9
 _FEWEST_LABELS = 16
 
 
@@ -411,7 +418,8 @@ class _Demo:
             # As a user would have it: by the folder.
             "menu with shortcuts": {"budget": depth, "routers": str(self._out / "menu")},
         }
-        prompt = heldout.examples[0].prompt
+        prompts = [example.prompt for example in heldout.examples[:_LISTENED_TO]]
+        prompt = talkative_prompt(model, tokenizer, prompts)
         return answer_prompt(model, tokenizer, prompt, ways, progress=self._progress)
 
 

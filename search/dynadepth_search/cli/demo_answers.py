@@ -1,6 +1,6 @@
 """One prompt answered in several ways, to be read side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.search.static_files import StaticPlans
 
-__all__ = ["answer_prompt", "plan_of_depth", "show_answers"]
+__all__ = ["answer_prompt", "plan_of_depth", "show_answers", "talkative_prompt"]
 
 _NEW_TOKENS = 40
 
@@ -32,6 +32,28 @@ def plan_of_depth(found: StaticPlans, depth: float) -> Plans:
     near = away <= away.min() + 1e-9
     plan: Plans = found.pool[int(np.argmax(np.where(near, found.pool_values, -np.inf)))]
     return plan
+
+
+def talkative_prompt(model: Any, tokenizer: Any, prompts: Sequence[str]) -> str:
+    """Return the first prompt that the base model answers at full length; else the one that it says most to.
+
+    Only the base model is asked, so that the choice favours nothing that is compared.
+
+    Args:
+        model: The unwrapped base model.
+        tokenizer: Tokenizer of the base model.
+        prompts: The prompts, one or more.
+    """
+    longest = (-1, "")
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+        count = int(tokens.shape[1] - inputs["input_ids"].shape[1])
+        if count >= _NEW_TOKENS:
+            return prompt
+        longest = max(longest, (count, prompt), key=lambda found: found[0])
+    return longest[1]
 
 
 def answer_prompt(

@@ -143,8 +143,8 @@ def test_plain_static_plans_stand_beside_those_with_shortcuts(
 def test_one_prompt_is_answered_side_by_side(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     answers = result["answers"]
-    first = json.loads((out / "heldout.jsonl").read_text().splitlines()[0])
-    assert answers["prompt"] == first["prompt"]
+    lines = (out / "heldout.jsonl").read_text().splitlines()
+    assert answers["prompt"] in [json.loads(line)["prompt"] for line in lines]
     ways = {answer["by"]: answer for answer in answers["answers"]}
     assert list(ways) == ["base", "without shortcuts", "with shortcuts", "menu with shortcuts"]
     assert ways["base"]["depth"] == 1.0
