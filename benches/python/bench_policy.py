@@ -1,12 +1,16 @@
 """A menu policy on a real model and held-out prompts, against the best mixtures of static plans of equal depth: one
 for all prompts, and one for each kind of prompts, which shows how much is gained by more than telling kinds apart.
 
-    python benches/python/bench_policy.py --model qwen --json qwen.json       (an hour and a half; killed, it goes on)
-    python benches/python/bench_policy.py --model smollm2 --json smollm2.json
+    python benches/python/bench_policy.py --model smollm2 --json smollm2.json (an hour; killed, it goes on)
+    python benches/python/bench_policy.py --model qwen --json qwen.json       (several hours)
+
+All of it is done twice, with plans searched anew: a skipped layer leaves nothing behind, and it leaves a shortcut that
+was fitted on the training prompts. The last table compares the two at equal depth.
 
 `qwen` is Qwen2.5-Coder-1.5B-Instruct on six sets of questions with lettered answers, as turns of a chat. `smollm2` and
-`gemma` are small models on prompts of several kinds without answers, compared over the whole vocabulary. Everything
-comes from packages; `--quick` is `smollm2` with few prompts and only shows that the bench works.
+`gemma` are small models on prompts of several kinds without answers, compared over the whole vocabulary; so is
+`qwen-kinds`. Everything comes from packages; `--quick` is `smollm2` with few prompts and only shows that the bench
+works.
 """
 
 import argparse
@@ -15,24 +19,32 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynadepth.evaluation.intervals import paired_difference
+from dynadepth.evaluation.mixtures import concave_hull, mix_to_depth
 from dynadepth.models.loading import load_model, load_tokenizer
-from dynadepth.plans import plan_depth, plan_text
+from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.menu.fit import decision_layers
 from dynadepth_search.data.chat_template import as_chat
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
+from dynadepth_search.data.kinds import fetch_kinds, in_turns, shuffled
 from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.evaluation.menu_outcomes import compare_menu, table_mix
 from dynadepth_search.scoring.score_table import ScoreTable, score_prompts
 from dynadepth_search.search.static import StaticSpec, search_static
+from dynadepth_search.shortcuts.building import fit_shortcuts
+from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.training.menu_fit import fit_trained_menu
 
-MODELS = {"qwen": QWEN_CODER, "smollm2": SMOLLM2, "gemma": GEMMA3}
+MODELS = {"qwen": QWEN_CODER, "qwen-kinds": QWEN_CODER, "smollm2": SMOLLM2, "gemma": GEMMA3}
+WAYS = ("plain", "shortcuts")
 BUDGETS = (0.964, 0.95, 0.929, 0.9, 0.88, 0.87, 0.85, 0.8)
 # Long prompts cost time and tell little more.
 LONGEST = 700
@@ -50,7 +62,7 @@ def lettered(
             for question in fetch_questions(cache, name)
             if len(question.text) + sum(map(len, question.options)) <= LONGEST
         ]
-        parts[name] = _shuffled(found, len(parts))
+        parts[name] = shuffled(found, len(parts))
     first, second = {}, {}
     for name, found in parts.items():
         first[name] = found[: train // len(parts)]
@@ -60,65 +72,21 @@ def lettered(
             _chat_task(tokenizer, title, part, count)
             for title, part, count in (("train", first, train), ("heldout", second, heldout))
         ),
-        *(_interleaved(part, count)[1] for part, count in ((first, train), (second, heldout))),
+        *(in_turns(part, count)[1] for part, count in ((first, train), (second, heldout))),
     )
 
 
 def _chat_task(tokenizer: Any, title: str, parts: dict[str, list[Example]], count: int) -> Task:
-    examples = tuple(_interleaved(parts, count)[0])
+    examples = tuple(in_turns(parts, count)[0])
     return as_chat(Task(f"six sets, {title}", examples, "letter"), tokenizer, system=SYSTEM)
-
-
-def _shuffled(examples: list[Example], seed: int) -> list[Example]:
-    return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
-
-
-def _interleaved(parts: dict[str, list[Example]], count: int) -> tuple[list[Example], list[str]]:
-    """Return examples of all parts in turns, so that an unfinished run has some of each."""
-    longest = max(len(part) for part in parts.values())
-    turns = [
-        (part[index], name)
-        for index in range(longest)
-        for name, part in parts.items()
-        if index < len(part)
-    ][:count]
-    return [example for example, _ in turns], [name for _, name in turns]
 
 
 def several_kinds(
     _tokenizer: Any, cache: Path, train: int, heldout: int
 ) -> tuple[Task, Task, list[str], list[str]]:
     """Return prompts without answers: questions, passages to go on with, instructions."""
-    questions = fetch_questions(cache, "CommonsenseQA")
-    passages = fetch_questions(cache, "BoolQ")
-    goals = fetch_questions(cache, "PIQA")
-    rng = np.random.default_rng(0)
-    parts = {
-        "question": [f"Question: {each.text}\nAnswer:" for each in questions],
-        "passage": [_beginning(each.text, rng) for each in passages],
-        "instruction": [_instruction(each.text) for each in goals],
-    }
-    examples: dict[str, list[Example]] = {}
-    for name, texts in parts.items():
-        distinct = list(dict.fromkeys(text for text in texts if 20 <= len(text) <= LONGEST))
-        examples[name] = _shuffled([Example(prompt=text) for text in distinct], len(examples))
-    first = {name: part[: train // 3] for name, part in examples.items()}
-    second = {name: part[train // 3 :] for name, part in examples.items()}
-    made = []
-    for title, part, count in (("train", first, train), ("heldout", second, heldout)):
-        listed, names = _interleaved(part, count)
-        made.append((Task(f"three kinds, {title}", tuple(listed)), names))
-    return made[0][0], made[1][0], made[0][1], made[1][1]
-
-
-def _beginning(passage: str, rng: np.random.Generator) -> str:
-    """Cut a passage somewhere between words of its second half."""
-    words = passage.rsplit("\n", 1)[0].split(" ")
-    return " ".join(words[: int(rng.integers(len(words) // 2, len(words))) or 1])
-
-
-def _instruction(goal: str) -> str:
-    return f"Give step by step instructions for the following.\n{goal.rstrip('.?')}.\nSteps:\n1."
+    first, second = fetch_kinds(cache, train=train, heldout=heldout)
+    return first.task, second.task, list(first.kinds), list(second.kinds)
 
 
 def main() -> None:
@@ -129,7 +97,12 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--heldout", type=int, default=2000)
     parser.add_argument("--from-layer", type=int, help="no plan edits a layer before this one")
-    parser.add_argument("--min-depth", type=float, default=0.8)
+    parser.add_argument("--min-depth", type=float, default=0.7)
+    parser.add_argument("--candidates", type=int, default=16, help="layers that plans may skip")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--rank", help="of the shortcuts [default: an eighth of the width]")
+    parser.add_argument("--distil", type=int, default=0, help="steps of the second stage")
+    parser.add_argument("--fit", type=int, help="prompts to fit shortcuts on [default: all]")
     parser.add_argument("--size", type=int, default=20, help="plans on the menu")
     parser.add_argument(
         "--out", type=Path, help="folder of the run [default: runs/bench-policy/MODEL]"
@@ -150,14 +123,54 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
+_Pair = tuple[ScoreTable, ScoreTable]
+
+
+class Scored(NamedTuple):
+    """Training and held-out prompts under the plans that a search found, and those of them that are on the menu."""
+
+    tables: _Pair
+    menu: Plans
+
+
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     cache, started = default_cache(), time.perf_counter()
     source = str(fetch_model(cache, source=MODELS[options.model]))
     model, tokenizer = load_model(source), load_tokenizer(source)
     material = lettered if options.model == "qwen" else several_kinds
-    train, heldout, train_kinds, heldout_kinds = material(
-        tokenizer, cache, options.train, options.heldout
-    )
+    train, heldout, *kinds = material(tokenizer, cache, options.train, options.heldout)
+    tables: dict[str, _Pair] = {}
+    report: dict[str, Any] = {"model": source, "ways": {}}
+    for way in options.ways:
+        place, maps = folder / way, None
+        if way == "shortcuts":
+            fitted_on = replace(train, examples=train.examples[: options.fit])
+            rank = int(options.rank) if (options.rank or "").isdecimal() else options.rank
+            spec = ShortcutSpec(rank=rank, distil_steps=options.distil)
+            if options.quick:
+                spec = ShortcutSpec(new_tokens=8, num_heldout=4, ridges=(1e-3,))
+            maps = fit_shortcuts(model, tokenizer, fitted_on, place / "maps", spec, progress=say)
+        found = scored(options, model, tokenizer, (train, heldout), place, maps)
+        if found is None:
+            return None
+        tables[way] = found.tables
+        report["ways"][way] = compare(found, tokenizer, *kinds, shortcuts=maps)
+    if set(tables) == set(WAYS):
+        report["static"] = compare_static(tables["plain"], tables["shortcuts"])
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    show(report)
+    return report
+
+
+def scored(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    tasks: tuple[Task, Task],
+    folder: Path,
+    maps: Shortcuts | None,
+) -> Scored | None:
+    """Search plans anew, and score both tasks under the menu and the plans that are best for all prompts."""
     from_layer = options.from_layer
     if from_layer is None:
         from_layer = 20 if options.model == "qwen" else 0
@@ -166,51 +179,86 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         min_depth=options.min_depth,
         size=options.size,
         beam=8,
+        num_candidates=options.candidates,
         num_confirmed=150,
     )
     if options.quick:
         spec = StaticSpec(
             min_depth=0.9, size=4, beam=2, num_candidates=3, num_prompts=6, num_screened=2
         )
-    found = search_static(model, tokenizer, train, folder / "plans", spec, progress=say)
-    for plan in found.menu:
+    found = search_static(
+        model, tokenizer, tasks[0], folder / "plans", spec, shortcuts=maps, progress=say
+    )
+    hull = concave_hull(plan_depth(found.pool), found.pool_values)
+    missing = [
+        found.pool[row] for row in hull if not (found.menu == found.pool[row]).all(axis=1).any()
+    ]
+    plans = np.concatenate(
+        [found.menu, np.array(missing, dtype=np.uint8).reshape(-1, found.menu.shape[1])]
+    )
+    for plan in plans:
         say(f"{plan_text(plan)} {float(plan_depth(plan)):.3f}", 1, 1)
     if options.stop_after == "search":
         return None
     tables = []
-    for name, task in (("train", train), ("heldout", heldout)):
+    for name, task in zip(("train", "heldout"), tasks, strict=True):
         tables.append(
             score_prompts(
                 model,
                 tokenizer,
                 task,
-                found.menu,
+                plans,
                 folder / name,
                 layers=decision_layers(found.menu),
+                shortcuts=maps,
                 progress=say,
             )
         )
         if options.stop_after == name:
             return None
-    report = compare(tables[0], tables[1], tokenizer, train_kinds, heldout_kinds)
-    report["model"], report["seconds"] = source, round(time.perf_counter() - started, 1)
-    show(report)
-    return report
+    return Scored((tables[0], tables[1]), found.menu)
+
+
+def compare_static(plain: _Pair, mapped: _Pair) -> list[dict[str, Any]]:
+    """Compare the best static mixtures of the same depth on held-out prompts, both chosen on the training prompts."""
+    rows = []
+    for budget in BUDGETS:
+        row: dict[str, Any] = {"budget": budget}
+        for name, column, sign in (
+            ("agreement", "agreement", 1.0),
+            ("divergence", "divergence", -1.0),
+        ):
+            values = []
+            for train, heldout in (plain, mapped):
+                depths = plan_depth(heldout.plans)
+                known = sign * getattr(train, column).mean(axis=0)
+                mixture = mix_to_depth(depths, known, budget)
+                values.append(mixture.expected(getattr(heldout, column).T))
+            factor = 100.0 if name == "agreement" else 1.0
+            row[name] = {
+                "plain": factor * float(values[0].mean()),
+                "shortcuts": factor * float(values[1].mean()),
+                "gain": paired_difference(factor * values[1], factor * values[0]).to_dict(),
+            }
+        rows.append(row)
+    return rows
 
 
 def compare(
-    train: ScoreTable,
-    heldout: ScoreTable,
+    found: Scored,
     tokenizer: Any,
     train_kinds: list[str],
     heldout_kinds: list[str],
+    *,
+    shortcuts: Shortcuts | None,
 ) -> dict[str, Any]:
     """Train menus on more and more prompts, and compare the last with static plans on held-out prompts."""
+    train, heldout = found.tables
     counts = [count for count in (len(train) // part for part in (8, 4, 2, 1)) if count >= 40]
     mix, curve = table_mix(heldout, tokenizer), []
     for count in counts:
         part = train.take(np.arange(count))
-        trained = fit_trained_menu(part, progress=say)
+        trained = fit_trained_menu(part, plans=found.menu, shortcuts=shortcuts, progress=say)
         kinds = (train_kinds[:count], heldout_kinds)
         rows = compare_menu(trained, part, heldout, BUDGETS, mix=mix, kinds=kinds)
         curve.append({"prompts": count, "recipe": trained.training["recipe"], "rows": rows})
@@ -229,6 +277,29 @@ def compare(
 
 
 def show(report: dict[str, Any]) -> None:
+    lines = []
+    for way, found in report["ways"].items():
+        lines += ["", f"## {way}", "", *_way_lines(found)]
+    if "static" in report:
+        lines += [
+            "",
+            "## static mixtures of equal depth, with shortcuts over plain",
+            "",
+            "| depth | agreement, plain | shortcuts | gain [95 %] | divergence, plain | shortcuts | ratio |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for row in report.get("static", ()):
+        agreement, divergence = row["agreement"], row["divergence"]
+        ratio = divergence["shortcuts"] / divergence["plain"]
+        lines.append(
+            f"| {row['budget']:.3f} | {agreement['plain']:.1f} | {agreement['shortcuts']:.1f} | "
+            f"{_gain('agreement', agreement['gain'])} | {divergence['plain']:.3f} | "
+            f"{divergence['shortcuts']:.3f} | {ratio:.2f} |"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _way_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{report['train_prompts']} prompts to train, {report['heldout_prompts']} held out, "
         f"{len(report['plans'])} plans, base accuracy {report['base_accuracy']}; recipe {report['recipe']}",
@@ -251,7 +322,7 @@ def show(report: dict[str, Any]) -> None:
     for point in report["learning_curve"]:
         gains = [_gain("agreement", row["agreement"]["gain"]) for row in point["rows"]]
         lines.append(f"| {point['prompts']} | {' | '.join(gains)} |")
-    sys.stdout.write("\n".join(lines) + "\n")
+    return lines
 
 
 def _number(name: str, value: float) -> str:

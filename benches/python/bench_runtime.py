@@ -24,6 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model
 from dynadepth.models.structure import layer_stack
 from dynadepth.models.weight_sharing import share_weights
@@ -34,6 +35,7 @@ from dynadepth.policies.menu_policy import MenuPolicy
 from dynadepth.policies.prompt_batch import PromptBatch
 from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.policies.router_policy import RouterPolicy
+from dynadepth.shortcuts.maps import LinearShortcut, Shortcuts
 from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.wrap import wrap_model
 from dynadepth_search.data.downloads import SMOLLM2, default_cache, fetch_model
@@ -117,6 +119,23 @@ def router_policy(num_layers: int, hidden_size: int) -> RouterPolicy:
         for name, shape in RouterHeads.expected_shapes(config).items()
     }
     return RouterPolicy(RouterHeads.from_state_dict(config, tensors))
+
+
+def random_shortcuts(model: Any, num_layers: int, hidden_size: int) -> Shortcuts:
+    """Return maps of the default rank; their values do not matter for the time."""
+    generator = torch.Generator().manual_seed(0)
+    rank = max(1, hidden_size // 8)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * shape[0] ** -0.5
+
+    maps = [
+        LinearShortcut(
+            normal(hidden_size, rank), normal(rank, hidden_size), torch.zeros(hidden_size)
+        )
+        for _ in range(num_layers)
+    ]
+    return Shortcuts(maps=maps, fingerprint=fingerprint(model), rank=rank)
 
 
 class Decided(Policy):
@@ -267,6 +286,8 @@ def bench_model(name: str, options: argparse.Namespace) -> tuple[list[Any], list
     baked = baked_twin(model, plans[0])
     identity = wrap_model(share_weights(model), plan=[1] * num_layers)
     static = wrap_model(share_weights(model), plan=plans[0])
+    maps = random_shortcuts(model, num_layers, hidden_size)
+    mapped = wrap_model(share_weights(model), plan=plans[0], shortcuts=maps)
     grouped = wrap_model(share_weights(model), policy=Decided(menu, plans[:1]))
     mixed = wrap_model(share_weights(model), policy=Decided(menu, plans))
     check_equal(identity, model)
@@ -286,6 +307,7 @@ def bench_model(name: str, options: argparse.Namespace) -> tuple[list[Any], list
         contests: list[tuple[str, Any, Any, float | None]] = [
             ("identity / plain", identity, model, 1.01),
             ("static / baked", static, baked, 1.03),
+            ("static with shortcuts / baked", mapped, baked, 1.03),
             ("routed, one plan / plain", grouped, model, None),
         ]
         if batch > 1:

@@ -18,7 +18,18 @@ from dynadepth.errors import DynadepthError
 __all__ = ["command_line", "main"]
 
 _PLUGINS = "dynadepth.commands"
-_VERBS_OF_SEARCH = ("demo", "eval", "fold", "inspect", "report", "search", "train", "tune")
+_VERBS_OF_SEARCH = (
+    "demo",
+    "eval",
+    "fold",
+    "inspect",
+    "report",
+    "score",
+    "search",
+    "shortcuts",
+    "train",
+    "tune",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Ways to run a model over a padded batch, whatever its family calls its cache and positions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
-from dynadepth.execution.executor import NOTHING
+from dynadepth.execution.executor import NOTHING, Skipped
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -131,11 +132,24 @@ def generate(model: Any, batch: Batch, num_tokens: int) -> tuple[list[list[int]]
 
 
 class FixedPlans:
-    """A planner with one plan for each row, put on a model for the duration of a block."""
+    """A planner with one plan for each row, put on a model for the duration of a block.
 
-    def __init__(self, model: Any, stack: LayerStack, plans: Plans) -> None:
+    Args:
+        model: The model, not wrapped.
+        stack: Its layers, proved.
+        plans: The plans. Shape (rows, layers), uint8.
+        skips: What rows go through in place of each layer that they skip; None: nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stack: LayerStack,
+        plans: Plans,
+        skips: Sequence[Skipped] | None = None,
+    ) -> None:
         self.num_layers = stack.num_layers
-        self.skips = (NOTHING,) * stack.num_layers
+        self.skips = (NOTHING,) * stack.num_layers if skips is None else tuple(skips)
         self.plans = plans
         self.attachment = Attachment()
         self._model, self._stack = model, stack

@@ -47,9 +47,10 @@ def fit_shortcut(
     mean_h, mean_u, hh, hu, _ = moments.centred()
     if rank == 0:
         return LinearShortcut(None, None, mean_u.to(dtype))
-    variance = hh.diagonal().mean().clamp_min(torch.finfo(hh.dtype).tiny)
-    penalty = torch.eye(width, dtype=hh.dtype, device=hh.device) * (ridge * variance)
-    whole = torch.linalg.solve(hh + penalty, hu)
+    # Where states hardly vary, the moments around their mean are rounding (of float32), which must not be inverted.
+    rounding = 10 * torch.finfo(torch.float32).eps * moments.hh.diagonal().mean()
+    penalty = torch.maximum(ridge * hh.diagonal().mean(), rounding)
+    whole = torch.linalg.solve(hh + penalty * torch.eye(width).to(hh), hu)
     bias = mean_u - mean_h @ whole
     if rank == "full":
         return LinearShortcut(whole.to(dtype), None, bias.to(dtype))

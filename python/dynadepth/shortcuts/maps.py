@@ -97,11 +97,13 @@ class LinearShortcut:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> _Placed:
         """Copy the map to a device and a dtype ahead of its first call there; returns A and B transposed, and b."""
-        down, up = (
-            None if each is None else each.detach().to(device, dtype).t().contiguous()
-            for each in (self.A, self.B)
-        )
-        placed = self._placed[device, dtype] = (down, up, self.b.detach().to(device, dtype))
+        # A copy that was made in inference mode could not be used where gradients flow.
+        with torch.inference_mode(mode=False):
+            down, up = (
+                None if each is None else each.detach().to(device, dtype).t().contiguous()
+                for each in (self.A, self.B)
+            )
+            placed = self._placed[device, dtype] = (down, up, self.b.detach().to(device, dtype))
         return placed
 
     @property

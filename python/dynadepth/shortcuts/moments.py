@@ -16,7 +16,8 @@ class Moments:
     """Weighted moments of the states h that enter a layer and of its update u = h_out - h.
 
     A token counts 1 / rms(h)^2, so that its residual counts relative to the size of its state and no token of giant
-    norm rules. Memory is 2 hidden^2 numbers, whatever the number of tokens.
+    norm rules; one whose state is all zeros, as some embeddings are, counts nothing. Memory is 2 hidden^2 numbers,
+    whatever the number of tokens.
 
     Attributes:
         weight: Sum of the weights. Shape (), float64 (float32 on devices without it), as all others.
@@ -97,7 +98,8 @@ class Moments:
         states = entering.to(exact)
         update = leaving.to(exact) - states
         sized = states if weighed_by is None else weighed_by.to(exact)
-        scale = sized.square().mean(dim=1, keepdim=True).clamp_min(torch.finfo(exact).tiny).rsqrt()
+        square = sized.square().mean(dim=1, keepdim=True)
+        scale = torch.where(square > torch.finfo(exact).tiny, square.rsqrt(), 0.0)
         scaled, scaled_update = states * scale, update * scale
         wide = self.hh.dtype
         self.weight += scale.square().sum(dtype=wide)

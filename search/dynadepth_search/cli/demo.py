@@ -1,4 +1,4 @@
-"""The whole way on one small model: questions, search, routers, evaluation, report, an answer.
+"""The whole way on one small model: prompts, shortcuts, search, a menu, evaluation, report, answers.
 
 Owns the order of the steps; their sizes are `demo_config`'s. Every step is a function that has its own
 command.
@@ -8,20 +8,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dynadepth.checkpoints.paths import restore_folder
 from dynadepth.checkpoints.save_load import TrainedPolicy, load_policy
 from dynadepth.errors import ConfigError
 from dynadepth.models.loading import load_model, load_tokenizer
-from dynadepth.plans import plan_depth, plan_text
+from dynadepth.plans import identity_plan
 from dynadepth.proving.prove import proved_stack
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.training.menu.fit import decision_layers
+from dynadepth_search.cli.demo_answers import answer_prompt, plan_of_depth, show_answers
 from dynadepth_search.cli.demo_config import DemoConfig
 from dynadepth_search.data.downloads import fetch_model
-from dynadepth_search.data.questions import fetch_piqa, fetch_questions
+from dynadepth_search.data.kinds import fetch_kinds
+from dynadepth_search.data.questions import fetch_piqa
 from dynadepth_search.data.splits import split_examples, write_task
-from dynadepth_search.data.tasks import Example, Task, read_task
+from dynadepth_search.data.tasks import Task, read_task
 from dynadepth_search.evaluation.comparison import Front
 from dynadepth_search.evaluation.evaluating import evaluate, read_evaluation
 from dynadepth_search.evaluation.metrics import show_interval, show_number
@@ -29,11 +31,11 @@ from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.report.report import write_report
 from dynadepth_search.scoring.objectives import check_answers, check_objective
-from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.score_table import read_scores, score_prompts
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.static import read_static, search_static
+from dynadepth_search.shortcuts.building import fit_shortcuts
 from dynadepth_search.storage.labels import read_labels
 from dynadepth_search.storage.steps import Steps
 from dynadepth_search.training.menu_fit import fit_trained_menu, learning_curve
@@ -44,9 +46,8 @@ from dynadepth_search.training.router_fit import (
     write_routers,
 )
 
-__all__ = ["card_table", "run_demo", "show_answer"]
+__all__ = ["card_table", "run_demo"]
 
-_ANSWER_TOKENS = 40
 # Of the prompts that train the menu, those that the dearer comparisons learn from.
 _ROUTER_SHARE = 0.4
 _LABEL_SHARE = 0.2
@@ -61,8 +62,8 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
         progress: Called with a stage, how much of it is done, and of how much.
 
     Returns:
-        What was measured, as values that JSON knows: `search`, `train`, `evaluation`, `seconds` of
-        each step, the `report`'s path and the `answer` generated.
+        What was measured, as values that JSON knows: `shortcuts`, `search`, `train`, `evaluation`, `seconds` of
+        each step, the `report`'s path and the `answers` generated; in a full demo `piqa`, an evaluation too.
 
     Raises:
         AssetError: Something cannot be fetched.
@@ -79,9 +80,10 @@ class _Demo:
 
     def __init__(self, config: DemoConfig, progress: Progress) -> None:
         self._config, self._progress, self._out = config, progress, config.out
+        self._maps: Shortcuts | None = None
         if config.scoring != "raw" and config.task is None:
             raise ConfigError(
-                "scoring goes with a task of your own; the demo's questions are scored raw"
+                "scoring goes with a task of your own; the demo's prompts have no choices"
             )
         self._steps = Steps(config.out / "steps.json", config.asked())
 
@@ -98,47 +100,60 @@ class _Demo:
         self._progress("load the model", 1, 1)
         # The first step that writes: a run folder is bound to what was asked for, so whatever can
         # be refused has been by then.
-        steps.run("fetch the questions", lambda: self._split(model, tokenizer))
+        steps.run("fetch the prompts", lambda: self._split(model, tokenizer))
         train, heldout = (self._task(name) for name in ("train", "heldout"))
-        found = steps.run("search plans", lambda: self._search(model, tokenizer, train))
+        fitted = steps.run("fit shortcuts", lambda: self._fit_shortcuts(model, tokenizer, train))
+        self._maps = load_shortcuts(config.maps or self._out / "shortcuts", model=model)
+        steps.run(
+            "search plain plans", lambda: self._search(model, tokenizer, train, "plain-plans", None)
+        )
+        found = steps.run(
+            "search plans", lambda: self._search(model, tokenizer, train, "plans", self._maps)
+        )
         scored = steps.run("score plans", lambda: self._score(model, tokenizer, train))
         trained = steps.run("train the menu", self._train_menu)
-        presets = {}
-        if not config.quick:
+        presets, curve = {}, []
+        if config.full:
             steps.run("train routers", lambda: self._train_routers(model, tokenizer, train))
             steps.run("train drllm", lambda: self._train_imitation(model, tokenizer, train))
             presets = {name: self._policy(model, name) for name in ("routers", "drllm")}
+            curve = steps.run("learning curve", self._learning_curve)["points"]
         menu = self._policy(model, "menu")
         steps.run(
             "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, menu, presets)
         )
         evaluation = read_evaluation(self._out / "evaluation")
-        evaluation["learning_curve"] = trained["learning curve"]
+        evaluation["learning_curve"] = curve
+        piqa = None
+        if config.full and config.task is None:
+            steps.run(
+                "evaluate on PIQA", lambda: self._evaluate_piqa(model, tokenizer, train, menu)
+            )
+            piqa = read_evaluation(self._out / "piqa")
         steps.run("write the model card", lambda: self._write_card(menu, evaluation))
-        answered = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
+        answers = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
         run = {
+            "shortcuts": fitted,
             "search": {**found, **scored},
-            "training": {
-                key: value
-                for key, value in trained.items()
-                if key not in ("trials", "learning curve")
-            },
+            "training": {key: value for key, value in trained.items() if key != "trials"},
             "seconds of each step": steps.seconds,
-            "an answer": show_answer(answered),
+            "answers": show_answers(answers),
         }
         page = write_report(self._out, evaluation, run)
         return {
             "asked": config.asked(),
+            "shortcuts": fitted,
             "search": {**found, **scored},
             "train": trained,
             "evaluation": evaluation,
+            "piqa": piqa,
             "identity_rate": {
                 policy["name"]: policy["identity_rate"]
                 for policy in evaluation["policies"]
                 if policy["kind"] in ("routed", "preset")
             },
             "seconds": {**steps.seconds, "total": round(sum(steps.seconds.values()), 2)},
-            "answer": answered,
+            "answers": answers,
             "report": str(page),
         }
 
@@ -150,34 +165,57 @@ class _Demo:
 
     def _split(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         config = self._config
-        self._progress("fetch the questions", 0, 1)
+        self._progress("fetch the prompts", 0, 1)
         if config.task is None:
-            examples = fetch_piqa(config.cache)
+            first, second = fetch_kinds(
+                config.cache, train=config.prompts, heldout=config.heldout, seed=config.seed
+            )
+            train, heldout = list(first.task.examples), list(second.task.examples)
         else:
             task = read_task(config.task, scoring=config.scoring)
             check_answers(task, check_objective(config.objective))
-            examples = list(task.examples)
-        train, heldout = split_examples(
-            examples, train=config.prompts, heldout=config.heldout, seed=config.seed
-        )
+            train, heldout = split_examples(
+                task.examples, train=config.prompts, heldout=config.heldout, seed=config.seed
+            )
         scorer = Scorer(model, tokenizer, config.scoring)
         for example in (*train, *heldout):
             scorer.encode(example)
         write_task(self._out / "train.jsonl", train)
         write_task(self._out / "heldout.jsonl", heldout)
-        self._progress("fetch the questions", 1, 1)
+        self._progress("fetch the prompts", 1, 1)
         return {"train": len(train), "heldout": len(heldout)}
 
     def _task(self, name: str) -> Task:
         given = self._config.task
-        title = "PIQA" if given is None else given.stem
+        title = "three kinds" if given is None else given.stem
         path = self._out / f"{name}.jsonl"
         return read_task(path, scoring=self._config.scoring, name=f"{title}, {name}")
 
-    def _search(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
-        spec = self._config.static(proved_stack(model).num_layers)
-        folder = self._out / "plans"
-        found = search_static(model, tokenizer, train, folder, spec, progress=self._progress)
+    def _fit_shortcuts(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
+        given, spec = self._config.maps, self._config.shortcuts
+        if given is None:
+            folder = self._out / "shortcuts"
+            found = fit_shortcuts(model, tokenizer, train, folder, spec, progress=self._progress)
+        else:
+            found = load_shortcuts(given, model=model)
+        return {
+            "rank": found.rank,
+            "layers with a map": len(found.mapped_layers),
+            "tokens": found.training.get("tokens"),
+        }
+
+    def _search(
+        self, model: Any, tokenizer: Any, train: Task, name: str, maps: Shortcuts | None
+    ) -> dict[str, Any]:
+        found = search_static(
+            model,
+            tokenizer,
+            train,
+            self._out / name,
+            self._config.static(proved_stack(model).num_layers),
+            shortcuts=maps,
+            progress=self._progress,
+        )
         return {
             "plans on the menu": len(found.menu),
             "plans measured": len(found.pool),
@@ -193,6 +231,7 @@ class _Demo:
             found.menu,
             self._out / "scores",
             layers=decision_layers(found.menu),
+            shortcuts=self._maps,
             plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
@@ -201,7 +240,13 @@ class _Demo:
     def _train_menu(self) -> dict[str, Any]:
         table = read_scores(self._out / "scores")
         objective, seed = self._config.objective, self._config.seed
-        trained = fit_trained_menu(table, objective=objective, seed=seed, progress=self._progress)
+        trained = fit_trained_menu(
+            table,
+            objective=objective,
+            shortcuts=self._maps,
+            seed=seed,
+            progress=self._progress,
+        )
         write_routers(self._out / "menu", trained)
         recipe = trained.training["recipe"]
         return {
@@ -213,9 +258,13 @@ class _Demo:
             "budgets": list(trained.calibration.range),
             "train prompts": trained.training["train_prompts"],
             "trials": trained.training["trials"],
-            "learning curve": learning_curve(
-                table, objective=objective, seed=seed, progress=self._progress
-            ),
+        }
+
+    def _learning_curve(self) -> dict[str, Any]:
+        table = read_scores(self._out / "scores")
+        objective, seed = self._config.objective, self._config.seed
+        return {
+            "points": learning_curve(table, objective=objective, seed=seed, progress=self._progress)
         }
 
     def _train_routers(self, model: Any, tokenizer: Any, train: Task) -> dict[str, Any]:
@@ -228,6 +277,7 @@ class _Demo:
             router_plans(found.front),
             self._out / "router-scores",
             layers=(),
+            shortcuts=self._maps,
             plan_prompts=found.prompt_hashes or (),
             progress=self._progress,
         )
@@ -237,6 +287,7 @@ class _Demo:
             table,
             found.front,
             objective=self._config.objective,
+            shortcuts=self._maps,
             seed=self._config.seed,
             progress=self._progress,
         )
@@ -247,11 +298,22 @@ class _Demo:
         folder = self._out / "labels"
         part = self._part(train, _LABEL_SHARE)
         summary = search_prompts(
-            model, tokenizer, part, folder, self._config.search, progress=self._progress
+            model,
+            tokenizer,
+            part,
+            folder,
+            self._config.search,
+            shortcuts=self._maps,
+            progress=self._progress,
         )
         labels = read_labels(folder, model=model)
         routers = fit_imitation(
-            model, tokenizer, labels, seed=self._config.seed, progress=self._progress
+            model,
+            tokenizer,
+            labels,
+            shortcuts=self._maps,
+            seed=self._config.seed,
+            progress=self._progress,
         )
         write_routers(self._out / "drllm", routers)
         return {
@@ -282,7 +344,7 @@ class _Demo:
         routers: TrainedPolicy,
         presets: Mapping[str, TrainedPolicy],
     ) -> dict[str, Any]:
-        static = read_static(self._out / "plans")
+        static, plain = (read_static(self._out / name) for name in ("plans", "plain-plans"))
         content = evaluate(
             model,
             tokenizer,
@@ -290,23 +352,41 @@ class _Demo:
             train=train,
             routers=routers,
             front=Front(static.pool, static.pool_values),
+            plain_front=Front(plain.pool, plain.pool_values),
             objective=self._config.objective,
             folder=self._out / "evaluation",
             presets=presets,
-            unseen=self._unseen(),
             seen={f"the plans in {self._out / 'plans'}": static.prompt_hashes},
             config=self._config.evaluation,
             progress=self._progress,
         )
         return {"policies": len(content["policies"])}
 
-    def _unseen(self) -> Task | None:
-        """Return questions of another set than the demo's own; none for a task of the user's."""
-        if self._config.task is not None:
-            return None
-        questions = fetch_questions(self._config.cache, "CommonsenseQA")[: self._config.heldout]
-        prompts = [Example(prompt=f"Question: {each.text}\nAnswer:") for each in questions]
-        return Task("CommonsenseQA", tuple(prompts))
+    def _evaluate_piqa(
+        self, model: Any, tokenizer: Any, train: Task, routers: TrainedPolicy
+    ) -> dict[str, Any]:
+        """Measure accuracy on questions with right answers, which the menu has not been trained on."""
+        static, plain = (read_static(self._out / name) for name in ("plans", "plain-plans"))
+        trained_on = {example.prompt for example in train.examples}
+        questions = [
+            question
+            for question in fetch_piqa(self._config.cache)
+            if question.prompt not in trained_on
+        ][: self._config.heldout]
+        content = evaluate(
+            model,
+            tokenizer,
+            heldout=Task("PIQA", tuple(questions)),
+            train=train,
+            routers=routers,
+            front=Front(static.pool, static.pool_values),
+            plain_front=Front(plain.pool, plain.pool_values),
+            objective="preserve",
+            folder=self._out / "piqa",
+            config=self._config.evaluation,
+            progress=self._progress,
+        )
+        return {"questions": len(questions), "policies": len(content["policies"])}
 
     def _write_card(self, routers: TrainedPolicy, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         self._progress("write the model card", 0, 1)
@@ -319,25 +399,20 @@ class _Demo:
         return {"rows": len(rows)}
 
     def _generate(self, model: Any, tokenizer: Any, heldout: Task) -> dict[str, Any]:
-        """Answer one held-out question as a user would: routers by their folder."""
-        budget, prompt = self._config.budgets[-1], heldout.examples[0].prompt
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        self._progress("generate", 0, 1)
-        with (
-            wrapped(model, budget=budget, routers=str(self._out / "menu")),
-            torch.inference_mode(),
-        ):
-            tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-            plan = model.dynadepth.last_plans[0]
-        self._progress("generate", 1, 1)
-        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return {
-            "budget": budget,
-            "prompt": prompt,
-            "text": text.strip(),
-            "plan": plan_text(plan),
-            "depth": float(plan_depth(plan)),
+        """Continue one held-out prompt as the base model, and at one depth without and with shortcuts."""
+        depth = self._config.shown_depth
+        plain, mapped = (
+            plan_of_depth(read_static(self._out / name), depth) for name in ("plain-plans", "plans")
+        )
+        ways: dict[str, dict[str, Any]] = {
+            "base": {"plan": identity_plan(len(plain))},
+            "without shortcuts": {"plan": plain},
+            "with shortcuts": {"plan": mapped, "shortcuts": self._maps},
+            # As a user would have it: by the folder.
+            "menu with shortcuts": {"budget": depth, "routers": str(self._out / "menu")},
         }
+        prompt = heldout.examples[0].prompt
+        return answer_prompt(model, tokenizer, prompt, ways, progress=self._progress)
 
 
 def card_table(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -375,16 +450,3 @@ def _drift_texts(evaluation: Mapping[str, Any]) -> list[str]:
         f"budget {row['budget']:g}: mean depth {row['depth']:.3f} on {row['n']} prompts of {row['task']}"
         for row in evaluation["drift"]
     ]
-
-
-def show_answer(answered: Mapping[str, Any]) -> str:
-    """Write the generated answer below its question, with the plan that it took.
-
-    Args:
-        answered: `answer` of what `run_demo` returned.
-    """
-    return (
-        f"{answered['prompt']} {answered['text'] or '(no text)'}\n\n"
-        f"(budget {answered['budget']:.2f}, this prompt's depth {answered['depth']:.3f}, "
-        f"plan {answered['plan']})"
-    )

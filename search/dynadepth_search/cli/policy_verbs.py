@@ -87,6 +87,7 @@ def train(
     from dynadepth.checkpoints.trained_policy import TrainedPolicy
     from dynadepth_search.scoring.score_table import read_scores
     from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.compatibility import check_same_shortcuts
     from dynadepth_search.storage.labels import read_labels
     from dynadepth_search.training.menu_fit import fit_trained_menu
     from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
@@ -104,12 +105,18 @@ def train(
                 base, tokenizer, found, shortcuts=maps, seed=seed, progress=progress
             )
         elif policy == "routers" and scores is not None and plans is not None:
-            front = read_static(plans, model=base).front
+            static = read_static(plans, model=base)
+            check_same_shortcuts(
+                static.shortcuts,
+                maps,
+                what=f"the plans in {plans} were",
+                advice="give the plans that the scores are of",
+            )
             trained = fit_routers(
                 base,
                 tokenizer,
                 table,
-                front,
+                static.front,
                 objective=objective,
                 protect=protected,
                 shortcuts=maps,

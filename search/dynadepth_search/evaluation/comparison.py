@@ -22,7 +22,18 @@ __all__ = ["ComparedRun", "Comparison", "Front", "PlannedPolicy", "check_preset_
 Floats = npt.NDArray[np.float64]
 
 # The names of rows of a comparison that are not presets.
-_TAKEN = ("routed", "base", "static", "static mixture", "front", "shortgpt", "random", "oracle")
+_TAKEN = (
+    "routed",
+    "base",
+    "static",
+    "static mixture",
+    "plain",
+    "plain static",
+    "front",
+    "shortgpt",
+    "random",
+    "oracle",
+)
 
 
 def check_preset_names(names: Iterable[str]) -> None:

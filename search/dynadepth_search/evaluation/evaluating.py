@@ -7,7 +7,7 @@ is the file `evaluation.json`.
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,19 +21,18 @@ from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
 from dynadepth.files import read_versioned_json
-from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.plans import plan_depth
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.baselines import mean_influence
 from dynadepth_search.evaluation.comparison import (
-    ComparedRun,
     Comparison,
     Front,
     PlannedPolicy,
     check_preset_names,
 )
+from dynadepth_search.evaluation.costs import head_multiply_adds, plan_cost, time_runs
 from dynadepth_search.evaluation.metrics import (
-    PolicyRun,
     action_shares,
     findings,
     policy_metrics,
@@ -42,12 +41,14 @@ from dynadepth_search.evaluation.metrics import (
 from dynadepth_search.evaluation.notes import (
     describe,
     drift_notes,
+    fitted_on,
     plan_map,
     remembered_prompts,
     unrecorded_notes,
     warm_up_notes,
 )
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
+from dynadepth_search.evaluation.plain_static import PlainStatic, beside_static
 from dynadepth_search.files.locking import locked
 from dynadepth_search.files.sealed import check_seal, write_sealed
 from dynadepth_search.files.stored import Stored
@@ -56,7 +57,6 @@ from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.scoring.runtime_checks import (
     check_runtime,
     planned,
-    time_prefill,
     wrapped,
 )
 from dynadepth_search.scoring.scorer import Scorer
@@ -72,6 +72,7 @@ __all__ = [
 
 EVALUATION_NAME = "evaluation.json"
 OUTCOMES_NAME = "outcomes.jsonl"
+PLAIN_OUTCOMES_NAME = "outcomes-plain.jsonl"
 SCHEMA_VERSION = 2
 
 
@@ -112,6 +113,7 @@ def evaluate(
     train: Task,
     routers: TrainedPolicy,
     front: Front,
+    plain_front: Front | None = None,
     objective: str,
     folder: str | os.PathLike[str],
     presets: Mapping[str, TrainedPolicy] | None = None,
@@ -132,7 +134,8 @@ def evaluate(
         train: The prompts that the routers were trained on; ShortGPT's influence is measured on
             them.
         routers: The policy to evaluate.
-        front: Static plans found on the training prompts.
+        front: Static plans found on the training prompts, with the shortcuts of the routers if these have any.
+        plain_front: Static plans found there without shortcuts, which are then compared too.
         objective: `preserve`, whose headline is agreement, or `reward`, whose headline is the graded reward.
         folder: Folder of the results.
         presets: Other policies to compare it with, by name.
@@ -148,7 +151,7 @@ def evaluate(
     Raises:
         BudgetError: A budget is outside the calibrated range.
         ConfigError: The objective is unknown, or needs answers that the task does not have; or a
-            preset has the name of something else in the comparison.
+            preset has the name of something else in the comparison; or there is a plain front and no shortcuts.
         CheckpointError: A policy's memory of the prompts that trained it is damaged.
         LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
         ShortcutError: Two policies were calibrated with other shortcuts in place of skipped layers.
@@ -170,6 +173,10 @@ def evaluate(
             "use objective 'preserve'"
         )
     shortcuts = routers.shortcuts
+    if plain_front is not None and shortcuts is None:
+        raise ConfigError(
+            "a front without shortcuts was given beside one, but the routers run without shortcuts too; leave it out"
+        )
     for name, preset in (presets or {}).items():
         check_same_shortcuts(
             None if preset.shortcuts is None else preset.shortcuts.digest,
@@ -220,18 +227,46 @@ def evaluate(
             progress=lambda done, total: progress("scoring held-out prompts", done, total),
         )
         compared = list(comparison.compared(table, headline))
+        if plain_front is not None:
+            plain = PlainStatic(plain_front, planned_policies, len(heldout.examples))
+            without = OutcomeCache(
+                Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat),
+                heldout,
+                Path(folder) / PLAIN_OUTCOMES_NAME,
+            )
+            runs = plain.runs(
+                without.score(
+                    plain.sets,
+                    progress=lambda done, total: progress("scoring plain plans", done, total),
+                )
+            )
+            compared = beside_static(compared, runs)
         tested = {
             policy.name: arguments[policy.name]
             for policy in planned_policies
             if policy.kind == "routed"
         }
-        times, base_milliseconds = _time(
-            model, scorer, heldout, compared, tested, settings, progress
+        times, base_milliseconds = time_runs(
+            model,
+            scorer,
+            heldout.examples[: settings.timing_prompts],
+            compared,
+            tested,
+            rounds=settings.timing_rounds,
+            progress=progress,
         )
         base = compared[0].run
+        cost, plain_cost = plan_cost(model, shortcuts), plan_cost(model, None)
+        tokens = np.mean([len(scorer.encode(item).prompt_ids) for item in heldout.examples])
         policies = [
             policy_metrics(
-                item.run, base, item.static, seed=settings.seed, time=times.get(item.run.name)
+                item.run,
+                base,
+                item.static,
+                seed=settings.seed,
+                cost=plain_cost if item.run.kind == "plain" else cost,
+                heads=head_multiply_adds(arguments.get(item.run.name)) / float(tokens),
+                time=times.get(item.run.name),
             )
             for item in compared
         ]
@@ -378,6 +413,8 @@ def _who_took_part(
         what = f"the training of {name}"
         _check_remembered(what, trained)
         policies[what] = remembered_prompts(trained)
+        if trained.shortcuts is not None:
+            policies[f"the shortcuts of {name}"] = fitted_on(trained.shortcuts)
     return {**seen, **policies}
 
 
@@ -421,52 +458,6 @@ def _plan(
         planned_policies.append(PlannedPolicy(name=name, kind=kind, budget=budget, plans=plans))
     progress("planning held-out prompts", len(wanted), len(wanted))
     return planned_policies, arguments, notes
-
-
-def _time(
-    model: Any,
-    scorer: Scorer,
-    task: Task,
-    compared: Sequence[ComparedRun],
-    arguments: Mapping[str, Mapping[str, Any]],
-    config: EvaluationConfig,
-    progress: Progress,
-) -> tuple[dict[str, dict[str, Any]], float]:
-    """Time the policies and the plans of their baselines; the time of a mixture is that of its parts."""
-    policies: dict[str, Mapping[str, Any]] = dict(arguments)
-    mixtures = {
-        item.run.name: _timed_parts(item.run)
-        for item in compared
-        if item.run.kind in ("static", "shortgpt", "random")
-    }
-    for plans, _ in mixtures.values():
-        policies |= {
-            plan_text(plan): {"plan": plan, "shortcuts": scorer.shortcuts} for plan in plans
-        }
-    progress("timing prefills", 0, 1)
-    examples = task.examples[: config.timing_prompts]
-    ratios, base_milliseconds = time_prefill(
-        model, scorer, examples, policies, rounds=config.timing_rounds
-    )
-    progress("timing prefills", 1, 1)
-    times = {name: ratios[name].to_dict() for name in arguments}
-    for name, (plans, weights) in mixtures.items():
-        parts = [ratios[plan_text(plan)].to_dict() for plan in plans]
-        mixed = {
-            key: sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
-            for key in ("median", "low", "high", "milliseconds")
-        }
-        times[name] = parts[0] | mixed
-    return times, base_milliseconds
-
-
-def _timed_parts(run: PolicyRun) -> tuple[Plans, list[float]]:
-    """Return the plans whose times add up to a baseline's, and their shares."""
-    if run.weights is not None:
-        return run.plans, run.weights.tolist()
-    # Random plans have one of two numbers of visits; one plan is timed for each.
-    _, first, counts = np.unique(run.plans.sum(axis=1), return_index=True, return_counts=True)
-    return run.plans[first], (counts / counts.sum()).tolist()
 
 
 def _batches(

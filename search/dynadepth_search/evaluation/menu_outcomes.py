@@ -21,7 +21,7 @@ from dynadepth.policies.prompt_batch import prompt_mix
 from dynadepth.training.menu.tradeoff import choose_menu_plans
 from dynadepth_search.data.encoding import encode_example
 from dynadepth_search.data.splits import check_held_out
-from dynadepth_search.evaluation.notes import remembered_prompts
+from dynadepth_search.evaluation.notes import fitted_on, remembered_prompts
 from dynadepth_search.scoring.score_table import ScoreTable
 from dynadepth_search.storage.compatibility import chat_form
 
@@ -136,6 +136,9 @@ def compare_menu(
             "the training prompts' table": train.prompt_hashes,
             "the search of its plans": train.plan_prompt_hashes,
             "the menu's training": remembered_prompts(trained) or (),
+            "the menu's shortcuts": (
+                () if trained.shortcuts is None else fitted_on(trained.shortcuts) or ()
+            ),
         },
     )
     rows_train, rows_held = _rows(trained.menu, train), _rows(trained.menu, heldout)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dynadepth.evaluation.intervals import mean_interval, paired_difference
 from dynadepth.evaluation.mixtures import Mixture, best_under_depth
+from dynadepth.models.compute import PlanCost
 from dynadepth.plans import Plans, identity_plan, plan_text
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
     "unit_of",
 ]
 
-Kind = Literal["base", "routed", "preset", "static", "shortgpt", "random", "oracle"]
+Kind = Literal["base", "routed", "preset", "static", "plain", "shortgpt", "random", "oracle"]
 Floats = npt.NDArray[np.float64]
 
 METRIC_LABELS = {
@@ -159,6 +160,8 @@ def policy_metrics(
     static: PolicyRun | None,
     *,
     seed: int,
+    cost: PlanCost | None = None,
+    heads: float = 0.0,
     time: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of a policy, as they are written and shown.
@@ -169,6 +172,8 @@ def policy_metrics(
         static: The static mixture of the same mean depth; None where none reaches it, or where a
             comparison would be one with itself.
         seed: Of the resampling.
+        cost: What plans cost; None: it is not known.
+        heads: Multiply-adds of the policy's heads, for one token of the prompts.
         time: Wall time against the base, if it was measured.
 
     Returns:
@@ -185,6 +190,7 @@ def policy_metrics(
         "ranked": run.kind != "oracle",
         "n": len(run.depth),
         "depth": run.mean_depth,
+        "compute": None if cost is None else float(weights @ cost.compute(run.plans, heads)),
         "identity_rate": float(weights[identity].sum()),
         "distinct_plans": len(np.unique(used, axis=0)),
         "plans": sorted({plan_text(plan) for plan in used}) if len(used) <= 2 else None,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
-from dynadepth.errors import ConfigError
+from dynadepth.errors import ConfigError, ShortcutError
 from dynadepth.plans import plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.train_config import TrainConfig
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.evaluation.comparison import PlannedPolicy
@@ -20,6 +21,7 @@ from dynadepth_search.evaluation.metrics import show_budget
 __all__ = [
     "describe",
     "drift_notes",
+    "fitted_on",
     "plan_map",
     "remembered_prompts",
     "unrecorded_notes",
@@ -42,6 +44,25 @@ def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def fitted_on(shortcuts: Shortcuts) -> list[str] | None:
+    """Return the hashes of the prompts that shortcuts were fitted on; None if they do not say.
+
+    Args:
+        shortcuts: The shortcuts.
+
+    Raises:
+        ShortcutError: What they say is not a list of texts.
+    """
+    known = shortcuts.training.get("prompt_hashes")
+    if known is None:
+        return None
+    if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+        raise ShortcutError(
+            f"prompt_hashes of the shortcuts is {str(known)[:60]!r}; expected a list of texts: fit them again"
+        )
+    return list(known)
+
+
 def remembered_prompts(trained: TrainedPolicy) -> list[str] | None:
     """Return the hashes of the prompts that a policy learned from or that chose its plans; None if it has none."""
     known = [trained.training.get(key) for key in ("prompt_hashes", "plan_prompt_hashes")]
@@ -62,6 +83,8 @@ def unrecorded_notes(names: Sequence[str]) -> list[str]:
 def describe(routers: TrainedPolicy) -> dict[str, Any]:
     """Return what kind of policy is under test."""
     described: dict[str, Any] = {"kind": routers.kind, "range": list(routers.calibration.range)}
+    if routers.shortcuts is not None:
+        described["shortcuts"] = f"rank {routers.shortcuts.rank}, {routers.shortcuts.digest}"
     if isinstance(routers, Routers):
         return described | {"preset": routers.config.preset, "shrinkage": routers.shrinkage}
     recipe = routers.training.get("recipe")

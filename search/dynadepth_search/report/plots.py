@@ -38,6 +38,7 @@ _MARKS: dict[str, tuple[str, str, bool, str]] = {
     "base": ("*", _INK, True, "base model"),
     "routed": ("o", "#1261a0", True, "routers under test"),
     "preset": ("^", "#8e5ea2", True, "other routers"),
+    "plain": ("v", "#c2410c", False, "static, without shortcuts"),
     "shortgpt": ("s", "#c26a0a", True, "ShortGPT, static"),
     "random": ("X", "#9aa5b1", True, "random skips"),
     "oracle": ("o", "#2f8f5b", False, "oracle (saw the answers)"),

@@ -96,7 +96,7 @@ def against_base_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def cost_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Return what each policy does: depth, plans and measured time.
+    """Return what each policy does: depth, compute, plans and measured time.
 
     Args:
         evaluation: Content of `evaluation.json`.
@@ -112,12 +112,14 @@ def cost_table(evaluation: Mapping[str, Any]) -> tuple[Row, list[Row]]:
                 _name(policy),
                 str(policy["n"]),
                 f"{policy['depth']:.3f}",
+                _share(policy.get("compute")),
                 f"{policy['identity_rate']:.0%}",
                 str(policy["distinct_plans"]),
                 "1.00" if policy["kind"] == "base" else _ratio(time),
             ]
         )
-    head = ["policy", "n", "depth", "identity plan", "different plans", "prefill time / base's"]
+    head = ["policy", "n", "depth", "compute", "identity plan", "different plans"]
+    head.append("prefill time / base's")
     return head, rows
 
 
@@ -242,6 +244,10 @@ def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _name(policy: Mapping[str, Any]) -> str:
     return policy["name"] if policy["ranked"] else f"{policy['name']} (saw the answers)"
+
+
+def _share(compute: float | None) -> str:
+    return "" if compute is None else f"{compute:.3f}"
 
 
 def _ratio(time: Mapping[str, float] | None) -> str:

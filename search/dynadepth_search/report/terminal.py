@@ -8,11 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dynadepth_search.report.depth_table import depth_table
 from dynadepth_search.report.findings import general_notes
 from dynadepth_search.report.tables import outside_summary, summary_table
 from dynadepth_search.report.verdict import verdict
 
-__all__ = ["WIDTH", "print_summary", "result_console"]
+__all__ = ["WIDTH", "print_depth_table", "print_summary", "result_console"]
 
 WIDTH = 100
 # More are in the report.
@@ -46,6 +47,21 @@ def print_summary(evaluation: Mapping[str, Any], console: Console) -> None:
     )
     console.print(_table(*summary_table(evaluation)))
     console.print(f"\n{outside_summary(evaluation)}")
+
+
+def print_depth_table(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Print the verdict, and what is left of the base model at each depth, by who chooses what is skipped.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+        console: Where it goes.
+    """
+    console.print(verdict(evaluation))
+    task = evaluation["task"]
+    console.print(
+        f"\n{evaluation['model'] or 'a model'} on {task['name']}: {task['heldout_prompts']} held-out prompts\n"
+    )
+    console.print(_table(*depth_table(evaluation)))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

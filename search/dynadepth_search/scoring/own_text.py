@@ -50,7 +50,8 @@ class TextOutcomes:
     """The outcomes of K plans on N texts, at each new token; NaN behind the end of a text.
 
     Args:
-        divergence: KL(base, plan) in nats over the whole vocabulary. Shape (K, N, longest), float64.
+        divergence: KL(base, plan) in nats over the whole vocabulary; infinite where logits overflow. Shape
+            (K, N, longest), float64.
         agreement: 1 where the plan's first choice is the base's, else 0. Shape (K, N, longest), float64.
     """
 
@@ -209,7 +210,8 @@ def _compare(logits: torch.Tensor) -> tuple[_Floats, _Floats]:
     for plan in logits[1:]:
         other = torch.log_softmax(plan, dim=-1, dtype=exact)
         # A token that the base excludes (log-probability minus infinity) contributes nothing.
-        terms = torch.where(base.isfinite(), probs * (base - other), 0.0)
-        divergence.append(terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0))
+        terms = torch.where(base.isneginf(), 0.0, probs * (base - other))
+        whole = terms.sum(dim=-1, dtype=torch.float64).clamp_min(0.0)
+        divergence.append(torch.where(whole.isnan(), torch.inf, whole))
         agreement.append((plan.argmax(dim=-1) == choice).double())
     return torch.stack(divergence).cpu().numpy(), torch.stack(agreement).cpu().numpy()

@@ -5,6 +5,7 @@ What is worked on lies in `work/` inside the folder, and goes when the shortcuts
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.card import shortcuts_card
-from dynadepth_search.shortcuts.choosing import choose_maps
+from dynadepth_search.shortcuts.choosing import ChosenMap, choose_maps, measure_again
+from dynadepth_search.shortcuts.distilling import Distilled, distil
 from dynadepth_search.shortcuts.moment_files import MomentFiles
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
@@ -100,16 +102,16 @@ class _Fit:
         scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat)
         self._prompts = [scorer.encode(example).prompt_ids for example in task.examples]
         names = [example.prompt.strip() for example in task.examples]
-        if len(set(names)) < _FEWEST_PROMPTS:
+        different = list(dict.fromkeys(names))
+        if len(different) < _FEWEST_PROMPTS:
             raise TaskError(
-                f"{len(set(names))} different prompts cannot fit shortcuts; give {_FEWEST_PROMPTS} or more"
+                f"{len(different)} different prompts cannot fit shortcuts; give {_FEWEST_PROMPTS} or more"
             )
-        count = max(1, min(spec.num_heldout, round(_HELD_OUT * len(set(names)))))
-        (heldout,) = draw_parts(names, [count], np.random.default_rng(spec.seed))
-        chosen = set(heldout.tolist())
-        shared = {names[row] for row in chosen}
-        self._heldout = sorted(chosen)
-        self._fitted_on = [row for row in range(len(names)) if names[row] not in shared]
+        count = max(1, min(spec.num_heldout, round(_HELD_OUT * len(different))))
+        (drawn,) = draw_parts(different, [count], np.random.default_rng(spec.seed))
+        chosen = {different[number] for number in drawn.tolist()}
+        self._heldout = sorted(names.index(name) for name in chosen)
+        self._fitted_on = [row for row, name in enumerate(names) if name not in chosen]
         self._asked = {
             "base_model": fingerprint_digest(fingerprint(model)),
             "dtype": dtype_name(model),
@@ -122,6 +124,7 @@ class _Fit:
         if path.exists():
             shortcuts = load_shortcuts(self.folder, model=self._model)
             check_asked(path, self._asked, shortcuts.training.get("asked", {}))
+            self._clear()
             return shortcuts
         mark = self._work / "asked.json"
         if mark.exists():
@@ -136,12 +139,14 @@ class _Fit:
         heldout = [texts[row] for row in self._heldout]
         files = MomentFiles(self._work, self._stack, self._model.device, self._spec.batch_size)
         moments = files.collect("moments", fitted_on, self._progress)
+        others = files.collect("held-out moments", heldout, self._progress)
+        judged = [_shortened(text, self._spec.num_places) for text in heldout]
         chosen = choose_maps(
             self._model,
             self._stack,
             moments,
-            files.collect("held-out moments", heldout, self._progress),
-            [_shortened(text, self._spec.num_places) for text in heldout],
+            others,
+            judged,
             rank=self._rank,
             ridges=self._spec.ridges,
             progress=self._progress,
@@ -152,12 +157,16 @@ class _Fit:
                 f"no map of rank {self._rank} beats nothing on {len(heldout)} held-out prompts; give more prompts, or "
                 "a lower rank"
             )
+        distilled = self._distil(chosen, fitted_on, judged)
+        layers = [each.measured for each in chosen]
+        if distilled.notes["kept"]:
+            layers = measure_again(self._model, self._stack, chosen, distilled.maps, others, judged)
         shortcuts = Shortcuts(
-            maps=maps,
+            maps=distilled.maps,
             fingerprint=fingerprint(self._model),
             rank=self._rank,
             base_model=base_model_name(self._model),
-            layers=[each.measured for each in chosen],
+            layers=layers,
             training={
                 "asked": self._asked,
                 "task_name": self._task.name,
@@ -165,12 +174,38 @@ class _Fit:
                 "prompts": len(fitted_on),
                 "heldout_prompts": len(heldout),
                 "tokens": int(moments[0].tokens),
+                "distillation": distilled.notes,
             },
         )
         write_text_atomic(self.folder / CARD_NAME, shortcuts_card(shortcuts))
         save_shortcuts(self.folder, shortcuts)
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._clear()
         return load_shortcuts(self.folder)
+
+    def _distil(
+        self, chosen: Sequence[ChosenMap], texts: Sequence[Text], heldout: Sequence[Text]
+    ) -> Distilled:
+        """Train the maps further if that is asked for."""
+        maps = [each.shortcut for each in chosen]
+        if not self._spec.distil_steps:
+            return Distilled(maps, {"steps": 0, "kept": False})
+        harm = [each.measured["divergence"] for each in chosen]
+        return distil(
+            self._model,
+            self._stack,
+            maps,
+            np.array([np.inf if each is None else each for each in harm]),
+            texts,
+            heldout,
+            self._work / "distillation.safetensors",
+            steps=self._spec.distil_steps,
+            seed=self._spec.seed,
+            progress=self._progress,
+        )
+
+    def _clear(self) -> None:
+        """Remove what was worked on; a run that was killed here leaves it to the next."""
+        shutil.rmtree(self._work, ignore_errors=True)
 
 
 def _shortened(text: Text, num_places: int) -> Text:

@@ -16,7 +16,7 @@ from dynadepth.shortcuts.moments import Moments
 from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.own_text import Text, score_texts
 
-__all__ = ["ChosenMap", "choose_maps", "single_skips"]
+__all__ = ["ChosenMap", "choose_maps", "measure_again", "single_skips"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,7 @@ def choose_maps(
 
     def judged(skips: Sequence[Skipped]) -> tuple[Any, Any]:
         divergence, agreement = score_texts(model, stack, texts, plans, skips=skips).by_text()
-        # What overflows is no candidate.
-        return np.nan_to_num(divergence.mean(axis=1), nan=np.inf), agreement.mean(axis=1)
+        return divergence.mean(axis=1), agreement.mean(axis=1)
 
     progress(stage, 0, steps)
     plain, plain_agreement = judged((NOTHING,) * stack.num_layers)
@@ -100,6 +99,40 @@ def choose_maps(
         shortcut = _on_host(maps[layer]) if better else None
         chosen.append(ChosenMap(shortcut, measured))
     return chosen
+
+
+def measure_again(
+    model: Any,
+    stack: LayerStack,
+    chosen: Sequence[ChosenMap],
+    maps: Sequence[LinearShortcut | None],
+    heldout_moments: Mapping[int, Moments],
+    texts: Sequence[Text],
+) -> list[dict[str, Any]]:
+    """Return what is measured of maps that have been trained further.
+
+    Args:
+        model: The unwrapped base model.
+        stack: Its layers, proved.
+        chosen: The maps before, with what was measured of them.
+        maps: The maps now.
+        heldout_moments: As for `choose_maps`.
+        texts: As for `choose_maps`.
+    """
+    plans = single_skips(stack.num_layers)
+    skips = [NOTHING if each is None else Skipped(each) for each in maps]
+    divergence, agreement = score_texts(model, stack, texts, plans, skips=skips).by_text()
+    return [
+        before.measured
+        if each is None
+        else {
+            **before.measured,
+            "explained_variance": explained_variance(each, heldout_moments[layer]),
+            "divergence": _finite(float(divergence[layer].mean())),
+            "agreement": float(agreement[layer].mean()),
+        }
+        for layer, (before, each) in enumerate(zip(chosen, maps, strict=True))
+    ]
 
 
 def single_skips(num_layers: int) -> Plans:

@@ -63,7 +63,13 @@ class MomentCollector:
             )
 
     def add(self, layer_idx: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        """Add what a layer did in a forward; shape (rows, tokens, hidden) each."""
+        """Add what a layer did in a forward.
+
+        Args:
+            layer_idx: The layer.
+            entering: The states that entered it. Shape (rows, tokens, hidden).
+            leaving: The states that left it. Shape as `entering`.
+        """
         moments, counted = self._moments[layer_idx], self._counted.to(entering.device)
         moments.add(
             *(each.flatten(0, 1)[counted].to(moments.hh.device) for each in (entering, leaving))

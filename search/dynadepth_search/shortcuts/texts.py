@@ -1,6 +1,7 @@
 """The texts that shortcuts are fitted and judged on: prompts with the base model's own continuations, in a journal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,17 @@ class TextFile:
         Raises:
             LabelError: The file is damaged.
         """
-        known, length = read_journal(self._path, _read, advice=_ADVICE)
+        vocabulary = model.config.get_text_config().vocab_size
+
+        def read(line: Stored) -> tuple[int, list[int]]:
+            found = line.fields(["prompt", "continuation"])
+            tokens = found["continuation"].entries()
+            if len(tokens) > spec.new_tokens:
+                line.damaged(f"{len(tokens)} tokens; expected {spec.new_tokens} or fewer")
+            row = found["prompt"].whole(0, len(prompts) - 1)
+            return row, [token.whole(0, vocabulary - 1) for token in tokens]
+
+        known, length = read_journal(self._path, read, advice=_ADVICE)
         answers = dict(known)
         journal = Journal(self._path, length)
         batches = batches_of([len(prompt) for prompt in prompts], 2 * spec.batch_size)
@@ -68,13 +79,10 @@ class TextFile:
         ]
 
 
-def _read(line: Stored) -> tuple[int, list[int]]:
-    found = line.fields(["prompt", "continuation"])
-    return found["prompt"].whole(), [item.whole() for item in found["continuation"].entries()]
-
-
 def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) -> list[Text]:
     """Let a model continue prompts greedily, in one batch, each up to the end of its answer.
+
+    Where the model has no positions for so many tokens, the continuations are shorter.
 
     Args:
         model: The model, wrapped or not.
@@ -84,20 +92,20 @@ def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) ->
     Returns:
         The texts, in the order of the prompts; the token that ends an answer is the last one.
     """
-    if not new_tokens:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:
+        new_tokens = min(new_tokens, most - max(map(len, prompts)))
+    if new_tokens < 1:
         return [Text(prompt, len(prompt)) for prompt in prompts]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     ids, mask = pad_left(prompts, model.device)
-    with torch.inference_mode():
-        # What a model's own config says of sampling and penalties does not hold here.
+    with torch.inference_mode(), _plain_generation(model):
         grown = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
             pad_token_id=min(ends, default=0),
         )
     texts = []
@@ -108,6 +116,19 @@ def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) ->
         )
         texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
     return texts
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Set aside what a model's own generation config says of sampling, penalties, lengths and outputs."""
+    own = model.generation_config
+    model.generation_config = type(own)(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

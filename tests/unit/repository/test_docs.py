@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import typer
 from importlinter.api import read_configuration
+from transformers import AutoModelForCausalLM
 
 from dynadepth.cli import main as cli
+from dynadepth.shortcuts.save_load import save_shortcuts
 from tests.pages import PAGES, README, ROOT, anchors, blocks, section, shell_lines, without_blocks
+from tests.tiny_shortcuts import random_shortcuts
 from tests.unit.proving.test_prove import DOZEN
 
 PACKAGES = {"dynadepth": "python/dynadepth", "dynadepth_search": "search/dynadepth_search"}
@@ -22,14 +25,17 @@ PYTHON_PAGES = ("README.md", "docs/python.md", "docs/serving.md")
 
 @pytest.fixture
 def with_model(tiny_routed, tmp_path, monkeypatch):
-    """Stand in an empty folder that has the pages' `my-model` with its routers."""
+    """Stand in an empty folder that has the pages' `my-model` with its routers, and shortcuts of it."""
     shutil.copytree(tiny_routed, tmp_path / "my-model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_routed)
+    save_shortcuts(tmp_path / "shortcuts", random_shortcuts(model))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def with_tasks(with_model):
-    """Stand there with a tiny task of the pages' names."""
+    """Stand there with a tiny task of the pages' names, before anything has been fitted."""
+    shutil.rmtree("shortcuts")
     rng = np.random.default_rng(0)
     for name, count in (("train.jsonl", 60), ("heldout.jsonl", 12)):
         prompts = ["".join(rng.choice(list("abcdefgh"), 6)) + "\nAnswer" for _ in range(count)]
@@ -219,8 +225,8 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     """Every line of the pipeline's blocks, on a tiny model and a tiny task of the page's names."""
     steps = [shlex.split(line) for line in shell_lines(PAGES["docs/pipeline.md"])]
     verbs = [" ".join(word for word in step[:3] if not word.startswith("-")) for step in steps]
-    one_policy = ["search static", "score", "train", "eval", "report", "export", "generate"]
-    one_policy += ["bake", "fold"]
+    one_policy = ["shortcuts", "search static", "score", "train", "eval", "report", "export"]
+    one_policy += ["generate", "bake", "fold"]
     others = ["score", "train", "search prompts", "train", "eval"]
     assert verbs == [f"dynadepth {verb}" for verb in one_policy + others]
     for step in steps:

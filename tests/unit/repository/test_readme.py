@@ -52,13 +52,22 @@ def test_its_pipeline_is_the_one_of_the_docs(page):
     docs = shell_lines(PAGES["docs/pipeline.md"])
     lines = [line for line in shell_lines(PAGES[page]) if line.startswith("dynadepth ")]
     verbs = [line.split()[1] for line in lines]
-    assert verbs[:4] == ["search", "score", "train", "eval"]
+    assert verbs[:5] == ["shortcuts", "search", "score", "train", "eval"]
     assert [line for line in docs if line in lines] == lines
 
 
 def test_its_pipeline_ends_with_an_answer():
     lines = [line.split()[1] for line in shell_lines(README) if line.startswith("dynadepth ")]
-    assert lines == ["search", "score", "train", "eval", "report", "export", "generate"]
+    assert lines == [
+        "shortcuts",
+        "search",
+        "score",
+        "train",
+        "eval",
+        "report",
+        "export",
+        "generate",
+    ]
 
 
 def test_it_leads_to_every_page_of_the_docs():
