@@ -249,9 +249,12 @@ def test_a_run_that_is_linear_is_recovered(family):
     state, behind = (returned(layer, run).flatten(0, 1) for layer in (below, skipped))
     moments = Moments.zero(WIDTH)
     moments.add(added, added + (behind - state), weighed_by=state)
+    # No ridge is lower than ten times float32's rounding, which is all that is left of the difference.
     found = fit_fold(moments, ridge=1e-13, bias=projection.has_bias)
-    assert close(found.A, wanted.A, 1e-6)
-    projection.fold(found)
+    assert close(found.A, wanted.A, 1e-4)
     others, _ = random_batch([10], seed=2)
     with torch.no_grad():
-        assert close(plain(others).logits, model(others).logits, 1e-6)
+        base = model(others).logits
+        assert not close(plain(others).logits, base, 1e-1)
+        projection.fold(found)
+        assert close(plain(others).logits, base, 2e-5)
