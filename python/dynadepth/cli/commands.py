@@ -5,7 +5,6 @@ well. Heavy imports are inside the commands, so that `dynadepth --version` needs
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +32,13 @@ def _bake(
     model: Model,
     plan: Annotated[str, typer.Option("--plan", help=PLAN_HELP)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; new or empty")],
+    shortcuts: Annotated[
+        str | None,
+        typer.Option(
+            "--shortcuts",
+            help="Refused: a plain checkpoint has no place for shortcuts; see the verb fold",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a plain checkpoint that always follows one plan."""
@@ -42,21 +48,14 @@ def _bake(
     from dynadepth.models.loading import load_model, load_tokenizer
     from dynadepth.models.structure import layer_stack
     from dynadepth.plans import parse_plan, plan_depth, plan_text
-    from dynadepth.wrapping.bake import save_baked
+    from dynadepth.wrapping.bake import check_no_shortcuts, save_baked
 
+    check_no_shortcuts(shortcuts)
     base = load_model(model)
     actions = parse_plan(plan, layer_stack(base).num_layers)
     # The tokenizer as in its files: the padding that generation needs does not belong into the checkpoint.
     tokenizer = load_tokenizer(model, for_generation=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # The folder appears complete or not at all.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / "checkpoint"
-        save_baked(base, actions, folder)
-        tokenizer.save_pretrained(folder)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+    save_baked(base, actions, out, tokenizer=tokenizer)
     depth = float(plan_depth(actions))
     if as_json:
         result = {"out": str(out), "depth": depth, "plan": plan_text(actions)}

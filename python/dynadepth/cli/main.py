@@ -21,6 +21,7 @@ _PLUGINS = "dynadepth.commands"
 _VERBS_OF_SEARCH = (
     "demo",
     "eval",
+    "fold",
     "inspect",
     "report",
     "score",

@@ -84,18 +84,21 @@ class Moments:
         """Return everything by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
-    def add(self, entering: Tensor, leaving: Tensor) -> None:
+    def add(self, entering: Tensor, leaving: Tensor, *, weighed_by: Tensor | None = None) -> None:
         """Add some tokens.
 
         Args:
             entering: The states that enter the layer. Shape (tokens, hidden), any floating dtype; products are taken in
                 float32 or better.
             leaving: The states that leave it. Shape and dtype as `entering`.
+            weighed_by: The states whose size decides how much each token counts. Shape and dtype as `entering`; None:
+                `entering` itself.
         """
         exact = torch.promote_types(entering.dtype, torch.float32)
         states = entering.to(exact)
         update = leaving.to(exact) - states
-        square = states.square().mean(dim=1, keepdim=True)
+        sized = states if weighed_by is None else weighed_by.to(exact)
+        square = sized.square().mean(dim=1, keepdim=True)
         scale = torch.where(square > torch.finfo(exact).tiny, square.rsqrt(), 0.0)
         scaled, scaled_update = states * scale, update * scale
         wide = self.hh.dtype

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.errors import ShortcutError, UnsupportedModelError
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import make_folder_beside
 from dynadepth.models.rebuild import rebuild
 from dynadepth.plans import check_plans, plan_text
 from dynadepth.proving.prove import proved_stack
 
-__all__ = ["bake", "save_baked"]
+__all__ = ["bake", "check_new_folder", "check_no_shortcuts", "save_baked", "save_checkpoint"]
 
 # A checkpoint does not record these kernels; the comparison must run the same ones.
 _KERNELS = ("_attn_implementation", "_experts_implementation")
@@ -54,25 +54,90 @@ def bake(model: PreTrainedModel, plan: Any) -> PreTrainedModel:
     return baked
 
 
-def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]) -> None:
+def save_baked(
+    model: PreTrainedModel,
+    plan: Any,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shortcuts: Any = None,
+) -> None:
     """Bake a plan, save the result as a plain checkpoint, load that again and compare its logits.
 
     Args:
         model: An unwrapped, supported causal language model; not changed.
         plan: The plan. Shape (num_layers,), uint8.
         folder: Where to write the checkpoint; it must be empty or not exist yet.
+        tokenizer: Saved with the checkpoint; None: none is.
+        shortcuts: Refused, see `check_no_shortcuts`; None or False: a skipped layer leaves nothing behind.
 
     Raises:
         FileExistsError: The folder is not empty.
+        PlanError: The plan is not one of this model.
+        ShortcutError: Shortcuts were given.
         UnsupportedModelError: The saved checkpoint does not give the same logits, because the family has a per-layer
             setting that is unknown here. Nothing is left in `folder` then.
-        PlanError: The plan is not one of this model.
         WrapError: The model is wrapped.
+    """
+    check_no_shortcuts(shortcuts)
+    check_new_folder(folder)
+    save_checkpoint(bake(model, plan), folder, plan=plan, tokenizer=tokenizer)
+
+
+def check_no_shortcuts(shortcuts: Any) -> None:
+    """Refuse to put shortcuts into a plain checkpoint.
+
+    Args:
+        shortcuts: What the caller gave as shortcuts; None or False: none.
+
+    Raises:
+        ShortcutError: There are some.
+    """
+    if shortcuts is not None and shortcuts is not False:
+        raise ShortcutError(
+            "a plain checkpoint has no place for shortcuts: each is a map of the residual stream between two layers. "
+            "`dynadepth fold` fits maps that can be multiplied into the weights of the layers that stay; or leave "
+            "shortcuts out, to bake the plan without them"
+        )
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that something is in.
+
+    Args:
+        folder: Where a checkpoint is to be written.
+
+    Raises:
+        FileExistsError: It is not empty, or is no folder.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; give a new folder for the baked model")
-    baked = bake(model, plan)
+
+
+def save_checkpoint(
+    baked: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    plan: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Save a baked model as a plain checkpoint, load that again and compare its logits.
+
+    The folder appears complete or not at all.
+
+    Args:
+        baked: What `bake` returned; its weights may have been changed since.
+        folder: Where to write the checkpoint; it must be empty or not exist yet.
+        plan: The plan that was baked, for the message.
+        tokenizer: Saved with the checkpoint; None: none is.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+        UnsupportedModelError: The saved checkpoint does not give the same logits.
+    """
+    target = Path(folder)
+    check_new_folder(target)
     temporary = make_folder_beside(target)
     try:
         baked.save_pretrained(temporary)
@@ -84,8 +149,10 @@ def save_baked(model: PreTrainedModel, plan: Any, folder: str | os.PathLike[str]
         if difference != 0.0:
             raise UnsupportedModelError(
                 f"the model baked with plan {plan_text(plan)} and its reloaded checkpoint differ by {difference:.3g} "
-                f"in their logits; {model.config.model_type} has a per-layer setting that bake does not know"
+                f"in their logits; {baked.config.model_type} has a per-layer setting that bake does not know"
             )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         if target.exists():
             target.rmdir()
         temporary.replace(target)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dynadepth_search.cli.fold_verb import fold
 from dynadepth_search.cli.options import (
     Json,
     Objective,
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     search.command("prompts")(search_prompts)
     app.add_typer(search, name="search")
     app.command("shortcuts")(fit_shortcuts)
+    app.command("fold")(fold)
     app.command("score")(score)
     app.command("train")(train)
     app.command("eval")(evaluate_policy)

@@ -14,11 +14,11 @@ import torch
 
 from dynadepth.execution.executor import Skipped
 from dynadepth.execution.sweep import Sweeper
-from dynadepth.models.structure import LayerStack
+from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans, check_plans, identity_plan
 from dynadepth_search.scoring.batching import pad_left
 
-__all__ = ["Text", "TextOutcomes", "score_texts"]
+__all__ = ["Text", "TextOutcomes", "compare_models", "score_texts"]
 
 _Floats = npt.NDArray[np.float64]
 # As in `dynadepth_search.scoring.scorer`: what suits a processor's caches, and the most logits of one sweep in bytes.
@@ -99,6 +99,40 @@ def score_texts(
         for group, columns in _groups(texts, len(rows), most, aim):
             _run(sweeper, model.device, texts, group, rows[columns], found, columns)
     return found
+
+
+@torch.inference_mode()
+def compare_models(
+    base: Any, other: Any, texts: Sequence[Text], *, num_places: int
+) -> tuple[_Floats, _Floats]:
+    """Compare a model with the base model on some texts, which run as one batch.
+
+    Args:
+        base: The base model.
+        other: A model with the same vocabulary, on the same device.
+        texts: The texts.
+        num_places: The most new tokens of a text that are compared; the first ones are.
+
+    Returns:
+        KL(base, other) in nats, and the share of tokens at which the other's first choice is the base's; as means over
+        the tokens of each text. Shape (texts,), float64, each.
+    """
+    ids, mask = pad_left((text.ids for text in texts), base.device)
+    places = [text.places[:num_places] for text in texts]
+    # Logits before the first compared place are left out, where a model can do so.
+    kept = max(len(text.ids) - int(at[0]) for text, at in zip(texts, places, strict=True))
+    logits = []
+    for model in (base, other):
+        more: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
+        more.update(position_arguments(model, mask))
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+        logits.append(output.logits[:, -kept:])
+    means: _Floats = np.empty((2, len(texts)))
+    for row, (text, at) in enumerate(zip(texts, places, strict=True)):
+        here = torch.from_numpy(at - len(text.ids) + kept).to(ids.device)
+        outcome = _compare(torch.stack([each[row, here] for each in logits]))
+        means[:, row] = [each.mean() for each in outcome]
+    return means[0], means[1]
 
 
 def _groups(

@@ -332,6 +332,15 @@ def test_bake_with_a_wrong_plan_leaves_nothing(capsys, tiny_base, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bake_with_shortcuts_points_to_fold(capsys, tiny_base, tmp_path):
+    argv = ["bake", "--model", tiny_base, "--plan", "1011", "--out", tmp_path / "baked"]
+    code, out, err = run(capsys, *argv, "--shortcuts", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: a plain checkpoint has no place for shortcuts: each is a map of")
+    assert "`dynadepth fold` fits maps that can be multiplied into the weights" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_generate_finds_the_routers_beside_the_model(capsys, tiny_routed):
     shallow = json.loads(generate(capsys, tiny_routed, "--budget", 0.5, "--json")[0])
     deep = json.loads(generate(capsys, tiny_routed, "--budget", 1, "--json")[0])

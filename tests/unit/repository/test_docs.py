@@ -226,7 +226,7 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     steps = [shlex.split(line) for line in shell_lines(PAGES["docs/pipeline.md"])]
     verbs = [" ".join(word for word in step[:3] if not word.startswith("-")) for step in steps]
     one_policy = ["shortcuts", "search static", "score", "train", "eval", "report", "export"]
-    one_policy += ["generate", "bake"]
+    one_policy += ["generate", "bake", "fold"]
     others = ["score", "train", "search prompts", "train", "eval"]
     assert verbs == [f"dynadepth {verb}" for verb in one_policy + others]
     for step in steps:

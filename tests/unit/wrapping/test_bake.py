@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynadepth.errors import PlanError, UnsupportedModelError, WrapError
+from dynadepth.errors import PlanError, ShortcutError, UnsupportedModelError, WrapError
 from dynadepth.wrapping import bake as baking
 from dynadepth.wrapping.bake import bake, save_baked
 from dynadepth.wrapping.wrap import wrap_model
 from tests.tiny import FAMILIES, VARIANTS, random_batch, tiny_model
+from tests.tiny_shortcuts import random_shortcuts
+from tests.tiny_text import word_tokenizer
 
 PLAN = [0, 2, 1, 2]
 SCALED = "gpt2, scaled"
@@ -90,3 +92,19 @@ def test_refusals_leave_nothing_behind(tmp_path):
     with pytest.raises(WrapError, match="is wrapped; call unwrap_model.model. before bake"):
         save_baked(model, PLAN, tmp_path / "baked")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_plain_checkpoint_has_no_place_for_shortcuts(tmp_path):
+    model = tiny_model("llama")
+    for shortcuts in (random_shortcuts(model), "a/folder"):
+        with pytest.raises(ShortcutError, match="no place for shortcuts: .* `dynadepth fold` fits"):
+            save_baked(model, PLAN, tmp_path / "baked", shortcuts=shortcuts)
+    assert list(tmp_path.iterdir()) == []
+    save_baked(model, PLAN, tmp_path / "baked", shortcuts=False)
+    assert (tmp_path / "baked" / "config.json").is_file()
+
+
+def test_a_tokenizer_is_saved_with_the_checkpoint(tmp_path):
+    save_baked(tiny_model("llama"), PLAN, tmp_path / "baked", tokenizer=word_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "baked")
+    assert tokenizer("Answer yes")["input_ids"] == word_tokenizer()("Answer yes")["input_ids"]

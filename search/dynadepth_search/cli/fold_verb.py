@@ -1,0 +1,124 @@
+"""The verb fold: a plain checkpoint of a plan, with what its skipped layers leave behind folded into the others.
+
+It checks its options, loads what they name and calls a function that Python can call as well. Heavy imports are inside.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dynadepth.cli.options import PLAN_HELP
+from dynadepth_search.cli.options import (
+    Chat,
+    Device,
+    Json,
+    Limit,
+    Model,
+    Seed,
+    display,
+    in_chat,
+    load,
+    print_result,
+)
+
+if TYPE_CHECKING:
+    from dynadepth.evaluation.intervals import Interval
+    from dynadepth_search.shortcuts.folding import FoldedRun
+
+__all__ = ["fold"]
+
+
+def fold(
+    *,
+    model: Model,
+    plan: Annotated[str, typer.Option("--plan", help=PLAN_HELP)],
+    task: Annotated[
+        Path,
+        typer.Option("--task", help="Prompts to fit on: JSON lines, or text, one prompt per line"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Folder to write; new or empty. A run that was killed continues from OUT.work",
+        ),
+    ],
+    new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--new-tokens",
+            min=1,
+            help="The most tokens by which the model continues each prompt; the maps are fitted on both",
+        ),
+    ] = 64,
+    chat: Chat = False,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a plain checkpoint of one plan, its skipped layers folded into the weights of those before them."""
+    import shutil
+
+    from dynadepth.models.loading import load_tokenizer
+    from dynadepth.plans import plan_depth, plan_text
+    from dynadepth.wrapping.bake import check_new_folder, save_checkpoint
+    from dynadepth_search.data.tasks import read_task
+    from dynadepth_search.shortcuts.folding import fold_plan
+    from dynadepth_search.shortcuts.spec import ShortcutSpec
+
+    check_new_folder(out)
+    spec = ShortcutSpec(new_tokens=new_tokens, num_places=new_tokens, seed=seed)
+    prompts = read_task(task, limit=limit)
+    base, tokenizer = load(model, device)
+    prompts = in_chat(prompts, tokenizer, chat=chat)
+    work = out.with_name(f"{out.name}.work")
+    with display() as progress:
+        found = fold_plan(base, tokenizer, prompts, plan, work, spec, progress=progress)
+    # The tokenizer as in its files: the padding that generation needs does not belong into the checkpoint.
+    files = load_tokenizer(model, for_generation=False)
+    save_checkpoint(found.model, out, plan=found.plan, tokenizer=files)
+    shutil.rmtree(work, ignore_errors=True)
+    measured = {
+        "divergence": found.divergence,
+        "divergence_of_plain_bake": found.plain_divergence,
+        "less_divergence": found.less_divergence,
+        "agreement": found.agreement,
+        "agreement_of_plain_bake": found.plain_agreement,
+        "more_agreement": found.more_agreement,
+    }
+    result: dict[str, Any] = {
+        "out": str(out),
+        "plan": plan_text(found.plan),
+        "depth": float(plan_depth(found.plan)),
+        "runs": [_run(each, as_json=as_json) for each in found.runs],
+        "tokens": found.tokens,
+        "heldout_prompts": found.agreement.n,
+        **{name: _interval(each, as_json=as_json) for name, each in measured.items()},
+    }
+    print_result(result, as_json=as_json)
+
+
+def _run(folded: "FoldedRun", *, as_json: bool) -> Any:
+    run = folded.run
+    if as_json:
+        return {
+            "first": run.first,
+            "last": run.last,
+            "into": None if folded.states is None else run.below,
+            "states": folded.states,
+            "ridge": folded.ridge,
+        }
+    layers = f"{run.first}-{run.last}" if run.last > run.first else str(run.first)
+    if folded.states is None:
+        return f"{layers} left out (no map was better)"
+    return (
+        f"{layers} into {run.below} (states of the {folded.states} model, ridge {folded.ridge:g})"
+    )
+
+
+def _interval(interval: "Interval | None", *, as_json: bool) -> Any:
+    if interval is None or as_json:
+        return None if interval is None else interval.to_dict()
+    return f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
