@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from dynadepth_search.cli.fold_verb import fold
 from dynadepth_search.cli.options import (
     Json,
     Objective,
@@ -22,7 +21,7 @@ from dynadepth_search.cli.options import (
 )
 from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
 from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
-from dynadepth_search.cli.shortcut_verb import fit_shortcuts
+from dynadepth_search.cli.shortcut_verbs import fit_shortcuts, fold
 
 __all__ = ["register"]
 
