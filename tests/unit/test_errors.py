@@ -14,6 +14,7 @@ BUILTINS = {
     "LabelError": ValueError,
     "PlanError": ValueError,
     "SearchError": RuntimeError,
+    "ShortcutError": ValueError,
     "TaskError": ValueError,
     "UnsupportedModelError": ValueError,
     "WrapError": RuntimeError,

@@ -383,7 +383,7 @@ def test_the_shortcuts_of_another_model_or_fit_are_refused(
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda place: None, "shortcut_config.json"),
+        (lambda place: None, "expected what `dynadepth shortcuts` writes"),
         (lambda place: place.mkdir(), "make it with `dynadepth shortcuts`"),
     ],
 )
