@@ -222,7 +222,8 @@ def scored(
 def compare_static(plain: _Pair, mapped: _Pair) -> list[dict[str, Any]]:
     """Compare the best static mixtures of the same depth on held-out prompts, both chosen on the training prompts."""
     rows = []
-    for budget in BUDGETS:
+    lowest = max(float(plan_depth(heldout.plans).min()) for _, heldout in (plain, mapped))
+    for budget in (each for each in BUDGETS if each >= lowest - 1e-9):
         row: dict[str, Any] = {"budget": budget}
         for name, column, sign in (
             ("agreement", "agreement", 1.0),
