@@ -137,7 +137,7 @@ class Scored(NamedTuple):
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     cache, started = default_cache(), time.perf_counter()
     source = str(fetch_model(cache, source=MODELS[options.model]))
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, tokenizer = load_model(source, dtype="fast"), load_tokenizer(source)
     material = lettered if options.model == "qwen" else several_kinds
     train, heldout, *kinds = material(tokenizer, cache, options.train, options.heldout)
     tables: dict[str, _Pair] = {}

@@ -61,7 +61,7 @@ class Material:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         source = str(fetch_model(default_cache(), source=MODELS[options.model]))
-        self.model, self.tokenizer = load_model(source), load_tokenizer(source)
+        self.model, self.tokenizer = load_model(source, dtype="fast"), load_tokenizer(source)
         self.stack: LayerStack = proved_stack(self.model)
         train, heldout = fetch_kinds(default_cache(), train=options.train, heldout=options.heldout)
         self._spec = ShortcutSpec(new_tokens=options.new_tokens)

@@ -26,7 +26,7 @@ from dynadepth.models.names import is_path_like
 __all__ = ["check_device", "check_dtype", "load_model", "load_skeleton", "load_tokenizer"]
 
 _SHOWN_WEIGHTS = 3
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_DTYPES = ("auto", "fast", "float32", "bfloat16", "float16", "float64")
 
 
 def load_model(
@@ -37,7 +37,8 @@ def load_model(
     Args:
         name_or_path: A folder with `config.json` and weights, or a Hugging Face Hub id.
         device: The torch device that the model is moved to, such as "cuda:0".
-        dtype: "auto" keeps the checkpoint's own dtype; otherwise "float32", "bfloat16", "float16" or "float64".
+        dtype: "auto" keeps the checkpoint's own dtype; "fast" does so too, but takes float32 for half precision that
+            the device computes slowly, at twice the memory; otherwise "float32", "bfloat16", "float16" or "float64".
 
     Returns:
         The model, in evaluation mode.
@@ -52,7 +53,7 @@ def load_model(
     name = _local_or_hub(name_or_path, "model")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype="auto" if dtype == "fast" else dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise AssetError(_cannot_load("model", name, error)) from error
@@ -70,6 +71,8 @@ def load_model(
             f"the weights of {name!r} lack {len(missing)} tensors of the model ({shown}), which would "
             "run at random values; fetch the checkpoint again"
         )
+    if dtype == "fast" and not _computes_fast(torch.device(device), model.dtype):
+        model = model.float()
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
@@ -174,6 +177,23 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def _computes_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products in a dtype are about as fast as in float32, or faster.
+
+    CPUs without instructions for half precision take several times as long; what they have decides, not a timing, so
+    that a run which goes on loads the same dtype again.
+    """
+    names = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if device.type != "cpu" or dtype not in names:
+        return True
+    # Builds of torch without oneDNN do not have the question.
+    supported = getattr(torch.ops.mkldnn, names[dtype], None)
+    return supported is not None and bool(supported())
 
 
 def _local_or_hub(name_or_path: str | os.PathLike[str], what: str) -> str:

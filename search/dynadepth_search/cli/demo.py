@@ -102,7 +102,7 @@ class _Demo:
             # It may have left the cache since.
             source = str(fetch_model(config.cache))
         self._progress("load the model", 0, 1)
-        model, tokenizer = load_model(source), load_tokenizer(source)
+        model, tokenizer = load_model(source, dtype="fast"), load_tokenizer(source)
         proved_stack(model)
         self._progress("load the model", 1, 1)
         # The first step that writes: a run folder is bound to what was asked for, so whatever can

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chat",
     "Device",
+    "Dtype",
     "Json",
     "Limit",
     "Model",
@@ -57,6 +58,13 @@ Objective = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs, as torch names it")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="fast: the checkpoint's own, or float32 where half precision is slow; auto: its own; or a name",
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Take the first prompts of the task only")
 ]
@@ -85,12 +93,18 @@ def layer_numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a base model and its tokenizer."""
+def load(model: str, device: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a base model and its tokenizer.
+
+    Args:
+        model: Folder or Hub id.
+        device: Where the model runs.
+        dtype: As for `load_model`.
+    """
     from dynadepth.models.loading import load_model, load_tokenizer
 
     quiet()
-    return load_model(model, device=device), load_tokenizer(model)
+    return load_model(model, device=device, dtype=dtype), load_tokenizer(model)
 
 
 def load_shortcuts_for(model: "PreTrainedModel", folder: Path | None) -> "LoadedShortcuts | None":

@@ -12,6 +12,7 @@ import typer
 from dynadepth_search.cli.options import (
     Chat,
     Device,
+    Dtype,
     Json,
     Limit,
     Model,
@@ -66,6 +67,7 @@ def search_static(
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Search for plans that suit all prompts, and choose a menu of them; a run that was killed continues."""
@@ -84,7 +86,7 @@ def search_static(
         seed=seed,
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
@@ -132,6 +134,7 @@ def search_prompts(
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Search for the best plan of each prompt, its label; a run that was killed continues."""
@@ -152,7 +155,7 @@ def search_prompts(
         config=forest, objective=check_objective(objective), depth_penalty=depth_penalty, seed=seed
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
@@ -209,6 +212,7 @@ def score(
     shortcuts: Shortcuts = None,
     limit: Limit = None,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Score prompts under plans, to see what each plan does to the base model's answers; a killed run continues."""
@@ -222,7 +226,7 @@ def score(
     from dynadepth_search.training.router_fit import router_plans
 
     prompts = read_task(task, scoring=scoring, limit=limit)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
     found = read_static(plans, model=base)
     check_same_shortcuts(

@@ -12,6 +12,7 @@ import typer
 from dynadepth_search.cli.options import (
     Chat,
     Device,
+    Dtype,
     Json,
     Limit,
     Model,
@@ -74,6 +75,7 @@ def train(
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Train a policy, calibrate its budget, and export it to ONNX."""
@@ -93,7 +95,7 @@ def train(
     from dynadepth_search.training.router_fit import fit_imitation, fit_routers, write_routers
     from dynadepth_search.training.run_folders import with_folders
 
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
     if scores is not None and policy != "drllm":
         table = read_scores(scores, model=base, accept_partial=accept_partial)
@@ -190,6 +192,7 @@ def evaluate_policy(
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
@@ -210,7 +213,7 @@ def evaluate_policy(
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
     heldout = read_task(task, scoring=scoring, limit=limit)
     other = None if unseen is None else read_task(unseen)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     static = read_static(plans, model=base)
     # Prompts that are not scored yet trained nothing, and the table knows them all.
     table = read_scores(scores, model=base, accept_partial=True)

@@ -13,6 +13,7 @@ from dynadepth.cli.options import PLAN_HELP
 from dynadepth_search.cli.options import (
     Chat,
     Device,
+    Dtype,
     Json,
     Limit,
     Model,
@@ -70,6 +71,7 @@ def fit_shortcuts(
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "fast",
     as_json: Json = False,
 ) -> None:
     """Fit what is left in place of skipped layers: low-rank maps, no gradients, no labels; a killed run continues."""
@@ -79,7 +81,7 @@ def fit_shortcuts(
 
     spec = ShortcutSpec(rank=_rank(rank), new_tokens=new_tokens, distil_steps=distil, seed=seed)
     prompts = read_task(task, limit=limit)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     with display() as progress:
         found = building.fit_shortcuts(base, tokenizer, prompts, out, spec, progress=progress)
@@ -137,6 +139,7 @@ def fold(
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a plain checkpoint of one plan, its skipped layers folded into the weights of those before them."""
@@ -152,7 +155,7 @@ def fold(
     check_new_folder(out)
     spec = ShortcutSpec(new_tokens=new_tokens, num_places=new_tokens, seed=seed)
     prompts = read_task(task, limit=limit)
-    base, tokenizer = load(model, device)
+    base, tokenizer = load(model, device, dtype)
     prompts = in_chat(prompts, tokenizer, chat=chat)
     work = out.with_name(f"{out.name}.work")
     with display() as progress:
