@@ -12,7 +12,8 @@ from dynadepth.errors import ConfigError
 from dynadepth.plans import plan_depth
 from dynadepth.policies.calibration import Calibration, calibrate
 from dynadepth.shortcuts.maps import Shortcuts
-from dynadepth.training.menu.fit import MenuFit, fit_menu
+from dynadepth.training.menu.fit import MenuFit, fit_menu, fit_recipe
+from dynadepth.training.menu.menu_data import MenuRecipe
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_objective
@@ -34,6 +35,7 @@ def fit_trained_menu(
     table: ScoreTable,
     *,
     plans: Any = None,
+    recipe: MenuRecipe | None = None,
     objective: str = "preserve",
     protect: tuple[int, ...] = (),
     shortcuts: Shortcuts | None = None,
@@ -48,6 +50,7 @@ def fit_trained_menu(
     Args:
         table: Prompts under the menu's plans, and possibly others.
         plans: The menu's plans, all in the table, the identity first; None: all plans of the table.
+        recipe: How the heads are trained, on all plans of the table; None: cross-validation chooses it.
         objective: `preserve` or `reward`, see `dynadepth.training.menu.fit.fit_menu`.
         protect: Layers that no plan of the menu may edit.
         shortcuts: Those that the table was made with; None: it was made without.
@@ -66,12 +69,18 @@ def fit_trained_menu(
         table.shortcuts, shortcuts, what="the scores were", advice="give the same (--shortcuts)"
     )
     goal = check_objective(objective)
-    fit = fit_menu(
-        menu_data(table, _columns(table, plans)),
-        objective=goal,
-        seed=seed,
-        progress=lambda done, total: progress("training the menu", done, total),
-    )
+    columns = _columns(table, plans)
+    if recipe is None:
+        fit = fit_menu(
+            menu_data(table, columns),
+            objective=goal,
+            seed=seed,
+            progress=lambda done, total: progress("training the menu", done, total),
+        )
+    else:
+        progress("training the menu", 0, 1)
+        fit = fit_recipe(menu_data(table), recipe, columns=columns, objective=goal, seed=seed)
+        progress("training the menu", 1, 1)
     progress("calibrating", 0, 1)
     calibration = calibrate_menu(fit)
     progress("calibrating", 1, 1)

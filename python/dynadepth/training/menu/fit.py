@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.mixtures import concave_hull
 from dynadepth.plans import Plans, prefix_numbers
-from dynadepth.policies.menu import Menu
+from dynadepth.policies.menu import Menu, MenuHead
 from dynadepth.training.menu.cross_validation import MenuCrossValidation
 from dynadepth.training.menu.menu_data import MenuData, MenuRecipe, MenuTrial
 from dynadepth.training.menu.tradeoff import (
@@ -24,7 +24,15 @@ from dynadepth.training.menu.tradeoff import (
     standard_error,
 )
 
-__all__ = ["MenuFit", "choose_plans", "decision_layers", "fit_menu"]
+__all__ = [
+    "MenuFit",
+    "choose_plans",
+    "decision_layers",
+    "fit_menu",
+    "fit_recipe",
+    "plan_order",
+    "step_alternatives",
+]
 
 _SHRINKAGES = (1.0, 0.5, 0.25)
 _INNER = 32
@@ -45,6 +53,7 @@ class MenuFit:
         gain: The gain of the best recipe in cross-validation at shrinkage 1, minus its selection bias.
         trials: The trials of the last rounds, in order.
         fitter: The cross-validation, for what not every caller needs.
+        columns: Which plans of the data are on the menu; None: all. Shape (plans of the menu,), int64.
     """
 
     menu: Menu
@@ -52,6 +61,7 @@ class MenuFit:
     gain: float
     trials: tuple[MenuTrial, ...]
     fitter: MenuCrossValidation
+    columns: Indices | None = None
 
     @property
     def scores(self) -> Sequence[Floats]:
@@ -63,7 +73,13 @@ class MenuFit:
 
     @cached_property
     def _out_of_fold(self) -> tuple[list[Floats], list[list[Floats]]]:
-        return self.fitter.out_of_fold_scores(self.recipe)
+        scores, every = self.fitter.out_of_fold_scores(self.recipe)
+        if self.columns is None:
+            return scores, every
+        taken = self.columns
+        return [step[:, taken] for step in scores], [
+            [step[:, taken] for step in steps] for steps in every
+        ]
 
     def choices(self, penalty: float) -> Indices:
         """Return the plan of each training prompt under a penalty, by its out-of-fold scores. Shape (N,), int64."""
@@ -120,14 +136,9 @@ def fit_menu(
         Our own. CARROT (arXiv 2502.03261) scores each choice with its own head and subtracts the cost; deviation:
         targets are the frozen model's own answers, so that no labels are needed.
     """
-    if objective not in ("preserve", "reward"):
-        raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
-    if objective == "reward" and data.reward is None:
-        raise ConfigError(
-            "objective 'reward' needs prompts with right answers; use objective 'preserve'"
-        )
+    _check_objective(data, objective)
     fitter = MenuCrossValidation(data, objective, seed)
-    single, several = _alternatives(data, steps)
+    single, several = _divided(data, steps)
     total = len(single) + len(several) + 1
     trials: list[MenuTrial] = []
     best: tuple[MenuTrial, Floats] | None = None
@@ -167,6 +178,52 @@ def fit_menu(
         trials=tuple(trials),
         gain=best[0].gain - bias,
         fitter=fitter,
+    )
+
+
+def fit_recipe(
+    data: MenuData,
+    recipe: MenuRecipe,
+    *,
+    columns: Indices | None = None,
+    objective: str = "preserve",
+    seed: int = 0,
+) -> MenuFit:
+    """Train a menu's heads with a given recipe.
+
+    The heads learn from all plans of the data; those of the menu are kept of them.
+
+    Args:
+        data: The prompts under the plans.
+        recipe: How the heads are trained.
+        columns: The plans of the menu, as rows of the data's, the identity first; None: all. Shape (plans,), int64.
+        objective: See `fit_menu`.
+        seed: Seed of the folds and the perceptron.
+
+    Returns:
+        The menu; its only trial is the recipe, whose gain is that of all plans of the data.
+
+    Raises:
+        ConfigError: The objective is unknown, the data has no states of a layer of the recipe, or plans differ before
+            the first of them.
+    """
+    _check_objective(data, objective)
+    differ = np.flatnonzero((data.plans != data.plans[0]).any(axis=0))
+    if len(differ) and recipe.layers[0] > differ[0]:
+        raise ConfigError(
+            f"the recipe decides at layer {recipe.layers[0]}, but plans differ from layer {differ[0]} on; decide there "
+            "or before"
+        )
+    fitter = MenuCrossValidation(data, objective, seed)
+    trial, _ = fitter.try_recipe(recipe)
+    menu = fitter.train(recipe)
+    return MenuFit(
+        menu=menu if columns is None else _part_of(menu, columns),
+        recipe=recipe,
+        gain=trial.gain,
+        trials=(trial,),
+        fitter=fitter,
+        columns=columns,
     )
 
 
@@ -212,6 +269,30 @@ def choose_plans(
     Raises:
         ConfigError: The size is below 2, or the pool has only one plan.
     """
+    taken = plan_order(data, size, objective=objective, seed=seed)[0]
+    depths = data.depths
+    others = sorted(taken[1:].tolist(), key=lambda plan: (-depths[plan], plan))
+    return np.array([0, *others], dtype=np.int64)
+
+
+def plan_order(
+    data: MenuData, size: int, *, objective: str = "preserve", seed: int = 0
+) -> tuple[Indices, int]:
+    """Return the plans of a menu in the order in which `choose_plans` takes them, so that smaller menus are its begin.
+
+    Args:
+        data: The prompts under the pool of plans.
+        size: As for `choose_plans`.
+        objective: `preserve` or `reward`, see `fit_menu`.
+        seed: Seed of the folds.
+
+    Returns:
+        Rows of the pool, the identity first, shape (chosen,), int64; and how many of the first ones are the identity
+        and the plans of the best static mixtures.
+
+    Raises:
+        ConfigError: The size is below 2, or the pool has only one plan.
+    """
     if size < 2 or len(data.plans) < 2:
         raise ConfigError(
             f"a menu of {size} from a pool of {len(data.plans)} plans was asked for; expected 2 or more of both"
@@ -224,6 +305,7 @@ def choose_plans(
     values = 0.75 * fitter.values + 0.25 * data.targets()["closeness"]
     hull = concave_hull(depths, fitter.values.mean(axis=0))
     taken = sorted({0, *hull.tolist()})
+    least = len(taken)
     frontier = concave_hull(depths, values.mean(axis=0))
     shortfall = np.interp(depths, depths[frontier], values.mean(axis=0)[frontier])
     shortfall = shortfall - values.mean(axis=0)
@@ -237,8 +319,17 @@ def choose_plans(
             sure = float(gains.mean()) - standard_error(gains)
             worth.append(sure - _SHORTFALL * float(shortfall[plan]))
         taken.append(rest[int(np.argmax(worth))])
-    others = sorted(taken[1:], key=lambda plan: (-depths[plan], plan))
-    return np.array([0, *others], dtype=np.int64)
+    return np.array(taken, dtype=np.int64), least
+
+
+def step_alternatives(data: MenuData) -> list[tuple[int, ...]]:
+    """Return the layers at which `fit_menu` tries to decide: in one step at each early layer, then in two.
+
+    Raises:
+        ConfigError: The data has no states of a layer at which no plans differ yet.
+    """
+    single, several = _divided(data, None)
+    return [*single, *several]
 
 
 def _menu_values(
@@ -251,7 +342,7 @@ def _menu_values(
     return each
 
 
-def _alternatives(
+def _divided(
     data: MenuData, steps: Sequence[Sequence[int]] | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Return decisions in one step and in several, each in the order in which they are tried."""
@@ -268,6 +359,31 @@ def _alternatives(
             f"states of layer {first}"
         )
     return [(layer,) for layer in early], [(early[-1], layer) for layer in late]
+
+
+def _check_objective(data: MenuData, objective: str) -> None:
+    if objective not in ("preserve", "reward"):
+        raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
+    if objective == "reward" and data.reward is None:
+        raise ConfigError(
+            "objective 'reward' needs prompts with right answers; use objective 'preserve'"
+        )
+
+
+def _part_of(menu: Menu, columns: Indices) -> Menu:
+    """Return the menu with some of its plans only."""
+    heads = [
+        MenuHead(
+            head.layer_idx,
+            head.num_windows,
+            head.weight[columns].contiguous(),
+            head.bias[columns].contiguous(),
+            head.inner_weight,
+            head.inner_bias,
+        )
+        for head in menu.heads
+    ]
+    return Menu(menu.plans[columns], tuple(heads))
 
 
 def _wins(gains: Floats, over: Floats) -> bool:

@@ -13,6 +13,9 @@ from dynadepth.evaluation.folds import hold_out
 __all__ = ["Basis", "Moments", "Perceptron"]
 
 _FLAT = 1e-6
+# Solutions that are kept for each set of moments: more than a grid of recipes asks for; a study of thousands of recipes
+# does not grow without bound.
+_KEPT = 64
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -220,6 +223,8 @@ class Moments:
             names = list(self._cross)
             cross = np.concatenate([self._cross[name][:used] for name in names], axis=1)
             gram = self._gram[:used, :used] + penalty * np.eye(used)
+            if len(self._solved) >= _KEPT:
+                self._solved.clear()
             parts = np.split(np.linalg.solve(gram, cross), len(names), axis=1)
             self._solved[key] = dict(zip(names, parts, strict=True))
         return self._solved[key]
