@@ -22,6 +22,7 @@ from dynadepth_search.cli.options import (
 from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
 from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
 from dynadepth_search.cli.shortcut_verbs import fit_shortcuts, fold
+from dynadepth_search.cli.tune_verbs import apply_study, tune_menu, tune_search
 
 __all__ = ["register"]
 
@@ -36,6 +37,11 @@ def register(app: typer.Typer) -> None:
     app.command("fold")(fold)
     app.command("score")(score)
     app.command("train")(train)
+    tune = typer.Typer(invoke_without_command=True)
+    tune.callback()(apply_study)
+    tune.command("menu")(tune_menu)
+    tune.command("search")(tune_search)
+    app.add_typer(tune, name="tune")
     app.command("eval")(evaluate_policy)
     app.command("report")(report)
     app.command("demo")(_demo)

@@ -183,8 +183,17 @@ def score(
     task: Annotated[
         Path, typer.Option("--task", help="The prompts: JSON lines, or text, one prompt per line")
     ],
-    plans: Annotated[Path, typer.Option("--plans", help="Folder that `search static` wrote")],
+    plans: Annotated[
+        Path | None, typer.Option("--plans", help="Folder that `search static` wrote")
+    ] = None,
     out: _Out,
+    subsets: Annotated[
+        str,
+        typer.Option(
+            "--subsets",
+            help="In place of --plans: layers such as 4,9,12, of which all subsets are skipped; for `tune search`",
+        ),
+    ] = "",
     policy: Annotated[
         Literal["menu", "routers"],
         typer.Option(
@@ -216,29 +225,38 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score prompts under plans, to see what each plan does to the base model's answers; a killed run continues."""
-    wanted = layer_numbers(layers, "--layers")
+    wanted, skipped = layer_numbers(layers, "--layers"), layer_numbers(subsets, "--subsets")
+    if (plans is None) == (not skipped):
+        raise typer.BadParameter("give one of --plans and --subsets")
 
+    from dynadepth.models.structure import layer_stack
     from dynadepth.training.menu.fit import decision_layers
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.score_table import score_prompts
     from dynadepth_search.search.static import read_static
     from dynadepth_search.storage.compatibility import check_same_shortcuts
     from dynadepth_search.training.router_fit import router_plans
+    from dynadepth_search.tuning.replay import skip_subsets
 
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
-    found = read_static(plans, model=base)
-    check_same_shortcuts(
-        found.shortcuts,
-        maps,
-        what=f"the plans in {plans} were",
-        advice="give the same, or search again",
-    )
+    chosen_on: tuple[str, ...] = ()
+    if plans is None:
+        rows = skip_subsets(skipped, layer_stack(base).num_layers)
+    else:
+        found = read_static(plans, model=base)
+        check_same_shortcuts(
+            found.shortcuts,
+            maps,
+            what=f"the plans in {plans} were",
+            advice="give the same, or search again",
+        )
+        chosen_on = tuple(found.prompt_hashes or ())
+        rows = found.menu if policy == "menu" else router_plans(found.front)
+        if not wanted and policy == "menu":
+            wanted = decision_layers(found.menu)
     prompts = in_chat(prompts, tokenizer, chat=chat)
-    rows = found.menu if policy == "menu" else router_plans(found.front)
-    if not wanted and policy == "menu":
-        wanted = decision_layers(found.menu)
     with display() as progress:
         table = score_prompts(
             base,
@@ -249,7 +267,7 @@ def score(
             layers=wanted,
             num_windows=windows,
             shortcuts=maps,
-            plan_prompts=found.prompt_hashes or (),
+            plan_prompts=chosen_on,
             progress=progress,
         )
     print_result(

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from dynadepth_search.evaluation.metrics import METRIC_LABELS, SHARES, show_budget
 
-__all__ = ["action_map", "learning_plot", "pareto_plot"]
+__all__ = ["STYLE", "action_map", "inline_svg", "learning_plot", "pareto_plot"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#697586", "#e4e7eb"
-_STYLE = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": "#9aa5b1",
@@ -67,7 +67,7 @@ def pareto_plot(evaluation: Mapping[str, Any], metrics: Sequence[str]) -> str:
     Returns:
         An svg element.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6 if len(metrics) == 1 else 9.6, 4.4), layout="constrained")
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for panel, metric in zip(panels, metrics, strict=True):
@@ -75,7 +75,7 @@ def pareto_plot(evaluation: Mapping[str, Any], metrics: Sequence[str]) -> str:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
         names = " and ".join(METRIC_LABELS[metric] for metric in metrics)
-        return _svg(figure, f"{names} against mean depth", f"pareto-{'-'.join(metrics)}")
+        return inline_svg(figure, f"{names} against mean depth", f"pareto-{'-'.join(metrics)}")
 
 
 def _panel(panel: Any, evaluation: Mapping[str, Any], metric: str) -> None:
@@ -169,7 +169,7 @@ def action_map(actions: Sequence[Mapping[str, Any]]) -> str:
     names = [show_budget(action["budget"]) for action in actions]
     shares = np.array([action["shares"] for action in actions])  # (budgets, layers, 3)
     num_layers = shares.shape[1]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = 1.0 + 0.2 * num_layers
         figure = Figure(figsize=(1.4 + 2.5 * len(_ACTIONS), height), layout="constrained")
         panels = figure.subplots(1, len(_ACTIONS), sharey=True)
@@ -183,7 +183,9 @@ def action_map(actions: Sequence[Mapping[str, Any]]) -> str:
         panels[0].set_ylim(num_layers - 0.5, -0.5)
         panels[0].set_yticks(range(num_layers))
         panels[0].set_ylabel("decoder layer")
-        return _svg(figure, "share of prompts that skip, execute and repeat each layer", "actions")
+        return inline_svg(
+            figure, "share of prompts that skip, execute and repeat each layer", "actions"
+        )
 
 
 def learning_plot(points: Sequence[Mapping[str, Any]]) -> str:
@@ -195,7 +197,7 @@ def learning_plot(points: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An svg element.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         panel = figure.subplots()
         panel.axhline(0.0, color="#9aa5b1", linewidth=1)
@@ -213,7 +215,9 @@ def learning_plot(points: Sequence[Mapping[str, Any]]) -> str:
         panel.minorticks_off()
         panel.set_xlabel("training prompts")
         panel.set_ylabel("gain over the static mixture, points")
-        return _svg(figure, "cross-validated gain by the number of training prompts", "learning")
+        return inline_svg(
+            figure, "cross-validated gain by the number of training prompts", "learning"
+        )
 
 
 def _heat(panel: Any, shares: Any, title: str, colours: str, darkest: float) -> None:
@@ -240,8 +244,14 @@ def _heat(panel: Any, shares: Any, title: str, colours: str, darkest: float) -> 
         spine.set_visible(False)
 
 
-def _svg(figure: Figure, title: str, prefix: str) -> str:
-    """Return a figure as an element that can stand in a page beside others."""
+def inline_svg(figure: Figure, title: str, prefix: str) -> str:
+    """Return a figure as an element that can stand in a page beside others.
+
+    Args:
+        figure: The figure.
+        title: What it shows, for those who cannot see it.
+        prefix: Of every id in it; each figure of a page has its own.
+    """
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}

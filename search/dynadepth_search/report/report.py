@@ -27,7 +27,17 @@ from dynadepth_search.report.tables import (
 )
 from dynadepth_search.report.verdict import verdict
 
-__all__ = ["REPORT_NAME", "read_run", "report_html", "report_markdown", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "card",
+    "html_page",
+    "note",
+    "read_run",
+    "report_html",
+    "report_markdown",
+    "sections",
+    "write_report",
+]
 
 REPORT_NAME = "report.html"
 
@@ -143,35 +153,45 @@ def report_html(evaluation: Mapping[str, Any], run: Mapping[str, Any] | None = N
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict(evaluation))}</p>',
-        _card(pareto_plot(evaluation, [headline])),
-        _note(f"{counts} {_HOW_TO_READ_THE_PLOT.strip()}"),
+        card(pareto_plot(evaluation, [headline])),
+        note(f"{counts} {_HOW_TO_READ_THE_PLOT.strip()}"),
         "<h2>Quality of each policy</h2>",
         _table(evaluation, *quality_table(evaluation)),
-        _note(_HOW_TO_READ_THE_TABLE),
+        note(_HOW_TO_READ_THE_TABLE),
         "<h2>Findings</h2>",
         _findings(evaluation),
     ]
     if others:
-        parts += ["<h2>Other metrics against depth</h2>", _card(pareto_plot(evaluation, others))]
+        parts += ["<h2>Other metrics against depth</h2>", card(pareto_plot(evaluation, others))]
     parts += [
         "<h2>Against the base model</h2>",
         _table(evaluation, *against_base_table(evaluation), skip_base=True),
         "<h2>Depth, plans and time</h2>",
         _table(evaluation, *cost_table(evaluation)),
-        _note(_timing_note(evaluation)),
+        note(_timing_note(evaluation)),
     ]
     if evaluation["actions"]:
-        parts += ["<h2>What is done to each layer</h2>", _card(action_map(evaluation["actions"]))]
+        parts += ["<h2>What is done to each layer</h2>", card(action_map(evaluation["actions"]))]
     for mapped in evaluation["plan_map"]:
         heading = f"Which prompts got which plan at budget {show_budget(mapped['budget'])}"
         parts += [f"<h2>{escape(heading)}</h2>", _plan_map(mapped)]
     if evaluation.get("learning_curve"):
         parts += [
             "<h2>How many prompts it takes</h2>",
-            _card(learning_plot(evaluation["learning_curve"])),
-            _note(_HOW_TO_READ_THE_CURVE),
+            card(learning_plot(evaluation["learning_curve"])),
+            note(_HOW_TO_READ_THE_CURVE),
         ]
-    parts += ["<h2>What was run</h2>", *_sections({**_facts(evaluation), **(run or {})})]
+    parts += ["<h2>What was run</h2>", *sections({**_facts(evaluation), **(run or {})})]
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """Return a page that needs nothing but itself, in the style of all reports.
+
+    Args:
+        title: Its title, as plain text.
+        parts: What it shows, as HTML; empty ones are left out.
+    """
     body = "\n".join(part for part in parts if part)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -203,7 +223,7 @@ def _findings(evaluation: Mapping[str, Any]) -> str:
         for title, lines in [*groups.items(), ("Notes", others)]
         if lines
     ]
-    return _card("".join(parts))
+    return card("".join(parts))
 
 
 def _plan_map(mapped: Mapping[str, Any]) -> str:
@@ -255,11 +275,13 @@ def _cells(head: Sequence[str], row: Sequence[str]) -> list[str]:
     return cells
 
 
-def _card(content: str) -> str:
+def card(content: str) -> str:
+    """Return HTML in a frame."""
     return f'<div class="card">{content}</div>'
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
+    """Return plain text as a paragraph of small print."""
     return f'<p class="note">{escape(text.strip())}</p>'
 
 
@@ -309,10 +331,10 @@ def _facts(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sections(sections: Mapping[str, Any]) -> list[str]:
+def sections(groups: Mapping[str, Any]) -> list[str]:
     """Show sections of plain values; what is nested deeper is in the JSON file."""
     shown = []
-    for name, values in sections.items():
+    for name, values in groups.items():
         if isinstance(values, str):
             shown.append(
                 f'<div class="card"><p class="note">{escape(name)}</p><pre>{escape(values)}</pre></div>'

@@ -192,8 +192,8 @@ class MenuTuning:
     def qualities(self, params: Mapping[str, Any], depths: Sequence[float]) -> Floats:
         """Return what each prompt gets at given mean depths, from menus that did not learn from it.
 
-        Every fold keeps to the depth by itself: if only all of them did, settings would win whose menus happen to differ
-        between folds, by spending depth where it pays.
+        Every fold keeps to the depth by itself: if only all of them did together, settings would win whose menus happen
+        to differ between folds, by spending depth where it pays.
 
         Args:
             params: The settings.

@@ -203,4 +203,5 @@ class ReplayTable:
     def _bits(plans: Plans, layers: Sequence[int]) -> Indices:
         """Return a number for each plan: the sum of 2 ** i over the layers, by their index i, that it skips."""
         skipped = (plans[:, list(layers)] == SKIP).astype(np.int64)
-        return skipped @ (1 << np.arange(len(layers), dtype=np.int64))
+        numbers: Indices = skipped @ (1 << np.arange(len(layers), dtype=np.int64))
+        return numbers

@@ -285,12 +285,14 @@ class _ByNumber(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(study, trial)
+        found: dict[str, BaseDistribution] = self._inner.infer_relative_search_space(study, trial)
+        return found
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(study, trial, search_space)
+        found: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
+        return found
 
     def sample_independent(
         self,
