@@ -54,7 +54,10 @@ def importance_plot(study: optuna.Study, summary: Mapping[str, Any]) -> str:
     name = summary["goals"][-1]
     with _style():
         axes = drawn.plot_param_importances(
-            study, evaluator=PedAnovaImportanceEvaluator(), target=_quality, target_name=name
+            study,
+            evaluator=PedAnovaImportanceEvaluator(),
+            target=_shortfall if len(summary["goals"]) == 2 else None,
+            target_name=name,
         )
         return _finished(axes, f"how much each setting matters for {name}", "importances")
 
@@ -89,6 +92,11 @@ def _quality(trial: Any) -> float:
     return float(trial.values[-1])
 
 
+def _shortfall(trial: Any) -> float:
+    # PED-ANOVA looks for low values of a target; without one, it goes by the direction of the study.
+    return -_quality(trial)
+
+
 def _mark(axes: Any, summary: Mapping[str, Any], place: Any) -> None:
     default = summary["default"]
     if default is not None:
@@ -113,6 +121,7 @@ def _style() -> Iterator[None]:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # These plots are experimental in Optuna; what they draw is checked by tests.
         warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes", UserWarning)
         try:
             yield
         finally:
