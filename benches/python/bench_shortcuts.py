@@ -2,13 +2,13 @@
 
     python benches/python/bench_shortcuts.py maps --json maps.json              (SmolLM2, half an hour)
     python benches/python/bench_shortcuts.py distil --steps 300 --json distil.json
-    python benches/python/bench_shortcuts.py generation --run runs/bench-policy/smollm2 --json generation.json
+    python benches/python/bench_shortcuts.py generation --run runs/demo --heldout 200 --json generation.json
 
 Everything is judged on the base model's own greedy continuations of held-out prompts, at every token (teacher-forced):
 divergence from the base, and agreement with its choice. `maps` does so under fixed plans that skip 5, 10, 20 and 30 %
 of the layers, drawn so that layers that are missed less are skipped more often. `generation` takes the static plans
-that bench_policy.py found, plain and with shortcuts, and lets the model write freely as well. `--quick` only shows that
-the bench works.
+of a demo (or of bench_policy.py), plain and with shortcuts, and lets the model write freely as well. `--quick` only
+shows that the bench works.
 """
 
 import argparse
@@ -16,12 +16,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from shortcut_variants import (
+    NORMALISED,
+    PROMPTS,
+    UNWEIGHTED,
+    PartCollector,
+    SpanCollector,
+    diagonal,
+    normalised,
+    summed,
+)
 
 from dynadepth.execution.executor import NOTHING, Skipped
 from dynadepth.models.loading import load_model, load_tokenizer
@@ -75,13 +84,23 @@ class Material:
         path.parent.mkdir(parents=True, exist_ok=True)
         return TextFile(path).continued(self.model, prompts, self._spec, say)
 
-    def moments(
-        self, texts: Sequence[Text], make: Callable[[int], Moments] | None = None
-    ) -> dict[int, Moments]:
-        make = make or Moments.zero
-        moments = {layer: make(self.stack.hidden_size) for layer in range(self.stack.num_layers)}
+    def moments(self, texts: Sequence[Text]) -> dict[int, Moments]:
+        moments = {
+            layer: Moments.zero(self.stack.hidden_size) for layer in range(self.stack.num_layers)
+        }
         self.collect(MomentCollector(self.stack, moments, self.model.device), texts)
         return moments
+
+    def moments_by_part(self, counts: Sequence[int]) -> PartCollector:
+        """Return the moments of each kind of prompts, among the first ones and among those up to each further count."""
+        rows: dict[tuple[int, str], list[Text]] = {}
+        for row, (text, kind) in enumerate(zip(self.train, self.train_kinds, strict=True)):
+            count = next(count for count in counts if row < count)
+            rows.setdefault((count, kind), []).append(text)
+        collector = PartCollector(self.stack, self.model.device)
+        for collector.part, texts in rows.items():
+            self.collect(collector, texts)
+        return collector
 
     def collect(self, collector: MomentCollector, texts: Sequence[Text]) -> None:
         batches = batches_of([len(text.ids) for text in texts], 16)
@@ -97,76 +116,14 @@ class Material:
         ]
 
 
-class Unweighted(Moments):
-    """Moments in which every token counts the same."""
-
-    def add(self, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        states = entering.float()
-        update = leaving.float() - states
-        self.weight += len(states)
-        self.tokens += len(states)
-        self.mean_h += states.sum(dim=0, dtype=self.hh.dtype)
-        self.mean_u += update.sum(dim=0, dtype=self.hh.dtype)
-        self.hh += states.T @ states
-        self.hu += states.T @ update
-        self.uu += update.square().sum(dtype=self.hh.dtype)
-
-
-class Normalised(Moments):
-    """Moments of the update on h / rms(h), both relative to rms(h)."""
-
-    def add(self, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        scale = entering.float().square().mean(dim=1, keepdim=True).rsqrt()
-        states = entering.float() * scale
-        update = leaving.float() - entering.float()
-        Moments.add(self, states, states + update)
-
-
-def normalised(shortcut: LinearShortcut) -> Callable[[torch.Tensor], torch.Tensor]:
-    def through(states: torch.Tensor) -> torch.Tensor:
-        scale = states.float().square().mean(dim=-1, keepdim=True).rsqrt().to(states.dtype)
-        scaled = states * scale
-        return states + (shortcut(scaled) - scaled)
-
-    return through
-
-
-def diagonal(moments: Moments, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    mean_h, mean_u, hh, hu, _ = moments.centred()
-    factor = hu.diagonal() / hh.diagonal().clamp_min(1e-12)
-    bias = mean_u - mean_h * factor
-    factor, bias = (1 + factor).to(dtype), bias.to(dtype)
-
-    def through(states: torch.Tensor) -> torch.Tensor:
-        return states * factor + bias
-
-    return through
-
-
-class SpanCollector(MomentCollector):
-    """Collects moments of runs of layers: of what enters the first and what leaves the last."""
-
-    def __init__(self, material: Material, spans: dict[int, int]) -> None:
-        width, layers = material.stack.hidden_size, range(material.stack.num_layers)
-        self.spans = {first: Moments.zero(width) for first in spans}
-        self._ends = {last: first for first, last in spans.items()}
-        self._begun: dict[int, torch.Tensor] = {}
-        unused = {layer: Moments.zero(1) for layer in layers}
-        super().__init__(material.stack, unused, material.model.device)
-
-    def add(self, layer_idx: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-        counted = self._counted
-        if layer_idx in self.spans:
-            self._begun[layer_idx] = entering.flatten(0, 1)[counted]
-        if layer_idx in self._ends:
-            first = self._ends[layer_idx]
-            self.spans[first].add(self._begun[first], leaving.flatten(0, 1)[counted])
-
-
 def bench_maps(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    material = Material(options, folder)
+    material, started = Material(options, folder), time.perf_counter()
     counts = [count for count in COUNTS if count < len(material.train)] + [len(material.train)]
-    moments = {count: material.moments(material.train[:count]) for count in counts}
+    found = material.moments_by_part(counts)
+    moments = {
+        count: summed(part for (upto, _), part in found.parts.items() if upto <= count)
+        for count in counts
+    }
     most, width = counts[-1], material.stack.hidden_size
     default = width // 8
     fitted = material.maps(moments[most], default)
@@ -174,8 +131,8 @@ def bench_maps(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def note(name: str, skips: Sequence[Skipped], texts: Sequence[Text] | None = None) -> None:
-        found = judge(material, plans, skips, material.heldout if texts is None else texts)
-        rows.append({"maps": name, **found})
+        judged = judge(material, plans, skips, material.heldout if texts is None else texts)
+        rows.append({"maps": name, **judged})
         say(json.dumps(rows[-1]), len(rows), 0)
 
     nothing = [NOTHING] * material.stack.num_layers
@@ -185,25 +142,23 @@ def bench_maps(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for count in counts[:-1]:
         for rank in (default, "full"):
             note(f"rank {rank}, {count} prompts", in_place(material.maps(moments[count], rank)))
-    alone = [Text(text.ids[: text.prompt], text.prompt) for text in material.train]
-    prompts_alone = material.maps(material.moments(alone), default)
-    note(f"rank {default}, fitted on prompts without continuations", in_place(prompts_alone))
+    variants = {name: material.maps(each, default) for name, each in found.variants.items()}
+    note(f"rank {default}, fitted on prompts without continuations", in_place(variants[PROMPTS]))
     note(
         "a diagonal and a bias",
         [Skipped(diagonal(each, material.model.dtype)) for each in moments[most].values()],
     )
-    unweighted = material.maps(material.moments(material.train, Unweighted.zero), default)
-    note(f"rank {default}, tokens unweighted", in_place(unweighted))
-    scaled = material.maps(material.moments(material.train, Normalised.zero), default)
+    note(f"rank {default}, tokens unweighted", in_place(variants[UNWEIGHTED]))
     note(
-        f"rank {default}, input normalised", [Skipped(normalised(each)) for each in scaled if each]
+        f"rank {default}, input normalised",
+        [Skipped(normalised(each)) for each in variants[NORMALISED] if each],
     )
     for kind in KINDS:
-        others = [t for t, k in zip(material.train, material.train_kinds, strict=True) if k != kind]
         own = [
             t for t, k in zip(material.heldout, material.heldout_kinds, strict=True) if k == kind
         ]
-        foreign = material.maps(material.moments(others), default)
+        others = summed(part for (_, of), part in found.parts.items() if of != kind)
+        foreign = material.maps(others, default)
         note(f"{kind}: nothing", nothing, own)
         note(f"{kind}: fitted on all kinds", in_place(fitted), own)
         note(f"{kind}: fitted on the two other kinds", in_place(foreign), own)
@@ -213,23 +168,25 @@ def bench_maps(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "heldout_prompts": len(material.heldout),
         "plans": [plan_ranges(plan) for plan in plans],
         "rows": rows,
+        "minutes": round((time.perf_counter() - started) / 60, 1),
         "spans": bench_spans(material, fitted, plans, default),
     }
 
 
 def bench_spans(material: Material, fitted: Maps, plans: Plans, rank: int) -> list[dict[str, Any]]:
     """Replace the maps of each run of two to four neighbours by one map of the whole run."""
+    runs_by_plan = [runs_of(plan) for plan in plans]
+    spans = {span for runs in runs_by_plan for span in runs.items()}
+    collector = SpanCollector(material.stack, spans, material.model.device)
+    material.collect(collector, material.train)
     found = []
-    for plan in plans:
-        runs = runs_of(plan)
+    for plan, runs in zip(plans, runs_by_plan, strict=True):
         if not runs:
             continue
-        collector = SpanCollector(material, runs)
-        material.collect(collector, material.train)
         skips = in_place(fitted)
         for first, last in runs.items():
             whole = fit_shortcut(
-                collector.spans[first], rank=rank, ridge=RIDGE, dtype=material.model.dtype
+                collector.spans[first, last], rank=rank, ridge=RIDGE, dtype=material.model.dtype
             )
             skips[first] = Skipped(whole)
             skips[first + 1 : last + 1] = [NOTHING] * (last - first)
@@ -329,15 +286,24 @@ def bench_distil(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def run_folders(run: Path) -> dict[str, Path]:
+    """Return where a demo, or bench_policy.py, has its maps and its plans of both ways."""
+    if (run / "plain-plans").is_dir():
+        names = {"maps": "shortcuts", "plain": "plain-plans", "shortcuts": "plans"}
+    else:
+        names = {"maps": "shortcuts/maps", "plain": "plain/plans", "shortcuts": "shortcuts/plans"}
+    return {what: run / name for what, name in names.items()}
+
+
 def bench_generation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     material = Material(options, folder)
-    run: Path = options.run
-    maps = load_shortcuts(run / "shortcuts" / "maps", model=material.model)
+    folders = run_folders(options.run)
+    maps = load_shortcuts(folders["maps"], model=material.model)
     texts = material.heldout
     rows = []
     for depth in DEPTHS:
         for way in ("plain", "shortcuts"):
-            plan = plan_of_depth(read_static(run / way / "plans"), depth)
+            plan = plan_of_depth(read_static(folders[way]), depth)
             given = maps if way == "shortcuts" else None
             skips = skips_of(given, material.stack.num_layers)
             forced = score_texts(
@@ -446,7 +412,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=120)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300, help="of the distillation")
-    parser.add_argument("--run", type=Path, default=Path("runs/bench-policy/smollm2"))
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, help="folder of the texts [default: a temporary one]")
     parser.add_argument("--json", type=Path)
     parser.add_argument(

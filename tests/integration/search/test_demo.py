@@ -16,6 +16,9 @@ from dynadepth.files import sha256_file
 from dynadepth_search.cli import demo
 from dynadepth_search.cli.demo import run_demo
 from dynadepth_search.cli.demo_config import DemoConfig
+from dynadepth_search.data.kinds import KindsTask, instruction
+from dynadepth_search.data.questions import Question
+from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import silent
 from dynadepth_search.scoring.score_table import read_scores
@@ -296,6 +299,46 @@ class TestWhole:
         found = json.loads((out / "steps.json").read_text())["steps"]["train drllm"]
         assert "sharing factor" in json.dumps(found)
         assert '"sharing factor": null' in json.dumps(found)
+
+
+@pytest.mark.filterwarnings("ignore:a budget of .* gives a mean depth")
+def test_without_a_task_a_full_demo_measures_accuracy_on_questions_it_was_not_trained_on(
+    tiny_deep_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals = [f"Make thing number {number}." for number in range(60)]
+    found = [Question(goal, ("do so", "do not"), number % 2) for number, goal in enumerate(goals)]
+
+    def kinds(_cache: Path, *, train: int, heldout: int, seed: int) -> tuple[KindsTask, KindsTask]:
+        prompts = tuple(Example(prompt=instruction(goal)) for goal in goals)
+        parts = (prompts[:train], prompts[train : train + heldout])
+        first, second = (
+            KindsTask(Task("three kinds", part), ("instruction",) * len(part)) for part in parts
+        )
+        return first, second
+
+    monkeypatch.setattr(demo, "fetch_kinds", kinds)
+    monkeypatch.setattr(demo, "fetch_questions", lambda _cache, _name: found)
+    examples = [
+        Example(f"Question: {each.text}\nAnswer:", each.options, each.answer) for each in found
+    ]
+    monkeypatch.setattr(demo, "fetch_piqa", lambda _cache: examples)
+    tasks = []
+    measure = demo.evaluate
+
+    def noted(*args: Any, **how: Any) -> dict[str, Any]:
+        tasks.append((how["heldout"], how["train"]))
+        return measure(*args, **how)
+
+    monkeypatch.setattr(demo, "evaluate", noted)
+    settings = {"task": None, "quick": False, "full": True, "heldout": 10}
+    result = run_demo(config(tiny_deep_base, Path(), tmp_path / "demo", **settings))
+    assert all("accuracy" in policy["metrics"] for policy in result["piqa"]["policies"])
+    (_, (asked, train)) = tasks
+    assert len(asked.examples) == 10
+    goals_trained_on = [prompt.prompt.split("\n")[1] for prompt in train.examples]
+    assert len(goals_trained_on) == 44
+    for example in asked.examples:
+        assert example.prompt.removeprefix("Question: ").split("\n")[0] not in goals_trained_on
 
 
 def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
