@@ -13,6 +13,7 @@ from dynadepth.tree_search.config import SearchConfig
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.tuning.replay import ReplayTable, skip_subsets
 from dynadepth_search.tuning.search_tuning import SearchTuning
+from dynadepth_search.tuning.space import StudyTrial
 from dynadepth_search.tuning.studies import run_study
 from tests.tiny_scores import made_up_scores
 
@@ -150,11 +151,23 @@ class TestTuning:
         assert set(first.names).isdisjoint(second.names)
         assert len(first) == len(second) == 20
         held = np.isin(names, list(second.names))
-        moved = SearchTuning(
-            replace_values(named, np.where(held[:, None], 2 * named.values, named.values)),
-            evaluations=6,
+        tried, other = (
+            SearchTuning(
+                replace_values(named, np.where(part[:, None], named.values**3, named.values)),
+                evaluations=6,
+            )
+            for part in (~held, held)
         )
-        assert tuning.evaluate(tuning.default(), NEVER) == moved.evaluate(tuning.default(), NEVER)
+        default = tuning.default()
+        assert tuning.evaluate(default, NEVER) == other.evaluate(default, NEVER)
+        assert tuning.evaluate(default, NEVER) != tried.evaluate(default, NEVER)
+        trials = [
+            StudyTrial(
+                number=0, state="complete", params=default, values=(0.5,), default=True, notes={}
+            )
+        ]
+        assert tuning.findings(trials) == tried.findings(trials)
+        assert tuning.findings(trials) != other.findings(trials)
 
     def test_a_study_compares_on_the_other_half(self, tuning: SearchTuning, tmp_path: Any) -> None:
         trials = run_study(tmp_path, tuning, trials=14)[1]
