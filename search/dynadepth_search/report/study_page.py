@@ -103,12 +103,13 @@ def study_html(study: "optuna.Study", summary: Mapping[str, Any], facts: Mapping
         parts.append(note(found["how"]))
     if complete:
         parts += ["<h2>History</h2>", card(history_plot(study, summary))]
-    parts.append("<h2>Which settings matter</h2>")
-    parts.append(
-        card(importance_plot(study, summary))
-        if complete >= FEWEST
-        else note(f"{complete} complete trials; importances are shown from {FEWEST} on.")
-    )
+    bars = importance_plot(study, summary) if complete >= FEWEST else ""
+    few = f"{complete} complete trials; importances are shown from {FEWEST} on."
+    alike = "The trials came to so much the same that no setting can be said to matter."
+    parts += [
+        "<h2>Which settings matter</h2>",
+        card(bars) if bars else note(few if complete < FEWEST else alike),
+    ]
     parts += ["<h2>Settings</h2>", _settings(summary)]
     parts += ["<h2>What was run</h2>", *sections({"trials": summary["counts"], **facts})]
     return html_page(title, parts)

@@ -49,16 +49,19 @@ def importance_plot(study: optuna.Study, summary: Mapping[str, Any]) -> str:
         summary: What `dynadepth_search.tuning.applying.study_summary` returned.
 
     Returns:
-        An svg element.
+        An svg element; empty if trials came to so much the same that none are better than the rest.
     """
     name = summary["goals"][-1]
     with _style():
-        axes = drawn.plot_param_importances(
-            study,
-            evaluator=PedAnovaImportanceEvaluator(),
-            target=_shortfall if len(summary["goals"]) == 2 else None,
-            target_name=name,
-        )
+        try:
+            axes = drawn.plot_param_importances(
+                study,
+                evaluator=PedAnovaImportanceEvaluator(),
+                target=_shortfall if len(summary["goals"]) == 2 else None,
+                target_name=name,
+            )
+        except UserWarning:
+            return ""
         return _finished(axes, f"how much each setting matters for {name}", "importances")
 
 
@@ -122,6 +125,7 @@ def _style() -> Iterator[None]:
         # These plots are experimental in Optuna; what they draw is checked by tests.
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes", UserWarning)
+        warnings.filterwarnings("error", "Target and region quantiles", UserWarning)
         try:
             yield
         finally:

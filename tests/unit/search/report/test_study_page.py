@@ -98,6 +98,16 @@ def test_a_study_with_two_goals_shows_its_front(tmp_path: Any) -> None:
     assert "flatters itself" in study_verdict(summary)
 
 
+def test_trials_that_are_all_alike_have_no_importances(tmp_path: Any) -> None:
+    class Flat(Compared):
+        def evaluate(self, params: Any, report: Any) -> Outcome:
+            return Outcome((1.0,))
+
+    page, _ = page_of(tmp_path, Flat(), 12)
+    assert list(pictures(page)) == ["height of each trial"]
+    assert "no setting can be said to matter" in page
+
+
 def test_few_trials_have_no_importances(tmp_path: Any) -> None:
     page, _ = page_of(tmp_path, Compared(), 3)
     assert list(pictures(page)) == ["height of each trial"]
