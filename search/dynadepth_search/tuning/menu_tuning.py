@@ -13,7 +13,7 @@ from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.evaluation.intervals import paired_difference
 from dynadepth.plans import plan_text
 from dynadepth.training.menu.cross_validation import MenuCrossValidation
-from dynadepth.training.menu.fit import fit_menu, plan_order, step_alternatives
+from dynadepth.training.menu.fit import by_depth, fit_menu, plan_order, step_alternatives
 from dynadepth.training.menu.menu_data import FOLDS, MenuData, MenuRecipe
 from dynadepth.training.menu.tradeoff import at_depths, depth_curve, static_values
 from dynadepth_search.progress import Progress, silent
@@ -80,10 +80,7 @@ class MenuTuning:
             )
         self._objective, self._seed, self._progress = check_objective(objective), seed, progress
         self._data = data = menu_data(table)
-        if objective == "reward" and data.reward is None:
-            raise ConfigError(
-                "objective 'reward' needs prompts with right answers; use objective 'preserve'"
-            )
+        self._fitter = MenuCrossValidation(data, self._objective, seed)
         self._layers = step_alternatives(data)
         self._lowest = float(data.depths.min())
         if at is not None and not self._lowest <= at < 1:
@@ -92,7 +89,6 @@ class MenuTuning:
                 "to below 1"
             )
         self._at = at
-        self._fitter = MenuCrossValidation(data, self._objective, seed)
         self._fold = data.folds(seed)
         self._stored = min(views.shape[2] for views in data.views.values()) - 1
         self._identity = table_identity(table)
@@ -185,9 +181,7 @@ class MenuTuning:
     def plans(self, params: Mapping[str, Any]) -> Indices:
         """Return which plans of the table are on the menu, chosen on all prompts: the identity, then by depth."""
         order, least = self._order(np.arange(len(self._fold)))
-        taken = order[: max(least, int(params["plans"]))]
-        others = sorted(taken[1:].tolist(), key=lambda plan: (-self._data.depths[plan], plan))
-        return np.array([0, *others], dtype=np.int64)
+        return by_depth(self._data, order[: max(least, int(params["plans"]))])
 
     def qualities(self, params: Mapping[str, Any], depths: Sequence[float]) -> Floats:
         """Return what each prompt gets at given mean depths, from menus that did not learn from it.

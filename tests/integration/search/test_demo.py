@@ -318,10 +318,6 @@ def test_without_a_task_a_full_demo_measures_accuracy_on_questions_it_was_not_tr
 
     monkeypatch.setattr(demo, "fetch_kinds", kinds)
     monkeypatch.setattr(demo, "fetch_questions", lambda _cache, _name: found)
-    examples = [
-        Example(f"Question: {each.text}\nAnswer:", each.options, each.answer) for each in found
-    ]
-    monkeypatch.setattr(demo, "fetch_piqa", lambda _cache: examples)
     tasks = []
     measure = demo.evaluate
 

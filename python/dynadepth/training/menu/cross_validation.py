@@ -44,9 +44,18 @@ class MenuCrossValidation:
         data: The prompts under the plans.
         objective: `preserve` or `reward`, see `fit_menu`.
         seed: Seed of the folds and the perceptrons.
+
+    Raises:
+        ConfigError: The objective is unknown, or needs answers that the prompts do not have.
     """
 
     def __init__(self, data: MenuData, objective: str, seed: int) -> None:
+        if objective not in ("preserve", "reward"):
+            raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
+        if objective == "reward" and data.reward is None:
+            raise ConfigError(
+                "objective 'reward' needs prompts with right answers; use objective 'preserve'"
+            )
         self._data, self._seed = data, seed
         self._fold = data.folds(seed)
         self._targets = data.targets()

@@ -26,6 +26,7 @@ from dynadepth.training.menu.tradeoff import (
 
 __all__ = [
     "MenuFit",
+    "by_depth",
     "choose_plans",
     "decision_layers",
     "fit_menu",
@@ -136,7 +137,6 @@ def fit_menu(
         Our own. CARROT (arXiv 2502.03261) scores each choice with its own head and subtracts the cost; deviation:
         targets are the frozen model's own answers, so that no labels are needed.
     """
-    _check_objective(data, objective)
     fitter = MenuCrossValidation(data, objective, seed)
     single, several = _divided(data, steps)
     total = len(single) + len(several) + 1
@@ -207,14 +207,13 @@ def fit_recipe(
         ConfigError: The objective is unknown, the data has no states of a layer of the recipe, or plans differ before
             the first of them.
     """
-    _check_objective(data, objective)
+    fitter = MenuCrossValidation(data, objective, seed)
     differ = np.flatnonzero((data.plans != data.plans[0]).any(axis=0))
     if len(differ) and recipe.layers[0] > differ[0]:
         raise ConfigError(
             f"the recipe decides at layer {recipe.layers[0]}, but plans differ from layer {differ[0]} on; decide there "
             "or before"
         )
-    fitter = MenuCrossValidation(data, objective, seed)
     trial, _ = fitter.try_recipe(recipe)
     menu = fitter.train(recipe)
     return MenuFit(
@@ -269,7 +268,16 @@ def choose_plans(
     Raises:
         ConfigError: The size is below 2, or the pool has only one plan.
     """
-    taken = plan_order(data, size, objective=objective, seed=seed)[0]
+    return by_depth(data, plan_order(data, size, objective=objective, seed=seed)[0])
+
+
+def by_depth(data: MenuData, taken: Indices) -> Indices:
+    """Return plans of a menu as they stand on it: the identity first, then by descending depth.
+
+    Args:
+        data: The prompts under the pool of plans.
+        taken: Rows of the pool, the identity first. Shape (plans,), int64.
+    """
     depths = data.depths
     others = sorted(taken[1:].tolist(), key=lambda plan: (-depths[plan], plan))
     return np.array([0, *others], dtype=np.int64)
@@ -359,15 +367,6 @@ def _divided(
             f"states of layer {first}"
         )
     return [(layer,) for layer in early], [(early[-1], layer) for layer in late]
-
-
-def _check_objective(data: MenuData, objective: str) -> None:
-    if objective not in ("preserve", "reward"):
-        raise ConfigError(f"objective {objective!r} is unknown; expected preserve or reward")
-    if objective == "reward" and data.reward is None:
-        raise ConfigError(
-            "objective 'reward' needs prompts with right answers; use objective 'preserve'"
-        )
 
 
 def _part_of(menu: Menu, columns: Indices) -> Menu:

