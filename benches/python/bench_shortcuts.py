@@ -1,6 +1,6 @@
 """What shortcuts keep of a base model's own text: by rank, by prompts, by form of map, by kind, and in generation.
 
-    python benches/python/bench_shortcuts.py maps --json maps.json              (SmolLM2, half an hour)
+    python benches/python/bench_shortcuts.py maps --json maps.json
     python benches/python/bench_shortcuts.py distil --steps 300 --json distil.json
     python benches/python/bench_shortcuts.py generation --run runs/demo --heldout 200 --json generation.json
 
