@@ -56,16 +56,29 @@ def skipped_layers(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def softmax_in_float64(monkeypatch):
-    """Let eager attention keep float64: the families cast its softmax to float32, which alone is worth 1e-6."""
-    softmax = torch.nn.functional.softmax
+def float64_throughout(monkeypatch):
+    """Let a model of float64 keep it: the families cast softmax, norms and experts' scores to float32.
 
-    def keep(states, dim=None, _stacklevel=3, dtype=None):
+    That alone is worth 1e-6, wherever another batch shape or another CPU moves a value over a boundary of rounding.
+    """
+    softmax, float_, to = torch.nn.functional.softmax, torch.Tensor.float, torch.Tensor.to
+
+    def keeping(states, dim=None, _stacklevel=3, dtype=None):
         return softmax(
             states, dim=dim, dtype=states.dtype if states.dtype == torch.float64 else dtype
         )
 
-    monkeypatch.setattr(torch.nn.functional, "softmax", keep)
+    def as_float(states, *args, **kwargs):
+        return states if states.dtype == torch.float64 else float_(states, *args, **kwargs)
+
+    def converted(states, *args, **kwargs):
+        wanted = kwargs.get("dtype", args[0] if args else None)
+        keeps = states.dtype == torch.float64 and wanted is torch.float32
+        return states if keeps else to(states, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", keeping)
+    monkeypatch.setattr(torch.Tensor, "float", as_float)
+    monkeypatch.setattr(torch.Tensor, "to", converted)
 
 
 def pytest_terminal_summary(terminalreporter):
