@@ -39,6 +39,9 @@ class Forest:
         temperature: float,
         prior_weight: float,
         random_child: float,
+        interaction: float,
+        noise: float,
+        stop_at: float,
     ) -> Forest: ...
     def ask(
         self, max_plans: int

@@ -23,7 +23,7 @@ def search_configs(draw, num_layers, **fixed):
         "max_evaluations": draw(st.integers(1, 30)),
         "depth_penalty": draw(st.sampled_from([0.0, 0.3, 2.0])),
         "exploration": draw(st.sampled_from([0.0, 0.5, 3.0])),
-        "selection": draw(st.sampled_from(["puct", "drllm"])),
+        "selection": draw(st.sampled_from(["posterior", "puct", "drllm"])),
         "protect": tuple(draw(st.lists(st.integers(0, num_layers - 1), max_size=2))),
         "max_depth": draw(st.sampled_from([1.0, 1.25, 2.0])),
         "max_repeats": draw(st.integers(0, 3)),
@@ -34,6 +34,9 @@ def search_configs(draw, num_layers, **fixed):
         "temperature": draw(st.sampled_from([0.1, 1.0, 4.0])),
         "prior_weight": draw(st.sampled_from([0.0, 0.5, 3.0])),
         "random_child": draw(st.sampled_from([0.0, 0.0, 0.3])),
+        "interaction": draw(st.sampled_from([0.0, 0.03, 1.0])),
+        "noise": draw(st.sampled_from([0.01, 0.5])),
+        "stop_at": draw(st.sampled_from([0.0, 0.0, 1.0])),
     }
     return SearchConfig(**{**settings, **fixed})
 

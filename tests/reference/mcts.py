@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field
 
 from dynadepth.tree_search.forest import EditPrior, SearchConfig
+from tests.reference.posterior import Climber, variances
 
 MASK = 2**64 - 1
 LEAST_WEIGHT = 1e-9
@@ -102,7 +103,7 @@ class Rules:
         return reward - self.config.depth_penalty * self.depth(plan)
 
     def signal(self, plan, reward):
-        return self.value(plan, reward) if self.config.selection == "puct" else reward
+        return reward if self.config.selection == "drllm" else self.value(plan, reward)
 
 
 class Beliefs:
@@ -110,7 +111,7 @@ class Beliefs:
 
     def __init__(self, rules, prior):
         config, num_layers = rules.config, rules.num_layers
-        step = config.depth_penalty / num_layers if config.selection == "puct" else 0.0
+        step = 0.0 if config.selection == "drllm" else config.depth_penalty / num_layers
         reachable = rules.reachable_edits()
         self.effect = [0.0] * (2 * num_layers)
         for edit in reachable:
@@ -124,6 +125,8 @@ class Beliefs:
         for edit in reachable:
             scaled = (self.effect[edit] - best) / (config.temperature * self.spread)
             self.weight[edit] = max(math.exp(scaled), LEAST_WEIGHT)
+        self.variance, self.scale = variances(prior, reachable, 2 * num_layers, self.spread)
+        self.measured = prior is not None
 
 
 @dataclass
@@ -161,6 +164,8 @@ class Tree:
     spent: int = 0
     spreads: list = field(default_factory=list)
     changes: dict = field(default_factory=dict)
+    climber: Climber | None = None
+    stopped: bool = False
 
     def open_search(self):
         self.nodes[self.rules.identity] = Node(0.0)
@@ -194,7 +199,10 @@ class Tree:
             self.edges.setdefault(step, Edge()).open += 1
         self.evaluations.append(Evaluation(plans[-1], path))
 
-    def learn(self):
+    def learn(self, beliefs):
+        if self.rules.config.selection == "posterior":
+            self.learn_gains(beliefs)
+            return
         root = self.nodes[self.rules.identity]
         for evaluation in self.evaluations[self.learned :]:
             if evaluation.path is None:
@@ -222,9 +230,40 @@ class Tree:
                 self.spreads.append(abs(signal - root.signal))
         self.learned = len(self.evaluations)
 
+    def learn_gains(self, beliefs):
+        if self.climber is None:
+            self.climber = Climber(self.rules, beliefs)
+        values = [self.rules.value(one.plan, one.reward) for one in self.evaluations]
+        told = []
+        for index in range(self.learned, len(self.evaluations)):
+            one = self.evaluations[index]
+            if one.plan not in self.climber.asked:
+                self.climber.add(one.plan)
+            if index > 0:
+                told.append((values[index] - values[0], one.plan))
+        self.climber.tell(told)
+        self.learned = len(self.evaluations)
+
+    def climb(self, count):
+        if self.climber.is_done():
+            self.stopped = True
+            return
+        for _ in range(count):
+            plan = self.climber.next(self.rng)
+            if plan is None:
+                return
+            self.climber.add(plan)
+            self.evaluations.append(Evaluation(plan, None))
+            self.spent += 1
+
     def choose_round(self, beliefs):
         config = self.rules.config
-        for _ in range(min(config.round_size, max(0, config.max_evaluations - self.spent))):
+        count = min(config.round_size, max(0, config.max_evaluations - self.spent))
+        if config.selection == "posterior":
+            if not self.stopped:
+                self.climb(count)
+            return
+        for _ in range(count):
             path = self.descend(beliefs)
             if path is None:
                 return
@@ -360,14 +399,14 @@ class ReferenceForest:
             return
         for tree in sorted(touched):
             if self.trees[tree].settled():
-                self.trees[tree].learn()
+                self.trees[tree].learn(self.beliefs)
                 self.trees[tree].choose_round(self.beliefs)
 
     def start_search(self):
         self.beliefs = Beliefs(self.rules, self.prior)
         for tree in self.trees:
             if tree.evaluations:
-                tree.learn()
+                tree.learn(self.beliefs)
                 tree.choose_round(self.beliefs)
             else:
                 tree.open_search()

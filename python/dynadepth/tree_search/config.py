@@ -27,6 +27,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (1e-3, 1e6),
     "prior_weight": (0, 1e6),
     "random_child": (0, 1),
+    "interaction": (0, 1e6),
+    "noise": (1e-6, 1e6),
+    "stop_at": (0, 1e6),
 }
 
 
@@ -34,16 +37,18 @@ _RANGES: dict[str, tuple[float, float]] = {
 class SearchConfig:
     """Settings of the search.
 
-    `exploration` and `virtual_loss` are in units of the tree's spread (the median difference in value between its
-    told plans and the identity plan), `temperature` in units of the prior's spread (the median size of its effects),
-    so that they do not depend on the scale of the rewards. With `"drllm"`, `exploration` is in units of the reward, as
-    in the paper.
+    Under `"posterior"`, the rule that measures best, `exploration` is in standard deviations of the posterior. Under
+    `"puct"`, `exploration` (0.5 suits it) and `virtual_loss` are in units of the tree's spread (the median difference
+    in value between its told plans and the identity plan), `temperature` in units of the prior's spread (the median
+    size of its effects). None of them depends on the scale of the rewards. Under `"drllm"`, `exploration` is in units
+    of the reward, as in the paper. `virtual_loss` is not used under `"posterior"`, `temperature` and `prior_weight`
+    only under `"puct"`, `interaction`, `noise` and `stop_at` only under `"posterior"`.
 
     Args:
         max_evaluations: Plans evaluated for each tree, including the identity plan but not those of the probe.
         depth_penalty: What a depth of 1 costs, in units of reward: value = reward - depth_penalty * depth.
-        exploration: Weight c of the exploration bonus.
-        selection: Rule of descent: `"puct"`, or `"drllm"` for that of the Dr.LLM paper.
+        exploration: Weight of the exploration bonus.
+        selection: Rule of descent: `"posterior"`, `"puct"`, or `"drllm"` for that of the Dr.LLM paper.
         protect: Layers that stay at EXECUTE.
         max_depth: Largest depth of a plan, 1 to 2. At 1 a REPEAT needs a SKIP in the same plan.
         max_repeats: Maximum number of REPEATs in a plan.
@@ -54,19 +59,23 @@ class SearchConfig:
         temperature: Flatness of the prior probabilities of the edits.
         prior_weight: Weight of the prior, in units of a tree's own measurements of an edit.
         random_child: Probability that a step of a descent takes a random child instead of the best.
+        interaction: Variance of the interaction of two edits, in units of the mean variance of an effect over prompts.
+        noise: Variance of a reward around the model of edits and pairs, in the same units.
+        stop_at: A tree stops when no plan that it finds promises more than the best one told, at so many standard
+            deviations; 0: only when its evaluations are spent.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
 
     Example:
         >>> SearchConfig(max_evaluations=50).selection
-        'puct'
+        'posterior'
     """
 
     max_evaluations: int = 24
     depth_penalty: float = 1.0
-    exploration: float = 0.5
-    selection: Literal["puct", "drllm"] = "puct"
+    exploration: float = 5.0
+    selection: Literal["posterior", "puct", "drllm"] = "posterior"
     protect: tuple[int, ...] = ()
     max_depth: float = 1.0
     max_repeats: int = 2
@@ -77,6 +86,9 @@ class SearchConfig:
     temperature: float = 4.0
     prior_weight: float = 0.5
     random_child: float = 0.0
+    interaction: float = 0.03
+    noise: float = 0.01
+    stop_at: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -103,9 +103,12 @@ class Forest:
         ConfigError: A setting, the seed, the keys or the prior do not fit.
 
     Source:
-        The rule `"puct"` is that of AlphaZero (Silver et al., Science 2018) on a graph of plans; deviations: a child
-        that has not been asked has its prior mean, and the bonus is in units of the tree's own spread. `"drllm"` is the
-        rule of Dr.LLM (arXiv 2510.12773) on the same graph.
+        The rule `"posterior"` takes the child of highest upper confidence bound under Bayesian linear regression on
+        edits (as LinUCB, Li et al., WWW 2010); deviations: the mean also knows pairs of edits, how strong these and the
+        noise are is chosen by each tree's evidence, and every second plan is looked for close to the best one. `"puct"`
+        is the rule of AlphaZero (Silver et al., Science 2018) on a graph of plans; deviations: a child that has not
+        been asked has its prior mean, and the bonus is in units of the tree's own spread. `"drllm"` is the rule of
+        Dr.LLM (arXiv 2510.12773) on the same graph.
 
     Example:
         >>> config = SearchConfig(max_evaluations=8, probe_trees=0)
@@ -162,7 +165,7 @@ class Forest:
 
     @property
     def finished(self) -> bool:
-        """Whether every tree has used up its evaluations or plans and has been told all rewards."""
+        """Whether every tree has stopped or used up its evaluations or plans, and has been told all rewards."""
         return self._core.finished
 
     def tree_finished(self, tree: int) -> bool:

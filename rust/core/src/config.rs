@@ -16,6 +16,8 @@ const MAX_FACTOR: f64 = 1e6;
 /// How a descent chooses among the children of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Selection {
+    /// The upper confidence bound of a posterior over edits and pairs of edits, see [`Forest`](crate::Forest).
+    Posterior,
     /// Mean value below the child plus a bonus that its prior shares out.
     Puct,
     /// The rule of Dr.LLM (arXiv 2510.12773): mean reward, a UCT bonus, minus the weighted depth of the child.
@@ -29,7 +31,7 @@ pub struct SearchConfig {
     pub max_evaluations: u32,
     /// What a depth of 1 costs, in units of reward: value = reward - `depth_penalty` * depth.
     pub depth_penalty: f64,
-    /// Weight `c` of the exploration bonus.
+    /// Weight of the exploration bonus; standard deviations under [`Selection::Posterior`].
     pub exploration: f64,
     /// Rule of descent.
     pub selection: Selection,
@@ -53,6 +55,13 @@ pub struct SearchConfig {
     pub prior_weight: f64,
     /// Chance that a step of a descent takes any child rather than the best.
     pub random_child: f64,
+    /// Variance of the interaction of two edits, in units of the mean variance of an effect.
+    pub interaction: f64,
+    /// Variance of a reward around the model of edits and pairs, in the same units.
+    pub noise: f64,
+    /// A tree stops when no plan that it finds promises more than its best one at so many standard deviations;
+    /// 0: it never stops early.
+    pub stop_at: f64,
 }
 
 impl Default for SearchConfig {
@@ -60,8 +69,8 @@ impl Default for SearchConfig {
         Self {
             max_evaluations: 24,
             depth_penalty: 1.0,
-            exploration: 0.5,
-            selection: Selection::Puct,
+            exploration: 5.0,
+            selection: Selection::Posterior,
             protect: Vec::new(),
             max_depth: 1.0,
             max_repeats: 2,
@@ -72,6 +81,9 @@ impl Default for SearchConfig {
             temperature: 4.0,
             prior_weight: 0.5,
             random_child: 0.0,
+            interaction: 0.03,
+            noise: 0.01,
+            stop_at: 0.0,
         }
     }
 }
@@ -103,6 +115,8 @@ impl SearchConfig {
             ("exploration", self.exploration, MAX_FACTOR),
             ("virtual_loss", self.virtual_loss, MAX_FACTOR),
             ("prior_weight", self.prior_weight, MAX_FACTOR),
+            ("interaction", self.interaction, MAX_FACTOR),
+            ("stop_at", self.stop_at, MAX_FACTOR),
         ];
         for (name, value, most) in finite {
             if !(0.0..=most).contains(&value) {
@@ -120,6 +134,10 @@ impl SearchConfig {
                 &self.temperature,
                 &format!("1e-3 to {MAX_FACTOR:e}"),
             ));
+        }
+        if !(1e-6..=MAX_FACTOR).contains(&self.noise) {
+            let expected = format!("1e-6 to {MAX_FACTOR:e}");
+            return Err(setting("noise", &self.noise, &expected));
         }
         if !(0.0..=1.0).contains(&self.random_child) {
             return Err(setting(
@@ -198,6 +216,18 @@ mod tests {
             },
             SearchConfig {
                 random_child: 1.5,
+                ..base()
+            },
+            SearchConfig {
+                interaction: -0.1,
+                ..base()
+            },
+            SearchConfig {
+                noise: 0.0,
+                ..base()
+            },
+            SearchConfig {
+                stop_at: f64::NAN,
                 ..base()
             },
             SearchConfig {

@@ -8,6 +8,8 @@ use crate::prior::EditPrior;
 
 /// The prior probability of an edit never falls below this share of the best one's.
 const LEAST_WEIGHT: f64 = 1e-9;
+/// How many prompts the mean variance counts for, against those that measured an edit's own.
+const PROMPTS_SHRUNK_BY: f64 = 4.0;
 
 /// Returns the layer of an edit and the action it puts there.
 pub(crate) fn target(edit: usize, num_layers: usize) -> (usize, u8) {
@@ -25,6 +27,14 @@ pub(crate) fn edit_of(layer: usize, action: u8, num_layers: usize) -> Option<usi
         REPEAT => Some(num_layers + layer),
         _ => None,
     }
+}
+
+/// Returns the edits of a plan, ascending: its skips, then its repeats.
+pub(crate) fn edits_of(plan: &[u8]) -> Vec<usize> {
+    let with = |action: u8| (0..plan.len()).filter(move |&layer| plan[layer] == action);
+    with(SKIP)
+        .chain(with(REPEAT).map(|layer| plan.len() + layer))
+        .collect()
 }
 
 /// How much of each cap a plan uses.
@@ -131,8 +141,8 @@ fn visits_within(max_depth: f64, num_layers: usize) -> u32 {
 
 /// What is believed of each edit before a search: its effect on the signal, and its weight among the children.
 ///
-/// The *signal* is what a descent averages: the value under [`Selection::Puct`], the reward under
-/// [`Selection::DrLlm`], which subtracts the depth by itself.
+/// The *signal* is what a descent goes by: the reward under [`Selection::DrLlm`], which subtracts the depth by itself,
+/// and the value under the other rules.
 #[derive(Debug, Clone)]
 pub(crate) struct Guide {
     /// Mean change of the signal by each edit.
@@ -141,6 +151,12 @@ pub(crate) struct Guide {
     pub(crate) weight: Vec<f64>,
     /// Spread of the effects: the unit of the exploration bonus before a tree has seen its own.
     pub(crate) spread: f64,
+    /// Variance of each effect over prompts, in units of the mean one; 1 where it is not known.
+    pub(crate) variance: Vec<f64>,
+    /// The mean variance of an effect, in squared units of reward; the squared spread if it is not known.
+    pub(crate) scale: f64,
+    /// Whether there is a prior.
+    pub(crate) measured: bool,
 }
 
 impl Guide {
@@ -148,7 +164,7 @@ impl Guide {
     pub(crate) fn new(limits: &Limits, config: &SearchConfig, prior: Option<&EditPrior>) -> Self {
         let num_layers = limits.num_layers;
         let step = match config.selection {
-            Selection::Puct => depth_step(config, num_layers),
+            Selection::Posterior | Selection::Puct => depth_step(config, num_layers),
             Selection::DrLlm => 0.0,
         };
         let reachable: Vec<usize> = (0..limits.num_edits())
@@ -175,12 +191,39 @@ impl Guide {
             let scaled = (effect[edit] - best) / (config.temperature * spread);
             weight[edit] = scaled.exp().max(LEAST_WEIGHT);
         }
+        let (variance, mean_variance) = prior
+            .and_then(|prior| variances(prior, &reachable))
+            .unwrap_or_else(|| (vec![1.0; limits.num_edits()], spread * spread));
         Self {
             effect,
             weight,
             spread,
+            variance,
+            scale: mean_variance,
+            measured: prior.is_some(),
         }
     }
+}
+
+/// Returns the variance of each edit's effect in units of their mean, shrunk towards it since few prompts measured it,
+/// and the mean; `None` if none varies. What one prompt's effect may be includes what its mean is not known by.
+fn variances(prior: &EditPrior, reachable: &[usize]) -> Option<(Vec<f64>, f64)> {
+    let count = f64::from(prior.count.max(1));
+    let mut total = 0.0;
+    for &edit in reachable {
+        total += prior.variance[edit];
+    }
+    #[allow(clippy::cast_precision_loss)] // at most 2 * MAX_LAYERS
+    let mean = total / reachable.len().max(1) as f64;
+    if mean <= 0.0 {
+        return None;
+    }
+    let mut variance = vec![1.0; prior.variance.len()];
+    for &edit in reachable {
+        variance[edit] =
+            (count * prior.variance[edit] / mean + PROMPTS_SHRUNK_BY) / (count + PROMPTS_SHRUNK_BY);
+    }
+    Some((variance, mean * (1.0 + 1.0 / count)))
 }
 
 /// What one visit costs, in units of reward.

@@ -29,8 +29,15 @@ pub struct AskBatch {
 /// that keep the caps, so every legal plan can be reached, no plan is its own descendant, and taking an edit back is
 /// another branch. Orders of the same edits meet in one node.
 ///
-/// A descent from the identity plan takes the child of highest score, until it meets a plan that has not been asked.
-/// Under [`Selection::Puct`](crate::Selection::Puct) the score is `Q + c * unit * P * sqrt(N) / (1 + n)`:
+/// Under [`Selection::Posterior`](crate::Selection::Posterior) each tree has a Gaussian posterior over the effects of
+/// edits and of pairs of edits, its prior that of the probe; how strong pairs and noise are is what makes the gains told
+/// likeliest. A descent from the identity plan takes the child of highest `mean + exploration * deviation` while that
+/// rises; of all the children on its way, the best that has not been asked is asked. For every second plan the deviation
+/// counts a fifth, and plans beside the best one told are looked at too: one edit more, one fewer, or another in its
+/// place. If `stop_at` is above 0, a tree stops early when no plan that it finds like this promises more than the best
+/// one told, at `stop_at` deviations.
+///
+/// Under the other rules a descent takes the child of highest score, until it meets a plan that has not been asked. Under [`Selection::Puct`](crate::Selection::Puct) the score is `Q + c * unit * P * sqrt(N) / (1 + n)`:
 ///
 /// * `Q` is the mean value of the told descents through the child, whichever parent they came by. A child that has not
 ///   been asked has its parent's own value plus what its edit is expected to change; that is the mean of what the edit
@@ -285,7 +292,7 @@ impl Forest {
         for &tree in touched {
             let tree = &mut trees[tree];
             if tree.is_settled() {
-                tree.learn(&shared);
+                tree.learn(guide, &shared);
                 tree.choose_round(guide, &shared);
             }
         }
@@ -308,7 +315,7 @@ impl Forest {
             if tree.evaluations.is_empty() {
                 tree.open_search(&shared);
             } else {
-                tree.learn(&shared);
+                tree.learn(&guide, &shared);
                 tree.choose_round(&guide, &shared);
             }
         }

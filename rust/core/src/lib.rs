@@ -7,12 +7,15 @@
 //! Same inputs, same results, bit for bit in one build: no hash map is iterated, ties go to the lowest index, and
 //! random numbers come from [`rng::SplitMix64`].
 
+mod climb;
 pub mod config;
 mod edits;
 pub mod error;
+mod evaluation;
 mod forest;
 mod node;
 pub mod plan;
+mod posterior;
 mod prior;
 mod probe;
 mod results;

@@ -1,10 +1,10 @@
 //! The probe: every single edit, on a few trees, to learn what each does on average.
 
 use crate::edits::{target, Limits};
+use crate::evaluation::Evaluation;
 use crate::plan::EXECUTE;
 use crate::rng::SplitMix64;
 use crate::spec::ForestSpec;
-use crate::tree::Evaluation;
 
 /// Chooses the trees to probe, ascending: those whose key hashes lowest, so that the order of the trees matters only
 /// between equal keys.

@@ -3,8 +3,8 @@
 use std::cmp::Ordering;
 
 use crate::config::SearchConfig;
+use crate::evaluation::{value, Evaluation};
 use crate::plan::{depth, visits};
-use crate::tree::{value, Evaluation};
 
 /// An evaluated plan.
 #[derive(Debug, Clone, PartialEq)]

@@ -36,7 +36,8 @@ pub(crate) type Score = (f64, f64);
 /// Scores a child by the rule of the settings.
 pub(crate) fn score(config: &SearchConfig, parent: &ParentView, child: &ChildView) -> Score {
     match config.selection {
-        Selection::Puct => (puct(config, parent, child), 0.0),
+        // A descent by the posterior scores children by itself.
+        Selection::Puct | Selection::Posterior => (puct(config, parent, child), 0.0),
         Selection::DrLlm => drllm(config, parent, child),
     }
 }

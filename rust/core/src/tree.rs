@@ -4,23 +4,14 @@
 //! the order of the plans, when the last one is told. So neither the order of the tells nor what other trees do
 //! changes what it asks.
 
+use crate::climb::Climber;
 use crate::config::{SearchConfig, Selection};
 use crate::edits::{positive_median, target, Guide, Limits};
+use crate::evaluation::{value, Evaluation};
 use crate::node::{Graph, Node, ROOT};
 use crate::plan::{self, SKIP};
 use crate::rng::SplitMix64;
 use crate::select::{score, ChildView, ParentView, Score};
-
-/// A plan that was chosen, and its reward once told.
-#[derive(Debug, Clone)]
-pub(crate) struct Evaluation {
-    pub(crate) plan: Box<[u8]>,
-    /// Edits from the root, in the order of the descent; `None` if the plan is outside the graph.
-    path: Option<Vec<usize>>,
-    pub(crate) reward: Option<f64>,
-    /// Whether the plan keeps the caps; the probe goes beyond them.
-    pub(crate) admitted: bool,
-}
 
 /// The changes of the signal by one edit, from a told plan to a told plan with that edit more.
 #[derive(Debug, Clone, Copy, Default)]
@@ -53,6 +44,10 @@ pub(crate) struct Tree {
     spreads: Vec<f64>,
     /// What each edit has changed in this tree.
     changes: Vec<Change>,
+    /// Under the posterior's rule, in place of the graph; `None` before the prior is known.
+    climber: Option<Climber>,
+    /// Whether the posterior has ended the search before its evaluations were spent.
+    stopped: bool,
     rng: SplitMix64,
 }
 
@@ -67,6 +62,8 @@ impl Tree {
             spent: 0,
             spreads: Vec::new(),
             changes: vec![Change::default(); 2 * num_layers],
+            climber: None,
+            stopped: false,
             rng,
         }
     }
@@ -111,14 +108,20 @@ impl Tree {
     }
 
     /// Learns from a settled round.
-    pub(crate) fn learn(&mut self, shared: &Shared<'_>) {
+    pub(crate) fn learn(&mut self, guide: &Guide, shared: &Shared<'_>) {
+        if shared.config.selection == Selection::Posterior {
+            self.learn_gains(guide, shared);
+            return;
+        }
         for index in self.round_start..self.evaluations.len() {
             let evaluation = &self.evaluations[index];
             let (Some(path), Some(reward)) = (&evaluation.path, evaluation.reward) else {
                 continue;
             };
             let signal = match shared.config.selection {
-                Selection::Puct => value(reward, &evaluation.plan, shared.config),
+                Selection::Posterior | Selection::Puct => {
+                    value(reward, &evaluation.plan, shared.config)
+                }
                 Selection::DrLlm => reward,
             };
             self.graph.close(path, signal);
@@ -135,9 +138,65 @@ impl Tree {
         self.round_start = self.evaluations.len();
     }
 
+    /// Learns the gains of a settled round over the identity plan, whose reward is the first that is told.
+    fn learn_gains(&mut self, guide: &Guide, shared: &Shared<'_>) {
+        let config = shared.config;
+        let base = self.evaluations.first().and_then(|identity| {
+            let reward = identity.reward?;
+            Some(value(reward, &identity.plan, config))
+        });
+        let climber = self
+            .climber
+            .get_or_insert_with(|| Climber::new(guide, config));
+        let mut told = Vec::new();
+        for (index, evaluation) in self.evaluations.iter().enumerate().skip(self.round_start) {
+            if !evaluation.noted {
+                climber.add(&evaluation.plan, guide, shared.limits);
+            }
+            if let (Some(base), Some(reward), true) = (base, evaluation.reward, index > 0) {
+                let gain = value(reward, &evaluation.plan, config) - base;
+                told.push((gain, evaluation.admitted, &*evaluation.plan));
+            }
+        }
+        climber.tell(&told, guide);
+        self.round_start = self.evaluations.len();
+    }
+
+    /// Chooses plans by the posterior, each in the light of those chosen before it.
+    fn climb(&mut self, count: u32, guide: &Guide, shared: &Shared<'_>) {
+        let Some(climber) = &mut self.climber else {
+            return;
+        };
+        if shared.config.stop_at > 0.0 && climber.is_done(guide, shared.limits, shared.config) {
+            self.stopped = true;
+            return;
+        }
+        for _ in 0..count {
+            let next = climber.next(guide, shared.limits, shared.config, &mut self.rng);
+            let Some(next) = next else {
+                break;
+            };
+            climber.add(&next.plan, guide, shared.limits);
+            self.evaluations.push(Evaluation {
+                admitted: shared.limits.admits(&next.plan),
+                plan: next.plan,
+                path: None,
+                reward: None,
+                noted: true,
+            });
+            self.spent += 1;
+        }
+    }
+
     /// Chooses the plans of the next round; none if the evaluations are spent or nothing is left to ask.
     pub(crate) fn choose_round(&mut self, guide: &Guide, shared: &Shared<'_>) {
         let left = shared.config.max_evaluations.saturating_sub(self.spent);
+        if shared.config.selection == Selection::Posterior {
+            if !self.stopped {
+                self.climb(left.min(shared.config.round_size), guide, shared);
+            }
+            return;
+        }
         for _ in 0..left.min(shared.config.round_size) {
             let Some(path) = self.descend(guide, shared) else {
                 break;
@@ -262,13 +321,9 @@ impl Tree {
             path,
             reward: None,
             admitted,
+            noted: false,
         });
     }
-}
-
-/// What the search maximises: reward - `depth_penalty` * depth.
-pub(crate) fn value(reward: f64, plan: &[u8], config: &SearchConfig) -> f64 {
-    reward - config.depth_penalty * plan::depth(plan)
 }
 
 #[cfg(test)]
@@ -293,7 +348,7 @@ mod tests {
             for index in tree.round_start..tree.evaluations.len() {
                 tree.tell(index, rewards.below(40) as f64 / 4.0);
             }
-            tree.learn(&shared);
+            tree.learn(&guide, &shared);
             tree.choose_round(&guide, &shared);
         }
         tree
@@ -339,6 +394,8 @@ mod tests {
     fn a_search_branches() {
         let config = SearchConfig {
             max_evaluations: 50,
+            exploration: 0.5,
+            selection: Selection::Puct,
             ..SearchConfig::default()
         };
         let tree = searched(&config, 8, 3);

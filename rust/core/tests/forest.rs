@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::{all_plans, finish, keeps_caps, reward, specs, tree_seed};
-use dynadepth_core::{Error, Forest, ForestSpec, Result, SearchConfig};
+use dynadepth_core::{Error, Forest, ForestSpec, Result, SearchConfig, Selection};
 use proptest::prelude::*;
 
 fn fail(error: &Error) -> TestCaseError {
@@ -92,6 +92,20 @@ proptest! {
         let expected = finish(&mut alone, 1000).map_err(|error| fail(&error))?;
         let given = finish(&mut together, max_plans).map_err(|error| fail(&error))?;
         prop_assert_eq!(given.last(), expected.last());
+    }
+
+    #[test]
+    fn stopping_early_only_ends_a_search(mut spec in specs(), stop_at in 0.1_f64..4.0, max_plans in 1_usize..12) {
+        spec.config.selection = Selection::Posterior;
+        let mut never = Forest::new(spec.clone()).map_err(|error| fail(&error))?;
+        let expected = finish(&mut never, max_plans).map_err(|error| fail(&error))?;
+        spec.config.stop_at = stop_at;
+        let mut early = Forest::new(spec).map_err(|error| fail(&error))?;
+        let given = finish(&mut early, max_plans).map_err(|error| fail(&error))?;
+        for (tree, (given, expected)) in given.iter().zip(&expected).enumerate() {
+            prop_assert!(expected.starts_with(given));
+            prop_assert!(early.tree_finished(tree).map_err(|error| fail(&error))?);
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl PyForest {
     #[new]
     #[pyo3(signature = (num_layers, tree_keys, *, seed, prior, max_evaluations, depth_penalty, exploration, selection,
                         protect, max_depth, max_repeats, max_edits, virtual_loss, probe_trees, round_size, temperature,
-                        prior_weight, random_child))]
+                        prior_weight, random_child, interaction, noise, stop_at))]
     #[allow(clippy::too_many_arguments)] // one for each setting, all by keyword
     fn new(
         py: Python<'_>,
@@ -71,6 +71,9 @@ impl PyForest {
         temperature: f64,
         prior_weight: f64,
         random_child: f64,
+        interaction: f64,
+        noise: f64,
+        stop_at: f64,
     ) -> PyResult<Self> {
         let config = SearchConfig {
             max_evaluations,
@@ -87,6 +90,9 @@ impl PyForest {
             temperature,
             prior_weight,
             random_child,
+            interaction,
+            noise,
+            stop_at,
         };
         let prior = prior.map(|(mean, variance, count)| EditPrior {
             mean: mean.as_array().to_vec(),
@@ -191,10 +197,11 @@ impl PyForest {
 
 fn selection_of(name: &str) -> PyResult<Selection> {
     match name {
+        "posterior" => Ok(Selection::Posterior),
         "puct" => Ok(Selection::Puct),
         "drllm" => Ok(Selection::DrLlm),
         _ => Err(ConfigError::new_err(format!(
-            "the setting selection is '{name}'; expected 'puct' or 'drllm'"
+            "the setting selection is '{name}'; expected 'posterior', 'puct' or 'drllm'"
         ))),
     }
 }

@@ -4,6 +4,7 @@ Each command checks its options, loads what they name and calls functions that a
 imports are inside the commands.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,8 +114,13 @@ def search_prompts(
     scoring: Scoring = "raw",
     chat: Chat = False,
     evaluations: Annotated[
-        int, typer.Option("--evaluations", min=2, help="Number of plans evaluated for each prompt")
-    ] = 24,
+        int,
+        typer.Option(
+            "--evaluations",
+            min=2,
+            help="Maximum number of plans evaluated for each prompt; a search with nothing left to gain stops early",
+        ),
+    ] = 40,
     probe: Annotated[
         int,
         typer.Option(
@@ -138,14 +144,14 @@ def search_prompts(
     as_json: Json = False,
 ) -> None:
     """Search for the best plan of each prompt, its label; a run that was killed continues."""
-    from dynadepth.tree_search.config import SearchConfig
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.scoring.objectives import check_objective
     from dynadepth_search.search import per_prompt
     from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
     from dynadepth_search.storage.labels import read_labels
 
-    forest = SearchConfig(
+    forest = replace(
+        PromptSearchSpec().config,
         max_evaluations=evaluations,
         probe_trees=probe,
         protect=layer_numbers(protect, "--protect"),

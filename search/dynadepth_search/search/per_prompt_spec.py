@@ -31,7 +31,9 @@ class PromptSearchSpec:
         ConfigError: A value has the wrong type or is out of range.
     """
 
-    config: SearchConfig = field(default_factory=lambda: SearchConfig(probe_trees=8))
+    config: SearchConfig = field(
+        default_factory=lambda: SearchConfig(max_evaluations=40, probe_trees=8, stop_at=1.5)
+    )
     objective: Objective = "preserve"
     depth_penalty: float | None = None
     seed: int = 0

@@ -55,7 +55,8 @@ class SearchTuning:
         round_size: int = 4,
         seed: int = 0,
     ) -> None:
-        self._base = replace(PromptSearchSpec().config, round_size=round_size)
+        # Trials are compared at equal evaluations, so none stops early.
+        self._base = replace(PromptSearchSpec().config, round_size=round_size, stop_at=0.0)
         names = range(len(table)) if table.names is None else table.names
         if len(set(names)) < 2 * _FEWEST or evaluations < 4 or task_prompts < 1:
             raise ConfigError(
@@ -104,10 +105,9 @@ class SearchTuning:
         # The probe leaves three evaluations for each prompt.
         most = (self._evaluations - 3) * self._task_prompts // self._probe_edits
         return (
-            Setting(name="exploration", low=0.02, high=10.0, log=True),
-            Setting(name="virtual_loss", low=1e-3, high=1.0, log=True),
-            Setting(name="temperature", low=0.1, high=100.0, log=True),
-            Setting(name="prior_weight", low=0.02, high=20.0, log=True),
+            Setting(name="exploration", low=0.2, high=20.0, log=True),
+            Setting(name="interaction", low=1e-3, high=1.0, log=True),
+            Setting(name="noise", low=1e-4, high=1.0, log=True),
             Setting(name="random_child", low=0.0, high=0.5),
             Setting(
                 name="probe_trees",

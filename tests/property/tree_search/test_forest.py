@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def keeps_caps(plan, config):
 @given(st.data())
 def test_enough_evaluations_find_the_best_plan_of_all(data):
     num_layers = data.draw(st.integers(1, 4))
-    config = data.draw(search_configs(num_layers, max_evaluations=200))
+    config = data.draw(search_configs(num_layers, max_evaluations=200, stop_at=0.0))
     seed = data.draw(st.integers(0, 1000))
     forest = Forest(num_layers, 1, config=config, seed=seed)
     finish(forest, keyed_reward(seed, [seed]))
@@ -106,7 +107,8 @@ def test_a_label_depends_on_the_prompt_alone(data):
 def test_the_unit_of_the_reward_does_not_matter(data):
     """Rewards, penalty and prior in another unit (a power of two, so that nothing rounds): the same plans."""
     num_layers = data.draw(st.integers(2, 6))
-    config = data.draw(search_configs(num_layers, selection="puct"))
+    rule = data.draw(st.sampled_from(["posterior", "puct"]))
+    config = data.draw(search_configs(num_layers, selection=rule))
     seed = data.draw(st.integers(0, 1000))
     assume(config.depth_penalty > 0 or config.probe_trees > 0)
     unit = data.draw(st.sampled_from([2.0**-12, 2.0**9]))
@@ -120,6 +122,36 @@ def test_the_unit_of_the_reward_does_not_matter(data):
     ]
     for tree in range(2):
         assert asked_plans(forests[0], tree) == asked_plans(forests[1], tree)
+
+
+@given(st.data())
+def test_a_search_that_stops_early_is_the_beginning_of_one_that_does_not(data):
+    """Stopping only ends a search: what was asked before does not depend on it."""
+    num_layers = data.draw(st.integers(2, 8))
+    config = data.draw(search_configs(num_layers, selection="posterior", max_evaluations=40))
+    seed = data.draw(st.integers(0, 1000))
+    prior = random_prior(num_layers, seed) if data.draw(st.booleans()) else None
+    asked = []
+    for stop_at in (data.draw(st.sampled_from([0.1, 0.5, 1.5, 3.0])), 0.0):
+        settings = replace(config, stop_at=stop_at)
+        forest = Forest(num_layers, 2, config=settings, seed=seed, prior=prior)
+        finish(forest, keyed_reward(seed, [0, 1]))
+        asked.append([asked_plans(forest, tree) for tree in range(2)])
+    for tree in range(2):
+        early, never = (plans[tree] for plans in asked)
+        assert early == never[: len(early)]
+
+
+def test_a_prompt_with_nothing_to_gain_stops_at_once():
+    """Where the probe says that every edit harms, and it does, a label takes few evaluations; else it goes on."""
+    harm = EditPrior(np.full(24, -1.0), np.full(24, 0.04), 16)
+    config = SearchConfig(max_evaluations=60, depth_penalty=0.1, stop_at=1.5)
+    counts = []
+    for effect in (-1.0, 0.5):
+        forest = Forest(12, 1, config=config, seed=0, prior=harm if effect < 0 else None)
+        finish(forest, lambda _, plan, effect=effect: effect * float((plan != 1).sum()))
+        counts.append(len(forest.evaluated(0)))
+    assert counts[0] < 5 < counts[1]
 
 
 @given(st.data())

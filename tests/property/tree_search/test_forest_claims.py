@@ -85,5 +85,11 @@ def test_the_prior_helps(shared):
 
 
 def test_measuring_each_edit_in_its_own_tree_helps(shared):
-    by_prior_alone = shared.shares((50,), prior=shared.prior, prior_weight=1e6)
-    assert shared.shares((50,), prior=shared.prior) > by_prior_alone
+    puct = {"selection": "puct", "exploration": 0.5}
+    by_prior_alone = shared.shares((50,), prior=shared.prior, prior_weight=1e6, **puct)
+    assert shared.shares((50,), prior=shared.prior, **puct) > by_prior_alone
+
+
+def test_the_posterior_beats_puct(shared):
+    puct = shared.shares((24, 50), prior=shared.prior, selection="puct", exploration=0.5)
+    assert (shared.shares((24, 50), prior=shared.prior) > puct).all()

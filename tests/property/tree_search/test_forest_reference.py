@@ -62,7 +62,8 @@ def test_asks_and_bests_agree_step_by_step(data):
 def test_visits_of_a_node_are_its_own_and_those_of_its_edges(data):
     """The bookkeeping that both share: every told reward is counted once at each node of its path, and nowhere else."""
     num_layers = data.draw(st.integers(2, 5))
-    config = data.draw(search_configs(num_layers))
+    rule = data.draw(st.sampled_from(["puct", "drllm"]))
+    config = data.draw(search_configs(num_layers, selection=rule))
     seed = data.draw(st.integers(0, 1000))
     reference = ReferenceForest(num_layers, [seed], config=config, seed=seed)
     while not reference.finished:

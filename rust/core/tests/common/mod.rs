@@ -34,21 +34,25 @@ pub(crate) fn configs(num_layers: u32) -> impl Strategy<Value = SearchConfig> {
         prop::sample::select(vec![0.0, 0.03, 1.0]),
         prop::sample::select(vec![0.0, 0.0, 0.3]),
     );
-    let rounds = (0_u32..3, 1_u32..7, prop::bool::ANY);
-    (caps, weights, rounds).prop_map(
+    let rules = vec![Selection::Posterior, Selection::Puct, Selection::DrLlm];
+    let rounds = (0_u32..3, 1_u32..7, prop::sample::select(rules));
+    let model = (
+        prop::sample::select(vec![0.0, 0.03, 1.0]),
+        prop::sample::select(vec![0.01, 0.5]),
+    );
+    (caps, weights, rounds, model).prop_map(
         |(
             (max_evaluations, protect, max_depth, max_repeats, max_edits),
             (depth_penalty, exploration, virtual_loss, random_child),
-            (probe_trees, round_size, puct),
+            (probe_trees, round_size, selection),
+            (interaction, noise),
         )| SearchConfig {
             max_evaluations,
             depth_penalty,
             exploration,
-            selection: if puct {
-                Selection::Puct
-            } else {
-                Selection::DrLlm
-            },
+            selection,
+            interaction,
+            noise,
             protect,
             max_depth,
             max_repeats,
