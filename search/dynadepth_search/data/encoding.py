@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dynadepth.errors import TaskError
 from dynadepth.models.encoding import chat_text, encode_prompt, encode_text
 from dynadepth_search.data.tasks import ChatForm, Example, Scoring
+from dynadepth_search.data.variants import ContinuedExample
 
 __all__ = ["EncodedExample", "check_tokenizer", "encode_example", "letters", "prompt_text"]
 
@@ -109,7 +110,7 @@ def encode_example(
     one space, unless the prompt ends or the answer begins with white space. Prompt and answer are
     tokenised together if the result begins with the prompt's own tokens, otherwise the answer is
     tokenised alone: so the prompt is a prefix of every row, whatever the tokenizer merges across the
-    boundary.
+    boundary. The tokens of a `ContinuedExample` follow the prompt's as they are, and it is read after each of them.
 
     Args:
         tokenizer: Tokenizer of the base model.
@@ -132,6 +133,10 @@ def encode_example(
     said = prompt_text(example, scoring)
     system = None if chat is None else chat.system
     prompt = encode_prompt(tokenizer, said, chat=chat is not None, system=system)
+    if isinstance(example, ContinuedExample):
+        first, *others = example.continuation
+        # Every place scores the token after it; after the last token that is any, since only the vocabulary is read.
+        return _tree([*prompt, first], [[*others, first]], np.ones(1))
     text = said if chat is None else chat_text(tokenizer, said, system=system)
     answers: list[str] = []
     if example.choices is not None:

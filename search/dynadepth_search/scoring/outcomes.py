@@ -11,6 +11,7 @@ import torch
 
 from dynadepth.errors import TaskError
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.data.variants import ContinuedExample
 from dynadepth_search.scoring.batching import Answered
 from dynadepth_search.scoring.objectives import Objective
 
@@ -27,7 +28,8 @@ class Outcomes:
         reward: `choices`: the right one's log-softmax over the scores. `completion`: the score.
             A prompt alone: NaN. Shape (N,), float64.
         preserve: Minus KL(base, plan) in nats, over the choices, or without choices over the vocabulary
-            for the token after the prompt. 0 for the identity plan. Shape (N,), float64.
+            for the token after the prompt; of a continued prompt, the mean over its places. 0 for the identity plan.
+            Shape (N,), float64.
         answer: The best choice, or without choices the best token after the prompt; ties go to the
             lowest index. Shape (N,), int64.
         correct: `choices`: the answer is the right one. `completion`: greedy decoding gives it. A
@@ -115,7 +117,8 @@ class OutcomeBuilder:
         to = rows[wanted]
         taken = wanted if len(given.scores) == len(rows) else np.zeros_like(wanted)
         # Subtracted from 0 rather than negated, so that the identity plan's is 0 and not -0.
-        self.preserve[to] = 0.0 - divergence[taken, 0]
+        searched = divergence if isinstance(item, ContinuedExample) else divergence[:, :1]
+        self.preserve[to] = 0.0 - searched.mean(axis=1)[taken]
         self.divergence[to] = divergence.mean(axis=1)[taken]
         self.total_variation[to] = variation.mean(axis=1)[taken]
         self.agreement[to] = (answers == base_answers).mean(axis=1)[taken]

@@ -18,15 +18,17 @@ import numpy.typing as npt
 from dynadepth import _core
 from dynadepth.errors import LabelError, SearchError
 from dynadepth.models.fingerprint import check_base_model, fingerprint
-from dynadepth.plans import Plans, plan_text
+from dynadepth.plans import Plans
 from dynadepth.shortcuts.maps import Shortcuts
-from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
+from dynadepth.tree_search.forest import EditPrior, Evaluated, Forest, SearchConfig
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import check_answers
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.confirming import Confirmation
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec, PromptSearchSummary
+from dynadepth_search.storage.choice import Choice
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
@@ -103,7 +105,8 @@ def search_prompts(
         LabelError: The folder is damaged or in use, or belongs to another model, task or spec.
         SearchError: A reward is not finite.
         ShortcutError: The shortcuts belong to another base model.
-        TaskError: The objective needs answers that the task does not have, or a prompt cannot be encoded.
+        TaskError: The objective needs answers that the task does not have, or a prompt or a variant of it cannot be
+            encoded.
         WrapError: The model is wrapped.
     """
     check_answers(task, spec.objective)
@@ -115,19 +118,27 @@ def search_prompts(
         shortcuts=shortcuts,
         max_logit_bytes=spec.max_logit_bytes,
     )
+    confirmation = Confirmation(scorer, task, spec)
     # Before anything is written: a prompt that is too long would end the search in its middle.
     for example in task.examples:
         scorer.encode(example)
-    return _Search(scorer, task, spec, progress or silent).run(Path(folder))
+    confirmation.check(task.examples)
+    return _Search(scorer, task, spec, confirmation, progress or silent).run(Path(folder))
 
 
 class _Search:
     """One run of a search."""
 
     def __init__(
-        self, scorer: Scorer, task: Task, spec: PromptSearchSpec, progress: Progress
+        self,
+        scorer: Scorer,
+        task: Task,
+        spec: PromptSearchSpec,
+        confirmation: Confirmation,
+        progress: Progress,
     ) -> None:
         self._scorer, self._task, self._spec, self._progress = scorer, task, spec, progress
+        self._confirmation = confirmation
         self._counts = {"searched": 0, "evaluations": 0, "probe_evaluations": 0}
         self._visits = {"naive_visits": 0, "executed_visits": 0}
 
@@ -153,6 +164,7 @@ class _Search:
             depth_penalty=manifest.depth_penalty,
             probe_seconds=probed - started if self._counts["probe_evaluations"] else 0.0,
             search_seconds=finished - probed,
+            confirming_evaluations=self._confirmation.evaluations,
             **self._counts,
             **self._visits,
         )
@@ -191,12 +203,20 @@ class _Search:
             while not forest.finished:
                 batch = forest.ask(size * config.round_size)
                 forest.tell(batch.ticket, self._rewards(block, batch.plans, batch.tree))
-                for tree in [tree for tree in waiting if forest.tree_finished(tree)]:
-                    example = waiting.pop(tree)
-                    self._counts["evaluations"] += len(forest.evaluated(tree))
+                finished = [tree for tree in waiting if forest.tree_finished(tree)]
+                examples_done = [waiting.pop(tree) for tree in finished]
+                evaluated = [forest.evaluated(tree) for tree in finished]
+                # Also of prompts that have a label already, since the last bits depend on what shares a sweep.
+                choices = self._confirmation.choose(
+                    examples_done, evaluated, config.depth_penalty, self._rewards
+                )
+                for tree, example, tried, choice in zip(
+                    finished, examples_done, evaluated, choices, strict=True
+                ):
+                    self._counts["evaluations"] += len(tried)
                     self._counts["searched"] += 1
                     if example.prompt_id not in done:
-                        store.append(_row(first + tree, example, forest, tree))
+                        store.append(_row(first + tree, example, tried, choice))
             store.compact()
         store.compact()
         self._progress("search", len(examples), len(examples))
@@ -257,14 +277,10 @@ class _Search:
         check_asked(folder, asked, stored)
 
 
-def _row(index: int, example: Example, forest: Forest, tree: int) -> dict[str, Any]:
-    evaluated, best = forest.evaluated(tree), forest.best(tree)
+def _row(index: int, example: Example, evaluated: Evaluated, choice: Choice) -> dict[str, Any]:
     # A tree starts with the identity plan.
     base_reward = float(evaluated.rewards[0])
-    label = plan_text(best.plan)
-    return label_row(
-        index, example, evaluated, base_reward=base_reward, label=label, value=best.value
-    )
+    return label_row(index, example, evaluated, base_reward=base_reward, choice=choice)
 
 
 def _versions() -> dict[str, str]:

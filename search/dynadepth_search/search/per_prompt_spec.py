@@ -1,20 +1,37 @@
 """The settings of a per-prompt search, with their checks, and the summary of a run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dynadepth.config import config_to_dict, plain_number
+from dynadepth.config import config_from_dict, config_to_dict, plain_number
 from dynadepth.errors import ConfigError
 from dynadepth.tree_search.forest import SearchConfig
+from dynadepth_search.data.variants import check_wording
 from dynadepth_search.scoring.objectives import Objective, check_objective
 
 __all__ = ["PromptSearchSpec", "PromptSearchSummary"]
+
+_LEAST = {
+    "seed": 0,
+    "block_size": 1,
+    "blocks_per_shard": 1,
+    "max_logit_bytes": 1,
+    "confirm": 0,
+    "variants": 1,
+    "own_tokens": 1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSearchSpec:
     """The settings of a per-prompt search; labels depend only on these, the model and the task.
+
+    A finished prompt's best plans are scored again on variants of it, see `dynadepth_search.search.confirming`, since the
+    best of many plans owes its reward partly to luck. By default these are the two best plans and the identity, on two
+    variants: 6 evaluations or fewer beside 40. Simulated at that price, two plans on two variants give labels of higher
+    true value than four on one.
 
     Args:
         config: Settings of the forest. Its `depth_penalty` is ignored, and its `probe_trees` is the number of prompts
@@ -26,6 +43,15 @@ class PromptSearchSpec:
         block_size: Number of prompts that are searched together and share sweeps.
         blocks_per_shard: Number of blocks of a shard of labels.
         max_logit_bytes: Maximum size of the logits of one sweep in bytes, see `Scorer`.
+        confirm: Number of plans that are scored on variants, the identity besides; 0: the label is the best plan of the
+            search.
+        margin: By how much the value of a label has to exceed that of the identity plan, in units of the objective. It
+            is measured on the variants (on the prompt, if none is confirmed).
+        variants: Maximum number of orders of lettered choices; there is one other wording, and one continuation.
+        wording: The second wording of a prompt, which it stands in as `{prompt}`; for choices that the prompt does not
+            list, and for completions with the objective `reward`.
+        own_tokens: Number of tokens of the base model's own continuation that are read, for prompts without choices
+            with the objective `preserve`.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -40,14 +66,18 @@ class PromptSearchSpec:
     block_size: int = 16
     blocks_per_shard: int = 4
     max_logit_bytes: int = 400_000_000
+    confirm: int = 2
+    margin: float = 0.0
+    variants: int = 2
+    wording: str = "Read the following carefully.\n\n{prompt}"
+    own_tokens: int = 8
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
-        for name in ("seed", "block_size", "blocks_per_shard", "max_logit_bytes"):
+        for name, least in _LEAST.items():
             value = plain_number(getattr(self, name))
             object.__setattr__(self, name, value)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (name != "seed"):
-                least = int(name != "seed")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(
                     f"PromptSearchSpec.{name} is {value!r}; expected a whole number, {least} or more"
                 )
@@ -59,6 +89,15 @@ class PromptSearchSpec:
             raise ConfigError(
                 f"PromptSearchSpec.depth_penalty is {self.depth_penalty}; expected 0 or more, or None"
             )
+        object.__setattr__(self, "margin", plain_number(self.margin))
+        if (
+            not isinstance(self.margin, int | float)
+            or isinstance(self.margin, bool)
+            or not 0 <= self.margin < float("inf")
+        ):
+            raise ConfigError(f"PromptSearchSpec.margin is {self.margin!r}; expected 0 or more")
+        object.__setattr__(self, "margin", float(self.margin))
+        check_wording(self.wording)
 
     @property
     def shard_size(self) -> int:
@@ -72,6 +111,16 @@ class PromptSearchSpec:
         del forest["depth_penalty"]
         return {**config_to_dict(self), "config": forest}
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PromptSearchSpec":
+        """Make the spec from what `to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is unknown, or a value has the wrong type or is out of range.
+        """
+        config = SearchConfig.from_dict(content.get("config"))
+        return config_from_dict(cls, {**content, "config": config})
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSearchSummary:
@@ -82,6 +131,8 @@ class PromptSearchSummary:
         searched: Number of prompts that this run searched.
         evaluations: Number of plans that this run evaluated for labels, with identity plans but without the probe.
         probe_evaluations: Number of plans that the probe evaluated.
+        confirming_evaluations: Number of times that this run scored a plan on a variant, and let the base model continue
+            a prompt.
         naive_visits: Visits of token rows to layers that one forward for each plan would have made, probe included.
         executed_visits: Visits of token rows to layers that were actually made.
         depth_penalty: Lambda of the labels' value.
@@ -93,6 +144,7 @@ class PromptSearchSummary:
     searched: int
     evaluations: int
     probe_evaluations: int
+    confirming_evaluations: int
     naive_visits: int
     executed_visits: int
     depth_penalty: float
@@ -101,8 +153,16 @@ class PromptSearchSummary:
 
     @property
     def evaluations_per_label(self) -> float:
-        """Plans evaluated for each prompt that this run searched; NaN if it searched none."""
+        """Plans evaluated for each prompt that this run searched; NaN if it searched none.
+
+        Without those that confirmed its label, see `confirming_per_label`.
+        """
         return self.evaluations / self.searched if self.searched else float("nan")
+
+    @property
+    def confirming_per_label(self) -> float:
+        """Confirming evaluations for each prompt that this run searched; NaN if it searched none."""
+        return self.confirming_evaluations / self.searched if self.searched else float("nan")
 
     @property
     def sharing_factor(self) -> float:
@@ -111,14 +171,15 @@ class PromptSearchSummary:
 
     @property
     def seconds_per_evaluation(self) -> float:
-        """Wall time per evaluation in seconds, including the probe; NaN if there was none."""
-        total = self.evaluations + self.probe_evaluations
+        """Wall time per evaluation in seconds, of whatever kind; NaN if there was none."""
+        total = self.evaluations + self.probe_evaluations + self.confirming_evaluations
         return (self.probe_seconds + self.search_seconds) / total if total else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold; None for NaN."""
         rates = {
             "evaluations_per_label": self.evaluations_per_label,
+            "confirming_per_label": self.confirming_per_label,
             "sharing_factor": self.sharing_factor,
             "seconds_per_evaluation": self.seconds_per_evaluation,
         }

@@ -16,7 +16,7 @@ from dynadepth_search.storage.compatibility import (
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "Manifest", "Shard", "read_manifest", "shard_name"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -67,6 +67,16 @@ class Manifest:
     def objective(self) -> str:
         """What the search maximised."""
         return str(self.search["objective"])
+
+    @property
+    def confirm(self) -> int:
+        """Number of plans that were scored on variants, besides the identity; 0: none."""
+        return int(self.search.get("confirm", 0))
+
+    @property
+    def margin(self) -> float:
+        """Margin over the identity plan that a label needs."""
+        return float(self.search.get("margin", 0.0))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as values that JSON can hold."""
@@ -127,13 +137,20 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_search(stored: Stored) -> None:
     """Check the settings of a search; those that are newer than the folder are missing."""
-    numbers = ("seed", "block_size", "blocks_per_shard", "max_logit_bytes")
-    found = stored.fields(["objective", "config"], ["depth_penalty", *numbers])
+    positive = ("block_size", "blocks_per_shard", "max_logit_bytes", "variants", "own_tokens")
+    numbers = ("seed", "confirm", *positive)
+    found = stored.fields(
+        ["objective", "config"], ["depth_penalty", "margin", "wording", *numbers]
+    )
     found["objective"].one_of(["preserve", "reward"])
     stored_config(found["config"], SearchConfig)
     for name in numbers:
         if name in found:
-            found[name].whole(int(name != "seed"))
+            found[name].whole(int(name in positive))
+    if "margin" in found:
+        found["margin"].number(0)
+    if "wording" in found:
+        found["wording"].text()
     if "depth_penalty" in found:
         found["depth_penalty"].optional(lambda item: item.number(0))
 

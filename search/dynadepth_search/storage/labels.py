@@ -5,6 +5,7 @@ unfinished, `journal.jsonl` with the prompts that no shard holds yet. `label_sto
 """
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.files.journal import read_journal
 from dynadepth_search.files.stored import Stored
+from dynadepth_search.storage.choice import Candidate, Choice
 from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, read_manifest
-from dynadepth_search.storage.row_checks import check_label_row, read_parquet
+from dynadepth_search.storage.row_checks import check_label_row, plan_rows, read_parquet
 
 __all__ = [
     "JOURNAL",
@@ -53,6 +55,11 @@ _SCHEMA = pa.schema(
         pa.field("rewards", pa.list_(pa.float64()), nullable=False),
         pa.field("depths", pa.list_(pa.float64()), nullable=False),
         pa.field("visits", pa.list_(pa.int64()), nullable=False),
+        pa.field("raw_label", pa.string(), nullable=False),
+        pa.field("raw_value", pa.float64(), nullable=False),
+        pa.field("candidates", pa.list_(pa.string()), nullable=False),
+        pa.field("variant_rewards", pa.list_(pa.list_(pa.float64())), nullable=False),
+        pa.field("confirmed_values", pa.list_(pa.float64()), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_value", pa.float64(), nullable=False),
     ]
@@ -67,11 +74,20 @@ class Labels:
         manifest: What they were made with.
         examples: The prompts, with their right answers if any.
         base_rewards: Reward of the identity plan. Shape (P,), float64.
-        plans: The chosen plans. Shape (P, layers), uint8.
-        rewards: Their rewards. Shape (P,), float64.
-        values: Their values, reward - depth_penalty * depth. Shape (P,), float64.
+        plans: The labels: the chosen plans, confirmed if the search confirmed any. Shape (P, layers), uint8.
+        rewards: Their rewards on the prompts themselves. Shape (P,), float64.
+        values: Their values there, reward - depth_penalty * depth. Shape (P,), float64.
         depths: Their depths. Shape (P,), float64.
         evaluated: Every evaluated plan of each prompt, the identity included.
+        raw_plans: The plans of highest value on the prompts themselves. Shape (P, layers), uint8.
+        raw_values: Their values there. Shape (P,), float64.
+        candidates: The plans of each prompt that were scored on variants, best first by value on the prompt; empty
+            where none was.
+        margins: By how much the value of the label exceeds the identity plan's: on the variants, which the search did
+            not see, or on the prompt itself if there was none. 0 where the label is the identity. Shape (P,), float64.
+        leads: By how much the value that chose the label (over the prompt and its variants) exceeds that of the second
+            best plan: of the candidates, or of all evaluated plans if none was confirmed. Below 0 where a plan of
+            higher value lacked the margin; NaN where there is no other plan. Shape (P,), float64.
     """
 
     manifest: Manifest
@@ -82,6 +98,11 @@ class Labels:
     values: npt.NDArray[np.float64]
     depths: npt.NDArray[np.float64]
     evaluated: tuple[Evaluated, ...]
+    raw_plans: Plans
+    raw_values: npt.NDArray[np.float64]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    margins: npt.NDArray[np.float64]
+    leads: npt.NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -93,18 +114,24 @@ class Labels:
 
     @property
     def evaluations(self) -> float:
-        """Mean number of evaluated plans per label."""
+        """Mean number of plans per label that the search evaluated, without those that confirmed it."""
         return float(np.mean([len(item) for item in self.evaluated]))
+
+    @property
+    def confirmations(self) -> float:
+        """Mean number of evaluations on variants per label."""
+        return float(
+            np.mean([sum(len(each.variant_rewards) for each in item) for item in self.candidates])
+        )
+
+    @property
+    def kept_rate(self) -> float:
+        """Fraction of prompts whose label is the plan of highest value on the prompt itself."""
+        return float((self.plans == self.raw_plans).all(axis=1).mean())
 
 
 def label_row(
-    index: int,
-    example: Example,
-    evaluated: Evaluated,
-    *,
-    base_reward: float,
-    label: str,
-    value: float,
+    index: int, example: Example, evaluated: Evaluated, *, base_reward: float, choice: Choice
 ) -> dict[str, Any]:
     """Return one prompt's label as it is stored, both in the journal and in a shard.
 
@@ -113,8 +140,7 @@ def label_row(
         example: The prompt.
         evaluated: Every evaluated plan.
         base_reward: Reward of the identity plan.
-        label: The chosen plan, one digit for each layer.
-        value: Its value.
+        choice: The label, and what it was chosen from.
     """
     digits = [bytes(plan + ord("0")).decode() for plan in evaluated.plans]
     return {
@@ -129,8 +155,13 @@ def label_row(
         "rewards": evaluated.rewards.tolist(),
         "depths": evaluated.depths.tolist(),
         "visits": evaluated.visits.tolist(),
-        "label": label,
-        "label_value": value,
+        "raw_label": choice.raw.plan,
+        "raw_value": choice.raw.raw_value,
+        "candidates": [item.plan for item in choice.candidates],
+        "variant_rewards": [list(item.variant_rewards) for item in choice.candidates],
+        "confirmed_values": [item.value for item in choice.candidates],
+        "label": choice.label.plan,
+        "label_value": choice.label.raw_value,
     }
 
 
@@ -195,7 +226,11 @@ def read_unfinished(folder: Path, manifest: Manifest) -> tuple[list[dict[str, An
 
 def _check_row(row: Stored, manifest: Manifest) -> dict[str, Any]:
     checked = check_label_row(
-        row, num_layers=manifest.num_layers, depth_penalty=manifest.depth_penalty
+        row,
+        num_layers=manifest.num_layers,
+        depth_penalty=manifest.depth_penalty,
+        confirm=manifest.confirm,
+        margin=manifest.margin,
     )
     if checked["index"] >= manifest.task["prompts"]:
         row.damaged(
@@ -287,9 +322,9 @@ def read_labels(
 
 
 def _labels(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> Labels:
-    evaluated, rewards = [], []
+    evaluated, rewards, every, margins, leads = [], [], [], [], []
     for row in rows:
-        plans = _plans(row["plans"])
+        plans = plan_rows(row["plans"])
         evaluated.append(
             Evaluated(
                 plans,
@@ -299,7 +334,13 @@ def _labels(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> Labels:
             )
         )
         rewards.append(row["rewards"][row["plans"].index(row["label"])])
-    chosen = _plans([row["label"] for row in rows])
+        compared, confirmed = _compared(row, manifest)
+        every.append(confirmed)
+        label = compared[row["label"]]
+        margins.append(label.heldout_value - compared["1" * manifest.num_layers].heldout_value)
+        others = [item.value for plan, item in compared.items() if plan != row["label"]]
+        leads.append(label.value - max(others, default=math.nan))
+    chosen = plan_rows([row["label"] for row in rows])
     return Labels(
         manifest=manifest,
         examples=tuple(_example(row) for row in rows),
@@ -309,12 +350,25 @@ def _labels(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> Labels:
         values=np.array([row["label_value"] for row in rows], dtype=np.float64),
         depths=plan_depth(chosen),
         evaluated=tuple(evaluated),
+        raw_plans=plan_rows([row["raw_label"] for row in rows]),
+        raw_values=np.array([row["raw_value"] for row in rows], dtype=np.float64),
+        candidates=tuple(every),
+        margins=np.array(margins, dtype=np.float64),
+        leads=np.array(leads, dtype=np.float64),
     )
 
 
-def _plans(texts: Sequence[str]) -> Plans:
-    joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
-    return joined.reshape(len(texts), -1).astype(np.uint8)
+def _compared(
+    row: Mapping[str, Any], manifest: Manifest
+) -> tuple[dict[str, Candidate], tuple[Candidate, ...]]:
+    """Return the plans that the label was chosen from, and those of them that were scored on variants."""
+    scored = dict(zip(row["candidates"], row["variant_rewards"], strict=True))
+    every = {
+        plan: Candidate(plan, reward, tuple(scored.get(plan, ())), manifest.depth_penalty * depth)
+        for plan, reward, depth in zip(row["plans"], row["rewards"], row["depths"], strict=True)
+    }
+    confirmed = {plan: every[plan] for plan in row["candidates"]}
+    return confirmed or every, tuple(confirmed.values())
 
 
 def _example(row: Mapping[str, Any]) -> Example:

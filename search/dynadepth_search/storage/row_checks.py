@@ -3,22 +3,28 @@
 Owns the checks of a prompt and of a label, and the one way to read a Parquet file of ours.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynadepth.errors import LabelError
+from dynadepth.plans import Plans
+from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.files.stored import Stored
+from dynadepth_search.storage.choice import Candidate, best_plans, choose_label, plan_visits
 
-__all__ = ["check_label_row", "read_example", "read_parquet"]
+__all__ = ["check_label_row", "plan_rows", "read_example", "read_parquet"]
 
 _EXAMPLE = ("prompt_id", "prompt", "choices", "answer", "completion")
 _ROW = (
     *("index", *_EXAMPLE, "base_reward", "plans", "rewards"),
-    *("depths", "visits", "label", "label_value"),
+    *("depths", "visits", "raw_label", "raw_value", "candidates", "variant_rewards"),
+    *("confirmed_values", "label", "label_value"),
 )
 _ROUNDING = 1e-9
 
@@ -80,13 +86,17 @@ def read_example(found: dict[str, Stored], row: Stored) -> Example:
     return example
 
 
-def check_label_row(row: Stored, *, num_layers: int, depth_penalty: float) -> dict[str, Any]:
+def check_label_row(
+    row: Stored, *, num_layers: int, depth_penalty: float, confirm: int, margin: float
+) -> dict[str, Any]:
     """Return a row of labels as it was stored, once all of it has been checked.
 
     Args:
         row: The row.
         num_layers: Decoder layers of the model.
         depth_penalty: Lambda of the labels' value.
+        confirm: Number of plans that are scored on variants, besides the identity; 0: none.
+        margin: Margin over the identity plan that a label needs.
 
     Raises:
         LabelError: A value is of the wrong type or out of range, or does not fit the others.
@@ -94,37 +104,94 @@ def check_label_row(row: Stored, *, num_layers: int, depth_penalty: float) -> di
     found = row.fields(_ROW)
     read_example(found, row)
     found["index"].whole()
+    evaluated = _read_evaluated(found, row, num_layers)
+    plans: list[str] = found["plans"].value
+    rewards = dict(zip(plans, evaluated.rewards.tolist(), strict=True))
+    prices = {plan: depth_penalty * (plan_visits(plan) / num_layers) for plan in plans}
+    raw = found["raw_label"].plan(num_layers)
+    if raw not in rewards:
+        found["raw_label"].wrong("one of the plans that were evaluated")
+    _check_value(found["raw_value"], rewards[raw] - prices[raw], depth_penalty)
+    best = max(rewards[plan] - prices[plan] for plan in plans)
+    if best - (rewards[raw] - prices[raw]) > _ROUNDING * max(1.0, abs(best)):
+        found["raw_label"].wrong(
+            f"a plan of value {best}, the highest of those that were evaluated"
+        )
+    known = best_plans(evaluated, depth_penalty, confirm)
+    expected = [plans[index] for index in known] if confirm and len(known) > 1 else []
+    candidates = _read_candidates(found, expected, rewards, prices)
+    identity = "1" * num_layers
+    compared = candidates or [
+        Candidate(plan, rewards[plan], (), prices[plan]) for plan in (raw, identity)
+    ]
+    label = choose_label(compared, margin=margin).plan
+    if found["label"].plan(num_layers) != label:
+        found["label"].wrong(f"{label}, which the stored rewards choose")
+    _check_value(found["label_value"], rewards[label] - prices[label], depth_penalty)
+    stored: dict[str, Any] = row.value
+    return stored
+
+
+def _read_evaluated(found: dict[str, Stored], row: Stored, num_layers: int) -> Evaluated:
     plans = found["plans"].plans(num_layers, least=1)
-    rewards = dict(zip(plans, found["rewards"].numbers(len(plans)), strict=True))
+    rewards = found["rewards"].numbers(len(plans))
     depths = found["depths"].numbers(len(plans))
     visits = [item.whole(1) for item in found["visits"].entries(len(plans))]
     for plan, depth, count in zip(plans, depths, visits, strict=True):
-        right = _visits(plan)
+        right = plan_visits(plan)
         if count != right or abs(depth - right / num_layers) > _ROUNDING:
             row.damaged(
                 f"plan {plan} has {count} visits and depth {depth}; expected {right} and {right / num_layers}"
             )
     base = found["base_reward"].number()
     identity = "1" * num_layers
-    if rewards.get(identity) != base:
+    known = dict(zip(plans, rewards, strict=True)).get(identity)
+    if known != base:
         row.damaged(
-            f"base_reward is {base} and the reward of {identity} is {rewards.get(identity, 'missing')}; expected one "
-            "number, since it is the base model's plan"
+            f"base_reward is {base} and the reward of {identity} is {'missing' if known is None else known}; expected "
+            "one number, since it is the base model's plan"
         )
-    label = found["label"].plan(num_layers)
-    if label not in rewards:
-        found["label"].wrong("one of the plans that were evaluated")
-    value = rewards[label] - depth_penalty * _visits(label) / num_layers
-    if abs(found["label_value"].number() - value) > _ROUNDING * max(1.0, abs(value)):
-        found["label_value"].wrong(f"{value}, its reward less {depth_penalty} x its depth")
-    best = max(
-        rewards[plan] - depth_penalty * depth for plan, depth in zip(plans, depths, strict=True)
+    return Evaluated(
+        plan_rows(plans),
+        np.array(rewards, dtype=np.float64),
+        np.array(depths, dtype=np.float64),
+        np.array(visits, dtype=np.uint32),
     )
-    if best - value > _ROUNDING * max(1.0, abs(best)):
-        found["label"].wrong(f"a plan of value {best}, the highest of those that were evaluated")
-    stored: dict[str, Any] = row.value
-    return stored
 
 
-def _visits(plan: str) -> int:
-    return plan.count("1") + 2 * plan.count("2")
+def _read_candidates(
+    found: dict[str, Stored],
+    expected: Sequence[str],
+    rewards: dict[str, float],
+    prices: dict[str, float],
+) -> list[Candidate]:
+    """Return the plans that were scored on variants, which have to be the expected ones."""
+    if found["candidates"].texts() != list(expected):
+        found["candidates"].wrong(
+            f"{', '.join(expected)}, the best of the plans that were evaluated and the identity"
+            if expected
+            else "no plans, since none is confirmed"
+        )
+    lists = found["variant_rewards"].entries(len(expected))
+    count = len(lists[0].entries(least=1)) if lists else 0
+    values = found["confirmed_values"].numbers(len(expected))
+    candidates = []
+    for plan, given, value in zip(expected, lists, values, strict=True):
+        known = Candidate(plan, rewards[plan], tuple(given.numbers(count)), prices[plan])
+        if abs(value - known.value) > _ROUNDING * max(1.0, abs(known.value)):
+            found["confirmed_values"].wrong(
+                f"{known.value} for plan {plan}, the mean of its rewards less its price"
+            )
+        candidates.append(known)
+    return candidates
+
+
+def _check_value(stored: Stored, value: float, depth_penalty: float) -> None:
+    if abs(stored.number() - value) > _ROUNDING * max(1.0, abs(value)):
+        stored.wrong(f"{value}, its reward less {depth_penalty} x its depth")
+
+
+def plan_rows(texts: Sequence[str]) -> Plans:
+    """Return plans given as digits. Shape (plans, layers), uint8."""
+    joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - ord("0")
+    return joined.reshape(len(texts), -1).astype(np.uint8)

@@ -11,7 +11,8 @@ from dynadepth.errors import LabelError
 from dynadepth_search.progress import silent
 from dynadepth_search.shortcuts import texts as texts_module
 from dynadepth_search.shortcuts.spec import ShortcutSpec
-from dynadepth_search.shortcuts.texts import TextFile, batches_of, continue_prompts
+from dynadepth_search.scoring.own_text import continue_prompts
+from dynadepth_search.shortcuts.texts import TextFile, batches_of
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 SPEC = ShortcutSpec(new_tokens=6, batch_size=2)
