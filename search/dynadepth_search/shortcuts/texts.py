@@ -1,22 +1,20 @@
 """The texts that shortcuts are fitted and judged on: prompts with the base model's own continuations, in a journal."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.generating import batches_of, continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 
-__all__ = ["TextFile", "batches_of", "continue_prompts"]
+__all__ = ["TextFile"]
 
 _Ids = npt.NDArray[np.int64]
 _ADVICE = "delete the file and fit again"
@@ -77,66 +75,3 @@ class TextFile:
             Text(np.concatenate([prompt, np.array(answers[row], dtype=np.int64)]), len(prompt))
             for row, prompt in enumerate(prompts)
         ]
-
-
-def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) -> list[Text]:
-    """Let a model continue prompts greedily, in one batch, each up to the end of its answer.
-
-    Where the model has no positions for so many tokens, the continuations are shorter.
-
-    Args:
-        model: The model, wrapped or not.
-        prompts: Token ids of each prompt.
-        new_tokens: The most tokens of a continuation; 0: none.
-
-    Returns:
-        The texts, in the order of the prompts; the token that ends an answer is the last one.
-    """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None:
-        new_tokens = min(new_tokens, most - max(map(len, prompts)))
-    if new_tokens < 1:
-        return [Text(prompt, len(prompt)) for prompt in prompts]
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    ids, mask = pad_left(prompts, model.device)
-    with torch.inference_mode(), _plain_generation(model):
-        grown = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=min(ends, default=0),
-        )
-    texts = []
-    for prompt, answer in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
-        stop = next(
-            (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
-            len(answer),
-        )
-        texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
-    return texts
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Set aside what a model's own generation config says of sampling, penalties, lengths and outputs."""
-    own = model.generation_config
-    model.generation_config = type(own)(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the indices of rows in batches of similar length, the shortest first.
-
-    Args:
-        lengths: Number of tokens of each row.
-        batch_size: Rows of a batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
