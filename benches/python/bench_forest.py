@@ -27,7 +27,7 @@ import numpy as np
 from forest.figures import BUDGETS, OURS, Column, at_budgets, found, measured, rows_of, shown
 from forest.methods import by_forest
 from forest.oracles import KINDS, Oracle, Replay, draw
-from forest.table import Table, default_path, make_table
+from forest.table import Table, default_folder, make_table
 
 import dynadepth
 from dynadepth.tree_search.forest import SearchConfig
@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="first of the seeds")
     parser.add_argument("--draws", type=int, default=3, help="draws of the shared effects")
     parser.add_argument("--prompts", type=int, default=12, help="prompts for each draw")
-    parser.add_argument("--table", type=Path, help="table to replay; by default that in the cache")
+    parser.add_argument(
+        "--table", type=Path, help="folder of the table to replay; by default that in the cache"
+    )
     parser.add_argument("--make-table", action="store_true", help="score the table, and end")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -156,11 +158,11 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.make_table:
-        make_table(options.table or default_path())
+        make_table(options.table or default_folder())
         return
     if options.quick:
         options.draws, options.prompts = 1, 3
-    path = options.table or (None if options.quick else default_path())
+    path = options.table or (None if options.quick else default_folder())
     if options.table is not None and not options.table.exists():
         parser.error(f"there is no table {options.table}")
     table = Table.load(path) if path is not None and path.exists() else None

@@ -45,7 +45,8 @@ from dynadepth.wrapping.skipping import skips_of
 from dynadepth_search.cli.demo_answers import plan_of_depth
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.data.kinds import KINDS, KindsTask, fetch_kinds
-from dynadepth_search.scoring.own_text import Text, continue_prompts, score_texts
+from dynadepth_search.scoring.generating import batches_of, continue_prompts
+from dynadepth_search.scoring.own_text import Text, score_texts
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.static import read_static
@@ -53,7 +54,7 @@ from dynadepth_search.shortcuts.choosing import single_skips
 from dynadepth_search.shortcuts.collecting import MomentCollector
 from dynadepth_search.shortcuts.distilling import distil, draw_plans
 from dynadepth_search.shortcuts.spec import ShortcutSpec
-from dynadepth_search.shortcuts.texts import TextFile, batches_of
+from dynadepth_search.shortcuts.texts import TextFile
 
 MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA3, "qwen": QWEN_CODER}
 SHARES = (0.05, 0.1, 0.2, 0.3)

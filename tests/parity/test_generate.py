@@ -178,7 +178,7 @@ class TestPolicies:
         found = generated(model, ids, mask, **settings, **CACHES[cache], max_new_tokens=NEW)
         assert_same(found, expected)
 
-    def test_eager_attention_shows_the_policy_the_same_prompts(self, softmax_in_float64):
+    def test_eager_attention_shows_the_policy_the_same_prompts(self, float64_throughout):
         """A static cache hands the layers a mask as long as itself, from which the padding is read."""
         chosen = menu_policy()
         for family in FEW:

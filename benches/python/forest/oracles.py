@@ -7,7 +7,7 @@ import numpy as np
 
 from dynadepth.plans import EXECUTE, REPEAT, SKIP
 from dynadepth.tree_search.forest import EditPrior, Forest, SearchConfig
-from forest.table import Table, subsets
+from forest.table import Table
 
 NUM_PROBED = 16
 # The caps of every search here: the forest's own.
@@ -128,9 +128,10 @@ class Replay(Oracle):
 
     @classmethod
     def of(cls, table: Table) -> "Replay":
-        others = np.setdiff1d(np.arange(table.num_layers), table.layers)
+        rewards = table.rewards
+        others = np.setdiff1d(np.arange(rewards.num_layers), rewards.layers)
         return cls(
-            np.zeros((len(table.rewards) + NUM_PROBED, 2 * table.num_layers)),
+            np.zeros((len(rewards) + NUM_PROBED, 2 * rewards.num_layers)),
             depth_penalty=table.depth_penalty,
             protect=tuple(others.tolist()),
             max_repeats=0,
@@ -139,19 +140,20 @@ class Replay(Oracle):
 
     def truth(self, prompt: int, plans: np.ndarray) -> np.ndarray:
         assert self.table is not None
-        bits = plans[:, self.table.layers] == SKIP
-        number = bits @ (1 << np.arange(len(self.table.layers)))
-        return np.asarray(self.table.rewards[prompt, number] - self.table.rewards[prompt, 0])
+        rewards = self.table.rewards
+        both = np.concatenate([np.full((1, self.num_layers), EXECUTE), plans])
+        found = rewards.rewards(np.full(len(both), prompt), both)
+        return found[1:] - found[0]
 
     def prior(self, seed: int) -> EditPrior:
         del seed
         assert self.table is not None
-        return self.table.prior()
+        return self.table.prior
 
     def best_gain(self, prompt: int, known: float = 0.0) -> tuple[float, bool]:
         del known
         assert self.table is not None
-        plans = subsets(self.table.layers, self.num_layers)
+        plans = self.table.rewards.plans
         return float(self.gains(prompt, plans, self.truth(prompt, plans)).max()), True
 
 

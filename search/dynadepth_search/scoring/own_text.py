@@ -1,11 +1,10 @@
-"""The base model's own text, and plans judged on it: at every token of it, what the plan would have said instead.
+"""Plans judged on the base model's own text: at every token of it, what the plan would have said instead.
 
 The text is given (teacher forcing), so one token that turns does not spoil the next. It shows harm that the first token
 of an answer does not.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans, check_plans, identity_plan
 from dynadepth_search.scoring.batching import pad_left
 
-__all__ = ["Text", "TextOutcomes", "compare_models", "continue_prompts", "score_texts"]
+__all__ = ["Text", "TextOutcomes", "compare_models", "score_texts"]
 
 _Floats = npt.NDArray[np.float64]
 # As in `dynadepth_search.scoring.scorer`: what suits a processor's caches, and the most logits of one sweep in bytes.
@@ -62,58 +61,6 @@ class TextOutcomes:
     def by_text(self) -> tuple[_Floats, _Floats]:
         """Return divergence and agreement as means over the tokens of each text. Shape (K, N), float64, each."""
         return np.nanmean(self.divergence, axis=2), np.nanmean(self.agreement, axis=2)
-
-
-def continue_prompts(model: Any, prompts: Sequence[npt.NDArray[np.int64]], *, new_tokens: int) -> list[Text]:
-    """Let a model continue prompts greedily, in one batch, each up to the end of its answer.
-
-    Where the model has no positions for so many tokens, the continuations are shorter.
-
-    Args:
-        model: The model, wrapped or not.
-        prompts: Token ids of each prompt.
-        new_tokens: The most tokens of a continuation; 0: none.
-
-    Returns:
-        The texts, in the order of the prompts; the token that ends an answer is the last one.
-    """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None:
-        new_tokens = min(new_tokens, most - max(map(len, prompts)))
-    if new_tokens < 1:
-        return [Text(prompt, len(prompt)) for prompt in prompts]
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    ids, mask = pad_left(prompts, model.device)
-    with torch.inference_mode(), _plain_generation(model):
-        grown = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=min(ends, default=0),
-        )
-    texts = []
-    for prompt, answer in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
-        stop = next(
-            (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
-            len(answer),
-        )
-        texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
-    return texts
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Set aside what a model's own generation config says of sampling, penalties, lengths and outputs."""
-    own = model.generation_config
-    model.generation_config = type(own)(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def score_texts(

@@ -22,7 +22,7 @@ from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.data.variants import continued, in_other_orders, in_other_words
-from dynadepth_search.scoring.own_text import continue_prompts
+from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.choice import Candidate, Choice, best_plans, choose_label

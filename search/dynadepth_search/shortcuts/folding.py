@@ -35,10 +35,11 @@ from dynadepth_search.files.locking import locked
 from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.generating import batches_of
 from dynadepth_search.scoring.own_text import Text, compare_models
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.spec import ShortcutSpec
-from dynadepth_search.shortcuts.texts import TextFile, batches_of
+from dynadepth_search.shortcuts.texts import TextFile
 from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
 
 __all__ = ["FoldedPlan", "FoldedRun", "fold_plan"]

@@ -10,10 +10,11 @@ import numpy.typing as npt
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring.own_text import Text, continue_prompts
+from dynadepth_search.scoring.generating import batches_of, continue_prompts
+from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 
-__all__ = ["TextFile", "batches_of"]
+__all__ = ["TextFile"]
 
 _Ids = npt.NDArray[np.int64]
 _ADVICE = "delete the file and fit again"
@@ -74,14 +75,3 @@ class TextFile:
             Text(np.concatenate([prompt, np.array(answers[row], dtype=np.int64)]), len(prompt))
             for row, prompt in enumerate(prompts)
         ]
-
-
-def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the indices of rows in batches of similar length, the shortest first.
-
-    Args:
-        lengths: Number of tokens of each row.
-        batch_size: Rows of a batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

@@ -142,16 +142,21 @@ class ReplayTable:
         columns = self._column[self._bits(plans, self.layers)]
         return self.values[prompts, columns].astype(np.float64)
 
-    def penalty(self) -> float:
-        """Return the price of depth that a probe of all prompts of the table would choose."""
-        wide = np.full(2 * self.num_layers, np.nan)
+    def prior(self) -> EditPrior:
+        """Return what a probe of all prompts of the table would measure: the mean change of value by each skip."""
+        mean, variance = np.full((2, 2 * self.num_layers), np.nan)
         base, every = identity_plan(self.num_layers), np.arange(len(self))
         for layer in self.layers:
             plan = base.copy()
             plan[layer] = SKIP
-            lost = self._of(plan, every) - self._of(base, every)
-            wide[layer] = lost.mean()
-        return probe_penalty(EditPrior(wide, np.zeros_like(wide), len(self)))
+            change = self._of(plan, every) - self._of(base, every)
+            mean[layer] = change.mean()
+            variance[layer] = change.var(ddof=1) if len(self) > 1 else 0.0
+        return EditPrior(mean, variance, len(self))
+
+    def penalty(self) -> float:
+        """Return the price of depth that a probe of all prompts of the table would choose."""
+        return probe_penalty(self.prior())
 
     def best_gains(self, penalty: float) -> Floats:
         """Return how much better than the base model each prompt's best plan is, depth priced in. Shape (N,)."""
@@ -181,15 +186,8 @@ class ReplayTable:
         )
         count = min(config.probe_trees, len(self))
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        probe = Forest(
-            self.num_layers,
-            count,
-            config=replace(config, max_evaluations=1, probe_trees=count),
-            seed=seed,
-        )
-        batch = probe.ask(count * (2 * self.num_layers + 1))
-        probe.tell(batch.ticket, self.rewards(chosen[batch.tree], batch.plans))
-        forest = Forest(self.num_layers, len(self), config=config, seed=seed, prior=probe.prior())
+        prior = self.take(chosen).prior()
+        forest = Forest(self.num_layers, len(self), config=config, seed=seed, prior=prior)
         while not forest.finished:
             batch = forest.ask(len(self) * config.round_size)
             forest.tell(batch.ticket, self.rewards(batch.tree.astype(np.int64), batch.plans))

@@ -15,7 +15,8 @@ from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.proving.prove import proved_stack
 from dynadepth.wrapping.bake import bake, save_baked, save_checkpoint
 from dynadepth_search.data.tasks import Example, Task
-from dynadepth_search.scoring.own_text import compare_models, continue_prompts, score_texts
+from dynadepth_search.scoring.generating import continue_prompts
+from dynadepth_search.scoring.own_text import compare_models, score_texts
 from dynadepth_search.shortcuts.folding import fold_plan
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from tests.tiny_folder import save_tiny_base

@@ -11,6 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynadepth_search.scoring.score_table import score_prompts
+from dynadepth_search.tuning.replay import ReplayTable, skip_subsets
+from tests.tiny import tiny_model
+from tests.tiny_search import tiny_task
+from tests.tiny_text import word_tokenizer
+
 FOLDER = Path(__file__).parents[3] / "benches/python"
 BENCH = FOLDER / "bench_forest.py"
 BUDGETS = (10, 20, 40, 80, 160, 240)
@@ -30,26 +36,27 @@ def bench():
 
 
 @pytest.fixture
-def table(bench):
-    """A small table of made-up rewards: three of six layers, five prompts."""
+def known():
+    """Rewards of 21 prompts under all skips of three of six layers, of which the last 16 tell the prior."""
+    plans = skip_subsets([1, 3, 4], 6)
     rng = np.random.default_rng(0)
-    rewards = -rng.random((5, 8))
-    return bench["table"].Table(
-        np.array([1, 3, 4]),
-        rewards,
-        rng.normal(-0.5, 0.1, 6),
-        np.full(6, 0.04),
-        2.0,
-        {"of": "nothing"},
-    )
+    values = (plans == 0) @ -np.abs(rng.normal(0.5, 0.3, (6, 21)))
+    return ReplayTable(plans=plans, values=values.T.astype(np.float32))
 
 
-def test_a_quick_run_reports_every_table(table, tmp_path):
-    table.save(tmp_path / "table.npz")
+@pytest.fixture
+def table(bench, known):
+    return bench["table"].Table.of(known, {"of": "nothing"})
+
+
+def test_a_quick_run_reports_every_table(tmp_path):
+    model, plans = tiny_model(num_layers=6), skip_subsets([1, 3, 4], 6)
+    task = tiny_task(21, kind="prompt")
+    score_prompts(model, word_tokenizer(), task, plans, tmp_path / "table", layers=(0,))
     report = tmp_path / "forest.json"
     command = [
         *(sys.executable, str(BENCH), "--quick", "--seed", "3"),
-        *("--table", str(tmp_path / "table.npz"), "--json", str(report)),
+        *("--table", str(tmp_path / "table"), "--json", str(report)),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     content = json.loads(report.read_text())
@@ -102,13 +109,15 @@ def test_the_achievable_gain_is_exact(bench, monkeypatch, seed, caps):
         assert oracle.best_gain(prompt) == (pytest.approx(gains.max(), abs=1e-12), True)
 
 
-def test_a_replay_looks_its_rewards_up(bench, table):
+def test_a_replay_looks_its_rewards_up(bench, known, table):
     oracles = bench["oracles"]
     oracle = oracles.Replay.of(table)
     assert oracle.free.tolist() == [1, 3, 4]
     plans = np.array([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]])
-    expected = table.rewards[2, [0, 0b101]] - table.rewards[2, 0]
-    np.testing.assert_allclose(oracle.truth(2, plans), expected)
+    values = known.values[2].astype(float)
+    skips_1_and_4 = (known.plans == [1, 0, 1, 1, 0, 1]).all(axis=1)
+    expected = values[skips_1_and_4][0] - values[(known.plans == 1).all(axis=1)][0]
+    np.testing.assert_allclose(oracle.truth(2, plans), [0, expected])
     searches = bench["methods"].by_forest(oracle, 20, 0, prior=oracle.prior(0))
     assert all(len(plans) == 8 for plans in searches)
 

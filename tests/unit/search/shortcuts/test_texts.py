@@ -5,14 +5,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from dynadepth.errors import LabelError
 from dynadepth_search.progress import silent
+from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.shortcuts import texts as texts_module
 from dynadepth_search.shortcuts.spec import ShortcutSpec
-from dynadepth_search.scoring.own_text import continue_prompts
-from dynadepth_search.shortcuts.texts import TextFile, batches_of
+from dynadepth_search.shortcuts.texts import TextFile
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 SPEC = ShortcutSpec(new_tokens=6, batch_size=2)
@@ -35,96 +34,8 @@ def model():
     return tiny_model()
 
 
-def greedy(model, prompt, new_tokens, ends=()):
-    """Return the continuation of one prompt, a forward for each token."""
-    ids = prompt.tolist()
-    for _ in range(new_tokens):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] in ends:
-            break
-    return ids[len(prompt) :]
-
-
 def as_lists(texts):
     return [(text.prompt, text.ids.tolist()) for text in texts]
-
-
-class TestContinuations:
-    def test_they_are_greedy_and_in_the_order_of_the_prompts(self, model):
-        texts = continue_prompts(model, PROMPTS, new_tokens=5)
-        for prompt, text in zip(PROMPTS, texts, strict=True):
-            assert text.prompt == len(prompt)
-            assert text.ids.tolist() == [*prompt.tolist(), *greedy(model, prompt, 5)]
-            assert text.ids.dtype == np.int64
-
-    def test_none_are_asked_for(self, model, monkeypatch):
-        monkeypatch.setattr(model, "generate", None)
-        texts = continue_prompts(model, PROMPTS, new_tokens=0)
-        assert as_lists(texts) == [(len(prompt), prompt.tolist()) for prompt in PROMPTS]
-
-    @pytest.mark.parametrize("several", [False, True])
-    def test_an_answer_ends_with_the_token_that_ends_it(self, model, several):
-        long = [greedy(model, prompt, 8) for prompt in PROMPTS]
-        ends = [long[0][3], long[2][0]] if several else [long[0][3]]
-        model.generation_config.eos_token_id = ends if several else ends[0]
-        texts = continue_prompts(model, PROMPTS, new_tokens=8)
-        lengths = set()
-        for prompt, text in zip(PROMPTS, texts, strict=True):
-            answer = text.ids[text.prompt :].tolist()
-            assert answer == greedy(model, prompt, 8, ends)
-            lengths.add(len(answer))
-        assert len(lengths) > 1
-
-    @pytest.mark.filterwarnings("ignore::UserWarning")
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {"do_sample": True, "temperature": 5.0, "top_k": 3},
-            {"repetition_penalty": 9.0},
-            {"num_beams": 3},
-            {"return_dict_in_generate": True},
-            {"return_dict_in_generate": True, "output_scores": True},
-            {"no_repeat_ngram_size": 1},
-            {"min_new_tokens": 5},
-            {"max_length": 4},
-            {"suppress_tokens": list(range(50))},
-            {"bad_words_ids": [[token] for token in range(50)]},
-            {"use_cache": False},
-        ],
-    )
-    def test_the_models_own_settings_of_generation_do_not_hold(self, model, settings):
-        """Texts are what the model says, not what its publisher thinks of repetition."""
-        end = greedy(model, PROMPTS[0], 5)[1]
-        model.generation_config.eos_token_id = end
-        expected = as_lists(continue_prompts(model, PROMPTS, new_tokens=5))
-        model.generation_config.update(**settings)
-        before = model.generation_config.to_dict()
-        assert as_lists(continue_prompts(model, PROMPTS, new_tokens=5)) == expected
-        assert model.generation_config.to_dict() == before
-
-    @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
-    def test_no_text_is_longer_than_the_model_has_positions(self, family):
-        model = tiny_model(family)
-        assert model.config.max_position_embeddings == 128
-        long, short, full = random_prompts([125, 4, 128])
-        texts = continue_prompts(model, [long, short], new_tokens=6)
-        assert [len(text.ids) for text in texts] == [128, 7]
-        texts = continue_prompts(model, [full, short], new_tokens=6)
-        assert as_lists(texts) == [(128, full.tolist()), (4, short.tolist())]
-
-    def test_the_models_settings_come_back_after_an_error(self, model):
-        own = model.generation_config
-        with pytest.raises(IndexError):
-            continue_prompts(model, [np.array([VOCAB_SIZE])], new_tokens=2)
-        assert model.generation_config is own
-
-
-class TestBatches:
-    def test_rows_of_similar_length_share_one(self):
-        assert batches_of([5, 2, 9, 3, 1], 2) == [[4, 1], [3, 0], [2]]
-        assert batches_of([3, 3, 3], 2) == [[0, 1], [2]]
-        assert batches_of([], 2) == []
 
 
 class TestJournal:

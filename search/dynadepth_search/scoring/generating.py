@@ -1,0 +1,137 @@
+"""Greedy text of a frozen model: what it says after prompts, wrapped or not, each prompt under its own plan."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynadepth.plans import check_plans, identity_plan
+from dynadepth_search.data.tasks import Example
+from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.own_text import Text
+from dynadepth_search.scoring.runtime_checks import wrapped
+from dynadepth_search.scoring.scorer import Scorer
+
+__all__ = ["answers_under_plans", "batches_of", "continue_prompts"]
+
+_Ids = npt.NDArray[np.int64]
+
+
+def answers_under_plans(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    plans: Any,
+    example: npt.NDArray[np.integer[Any]],
+    *,
+    new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Let a model answer N pairs of example and plan greedily, wrapped as a user wraps it.
+
+    A plan of several prompts shares their batch, so that a layer runs for all rows of it or for none. Rewards of one
+    answer differ between batches only where rounding turns a token.
+
+    Args:
+        scorer: Has the unwrapped base model, its tokenizer, the prompts' form and the shortcuts; the model is unwrapped
+            again afterwards.
+        examples: The examples.
+        plans: One plan for each pair. Shape (N, layers), uint8.
+        example: Index into `examples` for each pair. Shape (N,), whole numbers.
+        new_tokens: The most tokens of an answer, 1 or more.
+        batch_size: Rows of a batch.
+
+    Returns:
+        The texts, without special tokens, in the order of the pairs. The answer to a prompt that is no turn of a chat
+        ends at the first blank line, after which a base model goes on with something else.
+
+    Raises:
+        PlanError: The plans have a wrong shape or wrong actions.
+        TaskError: A prompt cannot be encoded.
+        WrapError: The model is wrapped.
+    """
+    rows = check_plans(plans, scorer.num_layers, num_rows=len(example))
+    prompts = [scorer.encode(examples[index]).prompt_ids for index in example.tolist()]
+    answers = [""] * len(prompts)
+    _, group = np.unique(rows, axis=0, return_inverse=True)
+    how = {"plan": identity_plan(scorer.num_layers), "shortcuts": scorer.shortcuts or False}
+    with wrapped(scorer.model, **how) as model:
+        for number in range(int(group.max(initial=-1)) + 1):
+            same = np.flatnonzero(group.ravel() == number).tolist()
+            for batch in batches_of([len(prompts[pair]) for pair in same], batch_size):
+                pairs = [same[place] for place in batch]
+                with model.dynadepth.plans(rows[pairs[0]]):
+                    texts = continue_prompts(
+                        model, [prompts[pair] for pair in pairs], new_tokens=new_tokens
+                    )
+                for pair, text in zip(pairs, texts, strict=True):
+                    said = scorer.tokenizer.decode(
+                        text.ids[text.prompt :], skip_special_tokens=True
+                    )
+                    answers[pair] = said if scorer.chat else said.lstrip().partition("\n\n")[0]
+    return answers
+
+
+def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) -> list[Text]:
+    """Let a model continue prompts greedily, in one batch, each up to the end of its answer.
+
+    Where the model has no positions for so many tokens, the continuations are shorter.
+
+    Args:
+        model: The model, wrapped or not.
+        prompts: Token ids of each prompt.
+        new_tokens: The most tokens of a continuation; 0: none.
+
+    Returns:
+        The texts, in the order of the prompts; the token that ends an answer is the last one.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:
+        new_tokens = min(new_tokens, most - max(map(len, prompts)))
+    if new_tokens < 1:
+        return [Text(prompt, len(prompt)) for prompt in prompts]
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ids, mask = pad_left(prompts, model.device)
+    with torch.inference_mode(), _plain_generation(model):
+        grown = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=min(ends, default=0),
+        )
+    texts = []
+    for prompt, answer in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
+        stop = next(
+            (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
+            len(answer),
+        )
+        texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
+    return texts
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Set aside what a model's own generation config says of sampling, penalties, lengths and outputs."""
+    own = model.generation_config
+    model.generation_config = type(own)(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the indices of rows in batches of similar length, the shortest first.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: Rows of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
