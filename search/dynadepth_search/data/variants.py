@@ -5,6 +5,7 @@ A variant is an example too, so it is scored like any other. Which variants a se
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dynadepth.errors import ConfigError
 from dynadepth.models.encoding import lone_surrogate
@@ -87,7 +88,8 @@ def check_wording(wording: str) -> None:
     Raises:
         ConfigError: The wording does not contain `{prompt}` exactly once, or nothing besides, or is no text.
     """
-    if not isinstance(wording, str) or wording.count(PLACEHOLDER) != 1 or wording == PLACEHOLDER:
+    given: Any = wording
+    if not isinstance(given, str) or given.count(PLACEHOLDER) != 1 or given == PLACEHOLDER:
         raise ConfigError(
             f"wording is {wording!r}; expected a text with {PLACEHOLDER} once and other words around it"
         )

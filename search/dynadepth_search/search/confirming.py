@@ -94,9 +94,7 @@ class Confirmation:
             The choices, in the order of the prompts.
         """
         best = [best_plans(each, depth_penalty, max(1, self._spec.confirm)) for each in evaluated]
-        confirmed = [
-            row for row, known in enumerate(best) if self._spec.confirm and len(known) > 1
-        ]
+        confirmed = [row for row, known in enumerate(best) if self._spec.confirm and len(known) > 1]
         variants = dict(
             zip(confirmed, self._variants([examples[row] for row in confirmed]), strict=True)
         )
@@ -129,9 +127,7 @@ class Confirmation:
             tokens = tuple(
                 token for token in text.ids[text.prompt :].tolist() if token not in self._ends
             )
-            variants.append(
-                (continued(example, tokens),) if tokens else self._reworded(example)
-            )
+            variants.append((continued(example, tokens),) if tokens else self._reworded(example))
         return variants
 
     def _reworded(self, example: Example) -> tuple[Example, ...]:

@@ -28,10 +28,9 @@ _LEAST = {
 class PromptSearchSpec:
     """The settings of a per-prompt search; labels depend only on these, the model and the task.
 
-    A finished prompt's best plans are scored again on variants of it, see `dynadepth_search.search.confirming`, since the
-    best of many plans owes its reward partly to luck. By default these are the two best plans and the identity, on two
-    variants: 6 evaluations or fewer beside 40. Simulated at that price, two plans on two variants give labels of higher
-    true value than four on one.
+    A finished prompt's best plans are scored again on variants of it, see `dynadepth_search.search.confirming`, since
+    the best of many plans owes its reward partly to luck. By default these are the two best plans and the identity, on
+    two variants: 6 evaluations or fewer beside 40.
 
     Args:
         config: Settings of the forest. Its `depth_penalty` is ignored, and its `probe_trees` is the number of prompts
@@ -90,11 +89,9 @@ class PromptSearchSpec:
                 f"PromptSearchSpec.depth_penalty is {self.depth_penalty}; expected 0 or more, or None"
             )
         object.__setattr__(self, "margin", plain_number(self.margin))
-        if (
-            not isinstance(self.margin, int | float)
-            or isinstance(self.margin, bool)
-            or not 0 <= self.margin < float("inf")
-        ):
+        margin: Any = self.margin
+        number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not number or not 0 <= margin < float("inf"):
             raise ConfigError(f"PromptSearchSpec.margin is {self.margin!r}; expected 0 or more")
         object.__setattr__(self, "margin", float(self.margin))
         check_wording(self.wording)
@@ -131,8 +128,8 @@ class PromptSearchSummary:
         searched: Number of prompts that this run searched.
         evaluations: Number of plans that this run evaluated for labels, with identity plans but without the probe.
         probe_evaluations: Number of plans that the probe evaluated.
-        confirming_evaluations: Number of times that this run scored a plan on a variant, and let the base model continue
-            a prompt.
+        confirming_evaluations: Number of times that this run scored a plan on a variant, and let the base model
+            continue a prompt.
         naive_visits: Visits of token rows to layers that one forward for each plan would have made, probe included.
         executed_visits: Visits of token rows to layers that were actually made.
         depth_penalty: Lambda of the labels' value.

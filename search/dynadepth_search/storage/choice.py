@@ -1,4 +1,4 @@
-"""How a label is chosen: from a prompt's evaluated plans, and from what variants of the prompt say of the best of them."""
+"""How a label is chosen: from a prompt's evaluated plans, and from what variants of the prompt say of the best ones."""
 
 import math
 from collections.abc import Sequence
@@ -85,10 +85,8 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
 
     The two questions need different evidence. Which candidate is best is answered by all there is, since the reward on
     the prompt is one more measurement of each. Whether it beats the identity is answered by the variants alone, since
-    the best of many plans owes its reward on the prompt partly to luck. Simulated with 36 plans for each prompt, whose
-    true values (sd 0.5) and noise (sd 0.3 to 1) are normal: choosing by all and accepting by the variants is at most 0.04
-    below the best rule in true value. Choosing and accepting by the mean of all keeps up to twice as many labels that are
-    worse than the identity, and loses most where good plans are few; choosing by the variants alone picks worse plans.
+    the best of many plans owes its reward on the prompt partly to luck. Accepting by the mean of all would keep more
+    labels that are worse than the identity; choosing by the variants alone would pick worse plans.
 
     Args:
         candidates: The candidates, the identity plan among them.

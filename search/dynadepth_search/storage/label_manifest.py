@@ -139,9 +139,7 @@ def _check_search(stored: Stored) -> None:
     """Check the settings of a search; those that are newer than the folder are missing."""
     positive = ("block_size", "blocks_per_shard", "max_logit_bytes", "variants", "own_tokens")
     numbers = ("seed", "confirm", *positive)
-    found = stored.fields(
-        ["objective", "config"], ["depth_penalty", "margin", "wording", *numbers]
-    )
+    found = stored.fields(["objective", "config"], ["depth_penalty", "margin", "wording", *numbers])
     found["objective"].one_of(["preserve", "reward"])
     stored_config(found["config"], SearchConfig)
     for name in numbers:
