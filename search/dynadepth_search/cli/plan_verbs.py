@@ -135,6 +135,22 @@ def search_prompts(
             help="Price of a depth of 1, in units of the objective [default: chosen by the probe]",
         ),
     ] = None,
+    confirm: Annotated[
+        int,
+        typer.Option(
+            "--confirm",
+            min=0,
+            help="Number of best plans that are scored again on variants of the prompt; 0: no label is confirmed",
+        ),
+    ] = 2,
+    margin: Annotated[
+        float,
+        typer.Option(
+            "--margin",
+            min=0.0,
+            help="Gain over the identity plan that a label needs, in units of the objective",
+        ),
+    ] = 0.0,
     protect: Protect = "",
     shortcuts: Shortcuts = None,
     limit: Limit = None,
@@ -158,7 +174,12 @@ def search_prompts(
         round_size=4,
     )
     spec = PromptSearchSpec(
-        config=forest, objective=check_objective(objective), depth_penalty=depth_penalty, seed=seed
+        config=forest,
+        objective=check_objective(objective),
+        depth_penalty=depth_penalty,
+        confirm=confirm,
+        margin=margin,
+        seed=seed,
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device, dtype)
@@ -174,6 +195,8 @@ def search_prompts(
         "prompts": len(labels),
         "searched_now": summary.searched,
         "evaluations_per_label": labels.evaluations,
+        "confirmations_per_label": labels.confirmations,
+        "confirmed_as_found": labels.kept_rate,
         "sharing_factor": summary.sharing_factor if summary.executed_visits else None,
         "depth_penalty": labels.manifest.depth_penalty,
         "identity_rate": labels.identity_rate,

@@ -212,7 +212,7 @@ class TestEveryKind:
             tried = labels.evaluated[4 + tree]
             np.testing.assert_array_equal(forest.evaluated(tree).plans, tried.plans)
             np.testing.assert_allclose(forest.evaluated(tree).rewards, tried.rewards, atol=1e-12)
-            np.testing.assert_array_equal(forest.best(tree).plan, labels.plans[4 + tree])
+            np.testing.assert_array_equal(forest.best(tree).plan, labels.raw_plans[4 + tree])
 
     def test_a_wrapped_model_is_refused(self, tmp_path):
         model = tiny_model(dtype=torch.float32)

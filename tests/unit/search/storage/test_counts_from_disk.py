@@ -86,11 +86,12 @@ def test_a_label_that_is_not_the_best_plan(tmp_path: Path) -> None:
     other = next(
         place
         for place, plan in enumerate(rows[0]["plans"])
-        if plan not in (rows[0]["label"], "1111")
+        if plan not in (*rows[0]["candidates"], rows[0]["raw_label"], "1111")
     )
     rows[0]["rewards"][other] = 7.0
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
-        LabelError, match=r"journal\.jsonl, line 1 is damaged \(label is .*expected a plan of value"
+        LabelError,
+        match=r"journal\.jsonl, line 1 is damaged \(raw_label is .*expected a plan of value",
     ):
         read_labels(tmp_path, accept_partial=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dynadepth.errors import LabelError
+from dynadepth.plans import plan_text
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.search.per_prompt import search_prompts
@@ -72,11 +73,16 @@ def test_what_is_read(searched, model):
         assert (tried.plans[0] == 1).all()
         np.testing.assert_array_equal(tried.depths, tried.visits / 4)
         values = tried.rewards - penalty * tried.depths
-        best = np.flatnonzero((tried.plans == labels.plans[index]).all(axis=1))
+        best = np.flatnonzero((tried.plans == labels.raw_plans[index]).all(axis=1))
         assert len(best) == 1
-        assert values[best[0]] == values.max() == labels.values[index]
-        assert labels.rewards[index] == tried.rewards[best[0]]
-        assert labels.depths[index] == tried.depths[best[0]]
+        assert values[best[0]] == values.max() == labels.raw_values[index]
+        chosen = np.flatnonzero((tried.plans == labels.plans[index]).all(axis=1))
+        assert values[chosen[0]] == labels.values[index]
+        assert labels.rewards[index] == tried.rewards[chosen[0]]
+        assert labels.depths[index] == tried.depths[chosen[0]]
+        known = {plan_text(labels.plans[index]), plan_text(labels.raw_plans[index]), "1111"}
+        assert known <= {item.plan for item in labels.candidates[index]} or known == {"1111"}
+        assert labels.margins[index] >= 0
     assert labels.identity_rate == (labels.depths == 1).mean()
     np.testing.assert_array_equal(labels.plans.sum(axis=1) / 4, labels.depths)
 
@@ -205,7 +211,12 @@ class TestUnfinished:
                 r'plans\[0\] is "7111"; expected a plan of 4 digits, each 0 .skip.',
             ),
             ({"plans": ["111"]}, r'plans\[0\] is "111"; expected a plan of 4 digits'),
-            ({"label": "0222"}, 'label is "0222"; expected one of the plans that were evaluated'),
+            (
+                {"raw_label": "0222"},
+                'raw_label is "0222"; expected one of the plans that were evaluated',
+            ),
+            ({"label": "0222"}, 'label is "0222"; expected [01]+, which the stored rewards choose'),
+            ({"candidates": ["0222"]}, r"candidates is .*, the best of the plans"),
             ({"rewards": []}, "rewards has 0 entries; expected 8"),
             ({"rewards": 0.5}, "rewards is 0.5; expected a list"),
             ({"rewards": ["0.5"] * 8}, r'rewards\[0\] is "0.5"; expected a finite number'),
@@ -371,8 +382,8 @@ class TestManifest:
         ("changes", "message"),
         [
             (
-                {"schema_version": 2},
-                "schema version 2; this dynadepth reads up to 1: update dynadepth",
+                {"schema_version": 3},
+                "schema version 3; this dynadepth reads up to 2: update dynadepth",
             ),
             (
                 {"schema_version": 0},
