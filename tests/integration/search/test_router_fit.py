@@ -96,6 +96,11 @@ def make_labels(model, *, protect=(), count=PROMPTS) -> Labels:
             Evaluated(rows, np.zeros(2), plan_depth(rows), rows.sum(axis=1).astype(np.uint32))
             for rows in both
         ),
+        raw_plans=plans,
+        raw_values=np.zeros(count),
+        candidates=((),) * count,
+        margins=np.zeros(count),
+        leads=np.zeros(count),
     )
 
 
