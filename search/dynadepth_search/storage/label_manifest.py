@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: There is no manifest.
-        LabelError: It is damaged, or of a newer schema version.
+        LabelError: It is damaged, or of another schema version.
     """
     path = folder / MANIFEST
     content = read_versioned_json(

@@ -378,8 +378,12 @@ class TestRowsWithTheirHashes:
             ),
             (lambda row: row["plans"].__setitem__(1, row["plans"][2]), "twice; expected each once"),
             (
+                lambda row: row.update(raw_label="0222"),
+                "raw_label is .*expected one of the plans that were eval",
+            ),
+            (
                 lambda row: row.update(label="0222"),
-                "label is .*expected one of the plans that were eval",
+                "label is .*, which the stored rewards choose",
             ),
             (lambda row: row["rewards"].pop(), r"rewards has \d+ entries; expected"),
             (

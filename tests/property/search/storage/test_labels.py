@@ -16,6 +16,7 @@ from dynadepth_search.data.tasks import Example
 from dynadepth_search.files import journal
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.storage import label_store
+from dynadepth_search.storage.choice import Candidate, Choice
 from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
@@ -93,13 +94,14 @@ def row_of(index, example):
     visits = plans.sum(axis=1).astype(np.uint32)
     values = rewards - PENALTY * plan_depth(plans)
     best = int(values.argmax())
+    price = PENALTY * float(plan_depth(plans)[best])
+    label = Candidate(plan_text(plans[best]), float(rewards[best]), (), price)
     return label_row(
         index,
         example,
         Evaluated(plans, rewards, plan_depth(plans), visits),
         base_reward=float(rewards[0]),
-        label=plan_text(plans[best]),
-        value=float(values[best]),
+        choice=Choice(label, label),
     )
 
 

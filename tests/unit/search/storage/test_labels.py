@@ -386,6 +386,10 @@ class TestManifest:
                 "schema version 3; this dynadepth reads up to 2: update dynadepth",
             ),
             (
+                {"schema_version": 1},
+                "has schema version 1; this dynadepth reads 2: run the search again in a new folder",
+            ),
+            (
                 {"schema_version": 0},
                 "schema_version 0; expected a whole number from 1 on: .* run the search again in a new",
             ),
