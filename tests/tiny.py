@@ -5,6 +5,8 @@
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -147,6 +149,12 @@ def tiny_model(
         torch.random.set_rng_state(state)
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def random_prompts(lengths: list[int], *, seed: int = 0) -> list[npt.NDArray[np.int64]]:
+    """Return the token ids of prompts of these lengths, without padding."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, VOCAB_SIZE, length) for length in lengths]
 
 
 def random_batch(

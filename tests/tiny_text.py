@@ -1,6 +1,8 @@
 """A tiny tokenizer with words, so that borders between tokens are not borders between characters."""
 
 import string
+from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -38,3 +40,8 @@ def word_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokeniz
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+def as_lists(texts: Iterable[Any]) -> list[tuple[int, list[int]]]:
+    """Return the length of each text's prompt and its tokens, to be compared."""
+    return [(text.prompt, text.ids.tolist()) for text in texts]

@@ -22,6 +22,9 @@ from tests.tiny_shortcuts import random_shortcuts, rebuilt_with_shortcuts
 # Not about what runs: decisions, files, or models without a reference.
 _ONCE = ("test_onnx", "test_onnx_menu", "test_budgets", "test_published_bugs", "test_scoring")
 
+# The compiler cannot trace who calls; and whether watching changes a bit is asked of the families as they are.
+_OWN_CASTS = ("test_neighbours_compile", "test_states")
+
 
 def pytest_generate_tests(metafunc):
     """Let every case of the other modules run both ways."""
@@ -82,8 +85,8 @@ def float64_throughout(request, monkeypatch):
         return states if keeps(states, wanted) else to(states, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", keeping)
-    if request.module.__name__.endswith("compile"):
-        return  # the compiler cannot trace who calls
+    if request.module.__name__.endswith(_OWN_CASTS):
+        return
     monkeypatch.setattr(torch.Tensor, "float", as_float)
     monkeypatch.setattr(torch.Tensor, "to", converted)
 

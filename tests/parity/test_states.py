@@ -116,8 +116,11 @@ def test_an_observer_is_shown_the_state_of_every_plan(model):
     with Sweeper(model, proved_stack(model)) as sweeper:
         plain = sweeper.sweep(ids, mask, PLANS, example, score=score)
         watched = sweeper.sweep(ids, mask, PLANS, example, score=score, observer=watch)
-    # Tokens that nobody reads pass the feed-forward module or do not, and other shapes round differently.
-    assert (plain.logits - watched.logits).abs().max().item() < 1e-9
+    # Where tokens that nobody reads pass the feed-forward module or not, products with a bias round differently.
+    if any(name.endswith(".bias") for name, _ in layer_stack(model).layers.named_parameters()):
+        assert (plain.logits - watched.logits).abs().max().item() < 1e-9
+    else:
+        assert torch.equal(plain.logits, watched.logits)
     assert (plain.naive_visits, plain.executed_visits) == (
         watched.naive_visits,
         watched.executed_visits,

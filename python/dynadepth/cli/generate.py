@@ -217,6 +217,7 @@ class _Answering:
         """Return the answers to some prompts, which run as one batch."""
         import torch
 
+        from dynadepth.models.encoding import answer_length, end_tokens
         from dynadepth.plans import plan_depth, plan_text
 
         inputs = self._inputs([tokens[row] for row in rows])
@@ -225,6 +226,7 @@ class _Answering:
         generated = self._model.generate(**inputs, **self._settings)
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
         plans = self._model.dynadepth.last_plans
+        ends = end_tokens(self._model)
         return [
             {
                 "index": row,
@@ -232,7 +234,7 @@ class _Answering:
                 "text": self._tokenizer.decode(answer, skip_special_tokens=True),
                 "plan": plan_text(plan),
                 "depth": float(plan_depth(plan)),
-                "new_tokens": self._length(answer),
+                "new_tokens": answer_length(answer, ends),
             }
             for row, answer, plan in zip(rows, new, plans, strict=True)
         ]
@@ -241,11 +243,3 @@ class _Answering:
         padded = self._tokenizer.pad({"input_ids": list(tokens)}, return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return {name: padded[name].to(self._model.device) for name in names}
-
-    def _length(self, answer: Sequence[int]) -> int:
-        """Return the number of tokens of an answer up to its end, which padding may follow."""
-        ends = self._model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        return next(
-            (place for place, token in enumerate(answer, start=1) if token in ends), len(answer)
-        )

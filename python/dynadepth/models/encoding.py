@@ -4,11 +4,19 @@ A policy must see exactly the same tokens in use as in training, so only this mo
 on special tokens.
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dynadepth.errors import TaskError
 
-__all__ = ["chat_text", "encode_prompt", "encode_text", "lone_surrogate"]
+__all__ = [
+    "answer_length",
+    "chat_text",
+    "encode_prompt",
+    "encode_text",
+    "end_tokens",
+    "lone_surrogate",
+]
 
 
 def encode_prompt(
@@ -138,3 +146,16 @@ def _check_text(text: str) -> None:
 def _short(text: str) -> str:
     # `repr` escapes what cannot be printed, including lone surrogates.
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """Return the tokens that end a model's text; none if its generation config names none."""
+    ends = model.generation_config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def answer_length(answer: Sequence[int], ends: Collection[int]) -> int:
+    """Return the number of tokens of an answer up to the one that ends it, which padding may follow."""
+    return next(
+        (place for place, token in enumerate(answer, start=1) if token in ends), len(answer)
+    )

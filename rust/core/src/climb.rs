@@ -107,7 +107,7 @@ impl Climber {
             self.descend(weight, guide, limits, None),
             self.beside_best(weight, guide, limits),
         );
-        weight > 0.0 && found.is_none_or(|found| found.score <= self.best)
+        found.is_none_or(|found| found.score <= self.best)
     }
 
     /// Finds the plan to ask next; `None` if all have been asked.

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dynadepth.models.encoding import answer_length, end_tokens
 from dynadepth.plans import check_plans, identity_plan
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.scoring.batching import pad_left
@@ -31,8 +32,8 @@ def answers_under_plans(
 ) -> list[str]:
     """Let a model answer N pairs of example and plan greedily, wrapped as a user wraps it.
 
-    A plan of several prompts shares their batch, so that a layer runs for all rows of it or for none. Rewards of one
-    answer differ between batches only where rounding turns a token.
+    Prompts of one plan share batches, so that a layer runs for all rows of a batch or for none. What shares a batch
+    changes an answer only where rounding turns a token.
 
     Args:
         scorer: Has the unwrapped base model, its tokenizer, the prompts' form and the shortcuts; the model is unwrapped
@@ -92,8 +93,7 @@ def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) ->
         new_tokens = min(new_tokens, most - max(map(len, prompts)))
     if new_tokens < 1:
         return [Text(prompt, len(prompt)) for prompt in prompts]
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ends = end_tokens(model)
     ids, mask = pad_left(prompts, model.device)
     with torch.inference_mode(), _plain_generation(model):
         grown = model.generate(
@@ -103,14 +103,11 @@ def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) ->
             do_sample=False,
             pad_token_id=min(ends, default=0),
         )
-    texts = []
-    for prompt, answer in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True):
-        stop = next(
-            (place for place, token in enumerate(answer.tolist(), start=1) if token in ends),
-            len(answer),
-        )
-        texts.append(Text(np.concatenate([prompt, answer[:stop]]), len(prompt)))
-    return texts
+    answers = grown[:, ids.shape[1] :].cpu().numpy()
+    return [
+        Text(np.concatenate([prompt, answer[: answer_length(answer.tolist(), ends)]]), len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.errors import TaskError
+from dynadepth.models.encoding import end_tokens
 from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Example, Task
@@ -48,7 +49,7 @@ class Confirmation:
         self._scorer, self._spec = scorer, spec
         self._lettered = task.kind == "choices" and task.scoring == "letter"
         self._own_text = task.kind != "choices" and spec.objective == "preserve"
-        self._ends = _end_tokens(scorer)
+        self._ends = end_tokens(scorer.model)
         self.evaluations = 0
 
     def check(self, examples: Sequence[Example]) -> None:
@@ -154,9 +155,3 @@ def _candidates(
         )
         for place, index in enumerate(best.tolist())
     )
-
-
-def _end_tokens(scorer: Scorer) -> frozenset[int]:
-    """Return the tokens that end the model's text."""
-    ends = scorer.model.generation_config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

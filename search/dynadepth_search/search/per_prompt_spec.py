@@ -1,11 +1,10 @@
 """The settings of a per-prompt search, with their checks, and the summary of a run."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dynadepth.config import config_from_dict, config_to_dict, plain_number
+from dynadepth.config import config_to_dict, plain_number
 from dynadepth.errors import ConfigError
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.variants import check_wording
@@ -107,16 +106,6 @@ class PromptSearchSpec:
         # The penalty of the spec itself is used instead.
         del forest["depth_penalty"]
         return {**config_to_dict(self), "config": forest}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "PromptSearchSpec":
-        """Make the spec from what `to_dict` wrote.
-
-        Raises:
-            ConfigError: A key is unknown, or a value has the wrong type or is out of range.
-        """
-        config = SearchConfig.from_dict(content.get("config"))
-        return config_from_dict(cls, {**content, "config": config})
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,7 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
 
     The two questions need different evidence. Which candidate is best is answered by all there is, since the reward on
     the prompt is one more measurement of each. Whether it beats the identity is answered by the variants alone, since
-    the best of many plans owes its reward on the prompt partly to luck. Accepting by the mean of all would keep more
-    labels that are worse than the identity; choosing by the variants alone would pick worse plans.
+    the best of many plans owes its reward on the prompt partly to luck.
 
     Args:
         candidates: The candidates, the identity plan among them.

@@ -9,15 +9,9 @@ from dynadepth.plans import identity_plan
 from dynadepth.wrapping.bake import bake
 from dynadepth_search.scoring.generating import answers_under_plans, batches_of, continue_prompts
 from dynadepth_search.scoring.scorer import Scorer
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import VOCAB_SIZE, random_prompts, tiny_model
 from tests.tiny_search import tiny_task
-from tests.tiny_text import word_tokenizer
-
-
-def random_prompts(lengths, *, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(2, VOCAB_SIZE, length) for length in lengths]
-
+from tests.tiny_text import as_lists, word_tokenizer
 
 PROMPTS = random_prompts([5, 2, 9, 3, 1, 7, 4, 4, 6, 2])
 
@@ -36,10 +30,6 @@ def greedy(model, prompt, new_tokens, ends=()):
         if ids[-1] in ends:
             break
     return ids[len(prompt) :]
-
-
-def as_lists(texts):
-    return [(text.prompt, text.ids.tolist()) for text in texts]
 
 
 class TestContinuations:

@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 
 from dynadepth.errors import LabelError
@@ -12,7 +11,8 @@ from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.shortcuts import texts as texts_module
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import VOCAB_SIZE, random_prompts, tiny_model
+from tests.tiny_text import as_lists
 
 SPEC = ShortcutSpec(new_tokens=6, batch_size=2)
 
@@ -21,21 +21,12 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-def random_prompts(lengths, *, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(2, VOCAB_SIZE, length) for length in lengths]
-
-
 PROMPTS = random_prompts([5, 2, 9, 3, 1, 7, 4, 4, 6, 2])
 
 
 @pytest.fixture
 def model():
     return tiny_model()
-
-
-def as_lists(texts):
-    return [(text.prompt, text.ids.tolist()) for text in texts]
 
 
 class TestJournal:
