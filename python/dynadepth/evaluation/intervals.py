@@ -1,5 +1,7 @@
 """Means and paired differences over prompts, with bootstrap intervals."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy.typing as npt
 __all__ = [
     "RESAMPLES",
     "Interval",
+    "interval_of_means",
     "mean_interval",
     "paired_difference",
 ]
@@ -79,16 +82,66 @@ def mean_interval(values: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> 
         0.5
     """
     array = _as_prompts(values, "values")
+    low, high = _tails(_resampled_means([array], seed, resamples)[0])
+    return Interval(mean=float(array.mean()), low=low, high=high, n=array.size)
+
+
+def interval_of_means(
+    columns: Sequence[Any],
+    function: Callable[..., Floats],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Return a function of several means over the same prompts with its 95 % percentile bootstrap interval.
+
+    Args:
+        columns: Several numbers for each prompt. Each has the shape (prompts,); all are resampled together.
+        function: Takes one array of means for each column, shape (resamples,), and returns the function's values, shape
+            (resamples,). A value that is undefined (NaN) counts as infinite.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        The function of the means and its interval; `high` is infinite if more than 2.5 % of the values are.
+
+    Raises:
+        ValueError: There are no prompts, the columns differ in length, or a number is not finite.
+
+    Example:
+        >>> interval_of_means([[1.0, 0.0], [1.0, 1.0]], lambda part, whole: part / whole).mean
+        0.5
+    """
+    arrays = [_as_prompts(column, f"column {number}") for number, column in enumerate(columns)]
+    sizes = sorted({array.size for array in arrays})
+    if len(sizes) != 1:
+        raise ValueError(f"the columns have {sizes} prompts; expected the same prompts in each")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = function(*_resampled_means(arrays, seed, resamples))
+        whole = function(*(np.array([array.mean()]) for array in arrays))
+    low, high = _tails(np.where(np.isnan(found), np.inf, found))
+    return Interval(mean=float(whole[0]), low=low, high=high, n=sizes[0])
+
+
+def _resampled_means(arrays: Sequence[Floats], seed: int, resamples: int) -> list[Floats]:
+    size = arrays[0].size
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    rows = max(1, _BLOCK // array.size)
+    means = [np.empty(resamples) for _ in arrays]
+    rows = max(1, _BLOCK // size)
     for start in range(0, resamples, rows):
         stop = min(start + rows, resamples)
-        drawn = rng.integers(0, array.size, (stop - start, array.size))
-        means[start:stop] = array[drawn].mean(axis=1)
+        drawn = rng.integers(0, size, (stop - start, size))
+        for mean, array in zip(means, arrays, strict=True):
+            mean[start:stop] = array[drawn].mean(axis=1)
+    return means
+
+
+def _tails(values: Floats) -> tuple[float, float]:
     tail = (1.0 - _LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Interval(mean=float(array.mean()), low=float(low), high=float(high), n=array.size)
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(values, [tail, 1.0 - tail]).tolist()
+    # Between two infinite values numpy interpolates to NaN.
+    return (math.inf if math.isnan(low) else low), (math.inf if math.isnan(high) else high)
 
 
 def paired_difference(

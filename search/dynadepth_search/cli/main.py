@@ -19,7 +19,7 @@ from dynadepth_search.cli.options import (
     print_evaluation,
     quiet,
 )
-from dynadepth_search.cli.plan_verbs import score, search_prompts, search_static
+from dynadepth_search.cli.plan_verbs import score, search_null, search_prompts, search_static
 from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
 from dynadepth_search.cli.shortcut_verbs import fit_shortcuts, fold
 from dynadepth_search.cli.tune_verbs import apply_study, tune_menu, tune_search
@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     search = typer.Typer(no_args_is_help=True, help="Search plans for all prompts, or for each.")
     search.command("static")(search_static)
     search.command("prompts")(search_prompts)
+    search.command("null")(search_null)
     app.add_typer(search, name="search")
     app.command("shortcuts")(fit_shortcuts)
     app.command("fold")(fold)

@@ -1,4 +1,4 @@
-"""The commands `search static`, `search prompts` and `score`: finding plans, and scoring prompts under them.
+"""The commands `search static`, `search prompts`, `search null` and `score`: plans, and what they do to prompts.
 
 Each command checks its options, loads what they name and calls functions that are available from Python too. Heavy
 imports are inside the commands.
@@ -30,7 +30,7 @@ from dynadepth_search.cli.options import (
     print_result,
 )
 
-__all__ = ["score", "search_prompts", "search_static"]
+__all__ = ["score", "search_null", "search_prompts", "search_static"]
 
 _Task = Annotated[
     Path,
@@ -200,10 +200,50 @@ def search_prompts(
         "sharing_factor": summary.sharing_factor if summary.executed_visits else None,
         "depth_penalty": labels.manifest.depth_penalty,
         "identity_rate": labels.identity_rate,
+        "margin_over_identity": float(labels.margins.mean()),
         "mean_depth": float(labels.depths.mean()),
         "seconds": round(summary.probe_seconds + summary.search_seconds, 2),
     }
     print_result(result, as_json=as_json)
+
+
+def search_null(
+    *,
+    model: Model,
+    labels: Annotated[
+        Path,
+        typer.Option(
+            "--labels", help="Folder that `search prompts` wrote, with the objective reward"
+        ),
+    ],
+    out: _Out,
+    shortcuts: Shortcuts = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "fast",
+    as_json: Json = False,
+) -> None:
+    """Search again with the answers shuffled between the prompts, to see how many fixes of labels are luck."""
+    from dynadepth_search.search import null_control
+
+    base, tokenizer = load(model, device, dtype)
+    maps = load_shortcuts_for(base, shortcuts)
+    with display() as progress:
+        control = null_control.search_null(
+            base, tokenizer, labels, out, shortcuts=maps, seed=seed, progress=progress
+        )
+    found = control.to_dict()
+    if not as_json:
+        found = {
+            "control": str(out),
+            "prompts": found["prompts"],
+            "base_wrong": f"{found['real']['base_wrong']} (answers shuffled: {found['null']['base_wrong']})",
+            **{
+                f"{kind}_labels": null_control.luck_text(control, kind)
+                for kind in ("raw", "confirmed")
+            },
+        }
+    print_result(found, as_json=as_json)
 
 
 def score(

@@ -1,10 +1,11 @@
 """The settings of a per-prompt search, with their checks, and the summary of a run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dynadepth.config import config_to_dict, plain_number
+from dynadepth.config import config_from_dict, config_to_dict, plain_number
 from dynadepth.errors import ConfigError
 from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.variants import check_wording
@@ -29,7 +30,9 @@ class PromptSearchSpec:
 
     A finished prompt's best plans are scored again on variants of it, see `dynadepth_search.search.confirming`, since
     the best of many plans owes its reward partly to luck. By default these are the two best plans and the identity, on
-    two variants: 6 evaluations or fewer beside 40.
+    two variants: 6 evaluations or fewer beside 40. On lettered questions two variants keep a
+    third of the labels that unseen orders of the choices refute and one variant keeps; more candidates are more chances
+    to be lucky again (benches/README.md).
 
     Args:
         config: Settings of the forest. Its `depth_penalty` is ignored, and its `probe_trees` is the number of prompts
@@ -44,7 +47,7 @@ class PromptSearchSpec:
         confirm: Number of plans that are scored on variants, the identity besides; 0: the label is the best plan of the
             search.
         margin: By how much the value of a label has to exceed that of the identity plan, in units of the objective. It
-            is measured on the variants (on the prompt, if none is confirmed).
+            has to on every variant (on the prompt, if none is confirmed).
         variants: Maximum number of orders of lettered choices; there is one other wording, and one continuation.
         wording: The second wording of a prompt, which it stands in as `{prompt}`; for choices that the prompt does not
             list, and for completions with the objective `reward`.
@@ -106,6 +109,16 @@ class PromptSearchSpec:
         # The penalty of the spec itself is used instead.
         del forest["depth_penalty"]
         return {**config_to_dict(self), "config": forest}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PromptSearchSpec":
+        """Make the spec from what `to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is unknown, or a value has the wrong type or is out of range.
+        """
+        config = SearchConfig.from_dict(content.get("config"))
+        return config_from_dict(cls, {**content, "config": config})
 
 
 @dataclass(frozen=True, slots=True)

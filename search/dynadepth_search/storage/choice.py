@@ -38,10 +38,18 @@ class Candidate:
         """Its confirmed value: mean reward on the prompt and all variants, less the price."""
         return _mean([self.reward, *self.variant_rewards]) - self.price
 
-    @property
-    def heldout_value(self) -> float:
-        """Its value on the variants alone, which the search did not see; on the prompt if there are none."""
-        return _mean(self.variant_rewards or [self.reward]) - self.price
+    def margin_over(self, other: "Candidate") -> float:
+        """Return by how much its value exceeds another's on the worst of the variants; on the prompt if there are none.
+
+        Args:
+            other: A candidate for the same prompt, scored on the same variants.
+        """
+        both = zip(
+            self.variant_rewards or (self.reward,),
+            other.variant_rewards or (other.reward,),
+            strict=True,
+        )
+        return min((own - self.price) - (its - other.price) for own, its in both)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +88,14 @@ def best_plans(evaluated: Evaluated, depth_penalty: float, count: int) -> npt.ND
 def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate:
     """Choose the label of a prompt.
 
-    It is the candidate of highest confirmed value; ties go to the lower depth, then to the lower plan. If its held-out
-    value is not at least `margin` above that of the identity plan, the label is the identity plan.
+    It is the candidate of highest confirmed value; ties go to the lower depth, then to the lower plan. Unless its value
+    exceeds that of the identity plan by `margin` on every variant, the label is the identity plan.
 
     The two questions need different evidence. Which candidate is best is answered by all there is, since the reward on
     the prompt is one more measurement of each. Whether it beats the identity is answered by the variants alone, since
-    the best of many plans owes its reward on the prompt partly to luck.
+    the best of many plans owes its reward on the prompt partly to luck; and by each of them, since a plan that merely
+    prefers one letter wins by far in one order of the choices and loses in the others. What was measured of this rule
+    and of others is in benches/README.md.
 
     Args:
         candidates: The candidates, the identity plan among them.
@@ -93,7 +103,7 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
     """
     best = min(candidates, key=lambda item: (-item.value, plan_visits(item.plan), item.plan))
     identity = next(item for item in candidates if not item.plan.strip("1"))
-    return best if best.heldout_value - identity.heldout_value >= margin else identity
+    return best if best is identity or best.margin_over(identity) >= margin else identity
 
 
 def plan_visits(plan: str) -> int:

@@ -83,8 +83,9 @@ class Labels:
         raw_values: Their values there. Shape (P,), float64.
         candidates: The plans of each prompt that were scored on variants, best first by value on the prompt; empty
             where none was.
-        margins: By how much the value of the label exceeds the identity plan's: on the variants, which the search did
-            not see, or on the prompt itself if there was none. 0 where the label is the identity. Shape (P,), float64.
+        margins: By how much the value of the label exceeds the identity plan's: on the worst of the variants, which the
+            search did not see, or on the prompt itself if there was none. 0 where the label is the identity.
+            Shape (P,), float64.
         leads: By how much the value that chose the label (over the prompt and its variants) exceeds that of the second
             best plan: of the candidates, or of all evaluated plans if none was confirmed. Below 0 where a plan of
             higher value lacked the margin; NaN where there is no other plan. Shape (P,), float64.
@@ -337,7 +338,7 @@ def _labels(manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> Labels:
         compared, confirmed = _compared(row, manifest)
         every.append(confirmed)
         label = compared[row["label"]]
-        margins.append(label.heldout_value - compared["1" * manifest.num_layers].heldout_value)
+        margins.append(label.margin_over(compared["1" * manifest.num_layers]))
         others = [item.value for plan, item in compared.items() if plan != row["label"]]
         leads.append(label.value - max(others, default=math.nan))
     chosen = plan_rows([row["label"] for row in rows])

@@ -136,6 +136,24 @@ def test_a_search_says_what_it_did_and_goes_on(
     assert again["identity_rate"] == first["identity_rate"]
 
 
+def test_a_null_control_says_how_many_fixes_are_luck(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--objective", "reward", "--scoring", "letter", "--confirm", 1, "--margin", 0.01)
+    argv = search(place, *more, task="few.jsonl", out=str(tmp_path / "labels"), how=LABELS)
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "confirmations per label: " in out
+    argv = ["search", "null", "--model", place / "my-model", "--labels", tmp_path / "labels"]
+    argv += ["--out", tmp_path / "null"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "raw labels: " in out
+    assert "share that luck explains" in out
+    code, out, _ = run(capsys, *argv, "--json")
+    assert json.loads(out) == json.loads((tmp_path / "null" / "null.json").read_text())
+
+
 def test_a_search_of_plans_for_all_says_what_it_found_and_goes_on(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynadepth.errors import BudgetError
-from dynadepth.evaluation.intervals import mean_interval, paired_difference
+from dynadepth.evaluation.intervals import interval_of_means, mean_interval, paired_difference
 from dynadepth.evaluation.mixtures import (
     best_under_depth,
     bracket_depth,
@@ -237,6 +237,35 @@ def test_many_prompts_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -
 def test_outcomes_that_cannot_be_compared(values: list, reference: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(values, reference)
+
+
+def test_a_function_of_means_resamples_all_columns_together() -> None:
+    rng = np.random.default_rng(5)
+    part, whole = rng.random(40), rng.random(40) + 1.0
+    one = interval_of_means([part], lambda mean: mean)
+    assert one == mean_interval(part)
+    # Twice a column over the column itself is 2 in every resample only if both are resampled together.
+    ratio = interval_of_means([2.0 * whole, whole], np.divide)
+    assert ratio.low == pytest.approx(2.0, abs=1e-12) == ratio.high
+    ratio = interval_of_means([part, whole], np.divide)
+    assert ratio.mean == pytest.approx(part.mean() / whole.mean())
+    assert ratio.low < ratio.mean < ratio.high
+
+
+def test_a_ratio_over_something_rare_is_unbounded() -> None:
+    rare = np.zeros(30)
+    rare[0] = 1.0
+    found = interval_of_means([np.ones(30), rare], np.divide)
+    # A third of the resamples miss the one prompt.
+    assert found.mean == pytest.approx(30.0)
+    assert (found.low, found.high) == (pytest.approx(30 / 4, rel=0.4), np.inf)
+    assert np.isnan(interval_of_means([np.zeros(3), np.zeros(3)], np.divide).mean)
+
+
+@pytest.mark.parametrize("columns", [[[1.0], [1.0, 2.0]], [[]], [[np.nan]], []])
+def test_columns_that_are_not_of_the_same_prompts(columns: list) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        interval_of_means(columns, lambda *means: means[0])
 
 
 @given(_plans())

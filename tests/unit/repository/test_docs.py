@@ -227,7 +227,7 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     verbs = [" ".join(word for word in step[:3] if not word.startswith("-")) for step in steps]
     one_policy = ["shortcuts", "search static", "score", "train", "eval", "report", "export"]
     one_policy += ["generate", "bake", "fold"]
-    others = ["score", "train", "search prompts", "train", "eval"]
+    others = ["score", "train", "search prompts", "train", "search prompts", "search null", "eval"]
     tuning = ["tune menu", "tune", "score", "tune search"]
     assert verbs == [f"dynadepth {verb}" for verb in one_policy + others + tuning]
     for step in steps:

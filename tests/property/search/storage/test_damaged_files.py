@@ -400,6 +400,32 @@ class TestRowsWithTheirHashes:
                 lambda row: row.update(label_value=9.0),
                 "label_value is 9.0; expected .* its reward less",
             ),
+            (
+                lambda row: row.update(raw_value=9.0),
+                "raw_value is 9.0; expected .* its reward less",
+            ),
+            (
+                lambda row: row.update(raw_label="1111"),
+                "raw_(value|label) is .*; expected",
+            ),
+            (lambda row: row["candidates"].reverse(), "candidates is .*the best of the plans that"),
+            (lambda row: row["candidates"].pop(), "candidates is .*the best of the plans that"),
+            (
+                lambda row: row["variant_rewards"][1].append(0.5),
+                r"variant_rewards\[1\] has 2 entries; expected 1",
+            ),
+            (
+                lambda row: row["variant_rewards"][0].__setitem__(0, float("inf")),
+                r"variant_rewards\[0\]\[0\] is Infinity; expected a finite number",
+            ),
+            (
+                lambda row: row["confirmed_values"].__setitem__(0, 9.0),
+                "confirmed_values is .*the mean of its rewards less its price",
+            ),
+            (
+                lambda row: row.update(label=min({*row["plans"]} - {row["label"]})),
+                "label is .*expected .*, which the stored rewards choose",
+            ),
             (lambda row: row.update(answer=5), "answer is 5; expected a whole number from 0 to 1"),
             (
                 lambda row: row.update(choices=None),

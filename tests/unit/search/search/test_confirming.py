@@ -120,3 +120,38 @@ def test_a_margin_that_nothing_has_leaves_the_identity(model, tmp_path):
     np.testing.assert_array_equal(found.raw_plans, none.raw_plans)
     assert (found.margins >= 0).all()
     assert found.confirmations > 0
+
+
+@pytest.mark.parametrize("kind", ["prompt", "choices"])
+def test_an_interrupted_search_ends_with_the_same_bytes(model, tmp_path, kind):
+    task = replace(tiny_task(11, kind=kind), scoring="letter")
+
+    class Stop(BaseException):
+        pass
+
+    def stop(stage, done, _total):
+        if stage == "search" and done >= 8:
+            raise Stop
+
+    spec = tiny_spec(own_tokens=3)
+    search_prompts(model, word_tokenizer(), task, tmp_path / "whole", spec)
+    with pytest.raises(Stop):
+        search_prompts(model, word_tokenizer(), task, tmp_path / "killed", spec, progress=stop)
+    # A line of the last block is lost: its block is searched again, and what it held before stays.
+    journal = tmp_path / "killed" / "journal.jsonl"
+    if journal.exists():
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join(lines[:-1]))
+    search_prompts(model, word_tokenizer(), task, tmp_path / "killed", spec)
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
+
+
+def test_the_search_itself_does_not_depend_on_confirmation(model, tmp_path):
+    task = tiny_task(6, kind="completion")
+    for count in (0, 2):
+        spec = tiny_spec(confirm=count)
+        search_prompts(model, word_tokenizer(), task, tmp_path / str(count), spec)
+    off, on = read_labels(tmp_path / "0"), read_labels(tmp_path / "2")
+    np.testing.assert_array_equal(off.plans, on.raw_plans)
+    np.testing.assert_array_equal(off.raw_values, on.raw_values)
+    assert off.kept_rate == 1

@@ -41,6 +41,13 @@ def test_what_variants_do_not_confirm_becomes_the_identity():
     assert choose_label([lucky, base], margin=0.0) is base
 
 
+def test_a_label_beats_the_identity_on_every_variant():
+    letter = candidate("0111", 5.0, 9.0, -0.1)
+    base = candidate(IDENTITY, 0.0, 0.0, 0.0)
+    assert choose_label([letter, base], margin=0.0) is base
+    assert letter.margin_over(base) == -0.1
+
+
 @pytest.mark.parametrize(("margin", "plan"), [(0.4, "0111"), (0.6, IDENTITY)])
 def test_a_label_is_better_than_the_identity_by_the_margin(margin, plan):
     found = [candidate("0111", 1.0, 1.0, price=0.5), candidate(IDENTITY, 1.0, 1.0, price=1.0)]
@@ -60,7 +67,7 @@ def test_a_label_is_the_identity_or_the_best_that_beats_it(found, margin):
     best = max(item.value for item in found)
     if label is not base:
         assert label.value == best
-        assert label.heldout_value - base.heldout_value >= margin
+        assert label.margin_over(base) >= margin
     assert choose_label(list(reversed(found)), margin=margin) is label
 
 
