@@ -15,6 +15,7 @@ __all__ = [
     "HubError",
     "LabelError",
     "PlanError",
+    "RunnerError",
     "SearchError",
     "ShortcutError",
     "TaskError",
@@ -45,6 +46,10 @@ class BudgetError(DynadepthError, ValueError):
 
 class WrapError(DynadepthError, RuntimeError):
     """A model is already wrapped, is not wrapped, or cannot be restored."""
+
+
+class RunnerError(DynadepthError, RuntimeError):
+    """Workers died, cannot be had, or do not run what the process that started them runs."""
 
 
 class SearchError(DynadepthError, RuntimeError):

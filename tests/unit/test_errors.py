@@ -13,6 +13,7 @@ BUILTINS = {
     "HubError": RuntimeError,
     "LabelError": ValueError,
     "PlanError": ValueError,
+    "RunnerError": RuntimeError,
     "SearchError": RuntimeError,
     "ShortcutError": ValueError,
     "TaskError": ValueError,

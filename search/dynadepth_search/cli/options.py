@@ -11,23 +11,31 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dynadepth.shortcuts.maps import Shortcuts as LoadedShortcuts
     from dynadepth_search.data.tasks import Task
+    from dynadepth_search.runners.work import Runner
 
 __all__ = [
+    "Address",
     "Chat",
     "Device",
+    "Devices",
     "Dtype",
     "Json",
     "Limit",
     "Model",
     "Objective",
     "Protect",
+    "RunnerKind",
     "Scoring",
     "Seed",
     "Shortcuts",
+    "Threads",
+    "Workers",
     "display",
     "in_chat",
     "layer_numbers",
@@ -37,6 +45,7 @@ __all__ = [
     "print_evaluation",
     "print_result",
     "quiet",
+    "runner_for",
     "scalar_values",
 ]
 
@@ -75,6 +84,38 @@ Shortcuts = Annotated[
         "--shortcuts",
         help="Folder that `shortcuts` wrote: what is left in place of skipped layers [default: nothing]",
     ),
+]
+RunnerKind = Annotated[
+    Literal["local", "processes", "ray"],
+    typer.Option(
+        "--runner",
+        help="Who does the blocks: this process, processes of this machine, or actors of a Ray cluster",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Number of workers [default: one for each GPU; without, ray: one for each machine]",
+    ),
+]
+Devices = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        help="Where workers run: cuda:0,cuda:1 for processes, cuda or cpu for ray [default: all GPUs]",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="Threads of each worker [default: those of the machine divided]"
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Of a Ray cluster [default: a new one on this machine]"),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put every prompt into the model's chat template")
@@ -118,6 +159,43 @@ def load_shortcuts_for(model: "PreTrainedModel", folder: Path | None) -> "Loaded
     from dynadepth.shortcuts.save_load import load_shortcuts
 
     return None if folder is None else load_shortcuts(locate_shortcuts(folder), model=model)
+
+
+def runner_for(
+    kind: str,
+    model: str,
+    dtype: str,
+    shortcuts: Path | None,
+    *,
+    workers: int | None,
+    devices: str,
+    threads: int | None,
+    address: str | None,
+) -> "AbstractContextManager[Runner]":
+    """Return the runner that a command line asks for, a context manager that ends its workers.
+
+    Args:
+        kind: `local`, `processes` or `ray`.
+        model: Folder or Hub id of the base model.
+        dtype: As for `load_model`.
+        shortcuts: Folder of the shortcuts, or one that contains it; None: there are none.
+        workers: Number of workers; None: what suits the runner.
+        devices: Where workers run, separated by commas; empty: what suits the runner.
+        threads: Number of threads of each worker; None: what suits the runner.
+        address: Of a Ray cluster; None: a new one on this machine.
+    """
+    from contextlib import closing
+
+    from dynadepth_search.runners.choosing import choose_runner
+    from dynadepth_search.runners.worker import ModelSource
+
+    source = ModelSource(model, dtype, None if shortcuts is None else str(shortcuts))
+    names = tuple(name.strip() for name in devices.split(",") if name.strip())
+    return closing(
+        choose_runner(
+            kind, source, workers=workers, devices=names, threads=threads, address=address
+        )
+    )
 
 
 def in_chat(task: "Task", tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> "Task":

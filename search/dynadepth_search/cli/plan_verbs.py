@@ -11,23 +11,29 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dynadepth_search.cli.options import (
+    Address,
     Chat,
     Device,
+    Devices,
     Dtype,
     Json,
     Limit,
     Model,
     Objective,
     Protect,
+    RunnerKind,
     Scoring,
     Seed,
     Shortcuts,
+    Threads,
+    Workers,
     display,
     in_chat,
     layer_numbers,
     load,
     load_shortcuts_for,
     print_result,
+    runner_for,
 )
 
 __all__ = ["score", "search_null", "search_prompts", "search_static"]
@@ -157,6 +163,11 @@ def search_prompts(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "fast",
+    runner: RunnerKind = "local",
+    workers: Workers = None,
+    devices: Devices = "",
+    threads: Threads = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Search for the best plan of each prompt, its label; a run that was killed continues."""
@@ -182,13 +193,24 @@ def search_prompts(
         seed=seed,
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
-    base, tokenizer = load(model, device, dtype)
-    maps = load_shortcuts_for(base, shortcuts)
-    prompts = in_chat(prompts, tokenizer, chat=chat)
-    with display() as progress:
-        summary = per_prompt.search_prompts(
-            base, tokenizer, prompts, out, spec, shortcuts=maps, progress=progress
-        )
+    who = runner_for(
+        runner,
+        model,
+        dtype,
+        shortcuts,
+        workers=workers,
+        devices=devices,
+        threads=threads,
+        address=address,
+    )
+    with who as crew:
+        base, tokenizer = load(model, device, dtype)
+        maps = load_shortcuts_for(base, shortcuts)
+        prompts = in_chat(prompts, tokenizer, chat=chat)
+        with display() as progress:
+            summary = per_prompt.search_prompts(
+                base, tokenizer, prompts, out, spec, shortcuts=maps, runner=crew, progress=progress
+            )
     labels = read_labels(out, model=base)
     result: dict[str, Any] = {
         "labels": str(out),
@@ -291,6 +313,11 @@ def score(
     limit: Limit = None,
     device: Device = "cpu",
     dtype: Dtype = "fast",
+    runner: RunnerKind = "local",
+    workers: Workers = None,
+    devices: Devices = "",
+    threads: Threads = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Score prompts under plans, to see what each plan does to the base model's answers; a killed run continues."""
@@ -308,37 +335,49 @@ def score(
     from dynadepth_search.tuning.replay import skip_subsets
 
     prompts = read_task(task, scoring=scoring, limit=limit)
-    base, tokenizer = load(model, device, dtype)
-    maps = load_shortcuts_for(base, shortcuts)
-    chosen_on: tuple[str, ...] = ()
-    if plans is None:
-        rows = skip_subsets(skipped, layer_stack(base).num_layers)
-    else:
-        found = read_static(plans, model=base)
-        check_same_shortcuts(
-            found.shortcuts,
-            maps,
-            what=f"the plans in {plans} were",
-            advice="give the same, or search again",
-        )
-        chosen_on = tuple(found.prompt_hashes or ())
-        rows = found.menu if policy == "menu" else router_plans(found.front)
-        if not wanted and policy == "menu":
-            wanted = decision_layers(found.menu)
-    prompts = in_chat(prompts, tokenizer, chat=chat)
-    with display() as progress:
-        table = score_prompts(
-            base,
-            tokenizer,
-            prompts,
-            rows,
-            out,
-            layers=wanted,
-            num_windows=windows,
-            shortcuts=maps,
-            plan_prompts=chosen_on,
-            progress=progress,
-        )
+    who = runner_for(
+        runner,
+        model,
+        dtype,
+        shortcuts,
+        workers=workers,
+        devices=devices,
+        threads=threads,
+        address=address,
+    )
+    with who as crew:
+        base, tokenizer = load(model, device, dtype)
+        maps = load_shortcuts_for(base, shortcuts)
+        chosen_on: tuple[str, ...] = ()
+        if plans is None:
+            rows = skip_subsets(skipped, layer_stack(base).num_layers)
+        else:
+            found = read_static(plans, model=base)
+            check_same_shortcuts(
+                found.shortcuts,
+                maps,
+                what=f"the plans in {plans} were",
+                advice="give the same, or search again",
+            )
+            chosen_on = tuple(found.prompt_hashes or ())
+            rows = found.menu if policy == "menu" else router_plans(found.front)
+            if not wanted and policy == "menu":
+                wanted = decision_layers(found.menu)
+        prompts = in_chat(prompts, tokenizer, chat=chat)
+        with display() as progress:
+            table = score_prompts(
+                base,
+                tokenizer,
+                prompts,
+                rows,
+                out,
+                layers=wanted,
+                num_windows=windows,
+                shortcuts=maps,
+                plan_prompts=chosen_on,
+                runner=crew,
+                progress=progress,
+            )
     print_result(
         {
             "scores": str(out),

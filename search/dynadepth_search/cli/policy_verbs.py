@@ -10,17 +10,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dynadepth_search.cli.options import (
+    Address,
     Chat,
     Device,
+    Devices,
     Dtype,
     Json,
     Limit,
     Model,
     Objective,
     Protect,
+    RunnerKind,
     Scoring,
     Seed,
     Shortcuts,
+    Threads,
+    Workers,
     display,
     in_chat,
     layer_numbers,
@@ -28,6 +33,7 @@ from dynadepth_search.cli.options import (
     load_shortcuts_for,
     print_evaluation,
     print_result,
+    runner_for,
     scalar_values,
 )
 
@@ -193,6 +199,11 @@ def evaluate_policy(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "fast",
+    runner: RunnerKind = "local",
+    workers: Workers = None,
+    devices: Devices = "",
+    threads: Threads = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
@@ -213,52 +224,65 @@ def evaluate_policy(
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
     heldout = read_task(task, scoring=scoring, limit=limit)
     other = None if unseen is None else read_task(unseen)
-    base, tokenizer = load(model, device, dtype)
-    static = read_static(plans, model=base)
-    # Prompts that are not scored yet trained nothing, and the table knows them all.
-    table = read_scores(scores, model=base, accept_partial=True)
-    heldout = in_chat(heldout, tokenizer, chat=chat)
-    other = None if other is None else in_chat(other, tokenizer, chat=chat)
-    asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
-    given.check_model(base)
-    own = given.shortcuts
-    if shortcuts is not None:
-        own = load_shortcuts_for(base, shortcuts)
-        check_same_shortcuts(
-            None if given.shortcuts is None else given.shortcuts.digest,
-            own,
-            what=f"the routers in {routers} were",
-            advice="leave --shortcuts out: the routers carry theirs",
-        )
-    for what, digest in (("plans", static.shortcuts), ("scores", table.shortcuts)):
-        check_same_shortcuts(
-            digest,
-            own,
-            what=f"the {what} were",
-            advice=f"give the --{what} that these routers were trained on",
-        )
-    presets = {name: load_policy(path, model=base) for name, path in others.items()}
-    check_trained_on({str(routers): given}, asked)
-    with display() as progress:
-        content = evaluate(
-            base,
-            tokenizer,
-            heldout=heldout,
-            train=Task(asked["name"], table.examples, asked["scoring"], chat_form(asked)),
-            routers=given,
-            front=Front(static.pool, static.pool_values),
-            objective=static.objective,
-            folder=out,
-            presets=presets,
-            unseen=other,
-            seen={
-                f"the plans in {plans}": static.prompt_hashes,
-                f"the scores in {scores}": table.prompt_hashes,
-                f"the plans scored in {scores}": table.plan_prompt_hashes,
-            },
-            config=config,
-            progress=progress,
-        )
+    # Routers carry the shortcuts that they were calibrated with.
+    who = runner_for(
+        runner,
+        model,
+        dtype,
+        None if given.shortcuts is None and shortcuts is None else routers,
+        workers=workers,
+        devices=devices,
+        threads=threads,
+        address=address,
+    )
+    with who as crew:
+        base, tokenizer = load(model, device, dtype)
+        static = read_static(plans, model=base)
+        # Prompts that are not scored yet trained nothing, and the table knows them all.
+        table = read_scores(scores, model=base, accept_partial=True)
+        heldout = in_chat(heldout, tokenizer, chat=chat)
+        other = None if other is None else in_chat(other, tokenizer, chat=chat)
+        asked = {"name": table.manifest["task_name"], **table.manifest["asked"]["task"]}
+        given.check_model(base)
+        own = given.shortcuts
+        if shortcuts is not None:
+            own = load_shortcuts_for(base, shortcuts)
+            check_same_shortcuts(
+                None if given.shortcuts is None else given.shortcuts.digest,
+                own,
+                what=f"the routers in {routers} were",
+                advice="leave --shortcuts out: the routers carry theirs",
+            )
+        for what, digest in (("plans", static.shortcuts), ("scores", table.shortcuts)):
+            check_same_shortcuts(
+                digest,
+                own,
+                what=f"the {what} were",
+                advice=f"give the --{what} that these routers were trained on",
+            )
+        presets = {name: load_policy(path, model=base) for name, path in others.items()}
+        check_trained_on({str(routers): given}, asked)
+        with display() as progress:
+            content = evaluate(
+                base,
+                tokenizer,
+                heldout=heldout,
+                train=Task(asked["name"], table.examples, asked["scoring"], chat_form(asked)),
+                routers=given,
+                front=Front(static.pool, static.pool_values),
+                objective=static.objective,
+                folder=out,
+                presets=presets,
+                unseen=other,
+                seen={
+                    f"the plans in {plans}": static.prompt_hashes,
+                    f"the scores in {scores}": table.prompt_hashes,
+                    f"the plans scored in {scores}": table.plan_prompt_hashes,
+                },
+                config=config,
+                runner=crew,
+                progress=progress,
+            )
     page = write_report(out, content, {"training": scalar_values(given.training)})
     print_evaluation(content, page, as_json=as_json)
 

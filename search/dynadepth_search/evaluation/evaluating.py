@@ -53,6 +53,7 @@ from dynadepth_search.files.locking import locked
 from dynadepth_search.files.sealed import check_seal, write_sealed
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.runners.work import Loaded, Runner
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.scoring.runtime_checks import (
     check_runtime,
@@ -120,6 +121,7 @@ def evaluate(
     unseen: Task | None = None,
     seen: Mapping[str, Iterable[str] | None] | None = None,
     config: EvaluationConfig | None = None,
+    runner: Runner | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate routers on prompts that took no part in search, training or calibration.
@@ -143,6 +145,8 @@ def evaluate(
         seen: Hashes of other prompts that took part, such as those that chose the static plans, by the user's name of
             the file that holds them; None for a file that does not record them.
         config: Settings of the evaluation; None: the defaults.
+        runner: Who scores plans; its workers load the same model and shortcuts. None: this process. The wrapped model
+            plans, and is timed, in this process.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
@@ -154,6 +158,7 @@ def evaluate(
             preset has the name of something else in the comparison; or there is a plain front and no shortcuts.
         CheckpointError: A policy's memory of the prompts that trained it is damaged.
         LabelError: The folder is in use, or its outcomes are damaged or of another model, dtype or kind of task.
+        RunnerError: The workers of the runner died, or do not run what this process runs.
         ShortcutError: Two policies were calibrated with other shortcuts in place of skipped layers.
         TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
             in training a policy to compare; or a prompt cannot be encoded.
@@ -203,7 +208,10 @@ def evaluate(
         for example in unseen.examples:
             other.encode(example)
     with locked(Path(folder)):
-        outcomes = OutcomeCache(scorer, heldout, Path(folder) / OUTCOMES_NAME)
+        loaded = Loaded(model, tokenizer, shortcuts)
+        outcomes = OutcomeCache(
+            scorer, heldout, Path(folder) / OUTCOMES_NAME, runner=runner, loaded=loaded
+        )
         planned_policies, arguments, notes = _plan(
             model, scorer, heldout, sources, settings, progress
         )
@@ -233,6 +241,8 @@ def evaluate(
                 Scorer(model, tokenizer, heldout.scoring, chat=heldout.chat),
                 heldout,
                 Path(folder) / PLAIN_OUTCOMES_NAME,
+                runner=runner,
+                loaded=loaded,
             )
             runs = plain.runs(
                 without.score(

@@ -6,7 +6,8 @@ for it.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dynadepth.errors import LabelError, SearchError
-from dynadepth.files import check_schema_version, sha256_text
-from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
-from dynadepth.plans import Plans, parse_plan, plan_text
+from dynadepth.errors import LabelError
+from dynadepth.files import check_schema_version, sha256_text, write_bytes_atomic
+from dynadepth.plans import Plans, plan_text
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.evaluation.outcome_work import (
+    OutcomeJob,
+    OutcomeWork,
+    outcome_conditions,
+    score_outcomes,
+)
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.stored import Stored
+from dynadepth_search.runners.work import Loaded, Runner
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, shortcut_fields
+from dynadepth_search.storage.compatibility import check_asked
 
-__all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table", "outcome_conditions"]
+__all__ = ["METRICS", "SCHEMA_VERSION", "OutcomeCache", "Table"]
 
 # Metrics of a pair of prompt and plan. `reward` and `accuracy` are missing if there are no right
 # answers.
@@ -36,6 +43,8 @@ _ADVICE = "remove that line and evaluate again; only its outcomes are scored aga
 Floats = npt.NDArray[np.float64]
 # Figures of a prompt's plans, by the plan's digits and in the order of the task's metrics.
 _Known = dict[str, tuple[float, ...]]
+# Figures of a prompt under some plans, by metric.
+Outcomes = dict[str, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +64,11 @@ class Table:
         return {metric: values[self.rows[name]] for metric, values in self.values.items()}
 
 
-def outcome_conditions(scorer: Scorer, task: Task) -> dict[str, Any]:
-    """Return what outcomes depend on besides prompt and plan, as values that JSON knows.
-
-    The fingerprint is the same in every dtype; the outcomes are not. Outcomes of both objectives are kept, so none is
-    named here. How a prompt is read is part of its own name in the file.
-
-    Args:
-        scorer: Of the base model.
-        task: The prompts; which ones there are does not matter.
-    """
-    model = scorer.model
-    return {
-        "base_model": fingerprint_digest(fingerprint(model)),
-        "num_layers": scorer.num_layers,
-        "dtype": dtype_name(model),
-        "device": model.device.type,
-        "kind": task.kind,
-        "limits": scorer.limits,
-        **shortcut_fields(scorer.shortcuts),
-    }
-
-
 class OutcomeCache:
     """Outcomes on the prompts of a task; hold the lock of the file's folder while there is one.
+
+    In the end the lines of the task's prompts stand in the order of the task, the first line of each before the second
+    of any, in whatever order they were scored.
 
     What the file knows is taken from it, bit for bit; the plans that are new for a prompt are scored together and
     appended when the prompt is done. A prompt's outcomes depend on the prompt, its plans and `outcome_conditions`, and
@@ -89,16 +79,31 @@ class OutcomeCache:
         scorer: The scorer of the base model.
         task: The prompts.
         path: Where the outcomes are kept; nothing is written before something is scored.
+        runner: Who scores; its workers load what `loaded` is. None: this process, with `scorer`.
+        loaded: What the workers of the runner load; the shortcuts are left out if the scorer has none. None: what the
+            scorer has.
 
     Raises:
         LabelError: The file is damaged, or of another model, dtype or kind of task.
     """
 
-    def __init__(self, scorer: Scorer, task: Task, path: Path) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        task: Task,
+        path: Path,
+        *,
+        runner: Runner | None = None,
+        loaded: Loaded | None = None,
+    ) -> None:
         self._scorer, self._task, self._path = scorer, task, path
+        self._runner = runner
+        self._loaded = loaded or Loaded(scorer.model, scorer.tokenizer, scorer.shortcuts)
         self._metrics = METRICS if task.kind != "prompt" else _UNGRADED
-        self._conditions = outcome_conditions(scorer, task)
-        self._known, self._length = _read(path, self._conditions, self._metrics)
+        self._conditions = outcome_conditions(scorer, task.kind)
+        # Whose outcomes each line of the file is, after the first one.
+        self._lines: list[str] = []
+        self._known, self._length = _read(path, self._conditions, self._metrics, self._lines)
         self._journal: Journal | None = None
 
     def score(self, sets: Mapping[str, Plans], *, progress: Callable[[int, int], None]) -> Table:
@@ -127,12 +132,16 @@ class OutcomeCache:
         if missing:
             self._open()
         progress(total - len(missing), total)
-        for done, (number, plans) in enumerate(missing.items(), start=total - len(missing) + 1):
-            outcomes = _score(self._scorer, examples[number], plans, self._metrics)
+        for done, (number, outcomes) in enumerate(
+            self._score(missing), start=total - len(missing) + 1
+        ):
+            plans = missing[number]
             self._open().append({"example": keys[number], "plans": plans, **outcomes})
+            self._lines.append(keys[number])
             figures = zip(*outcomes.values(), strict=True)
             known[number].update(zip(plans, figures, strict=True))
             progress(done, total)
+        self._put_in_order(keys)
         values = np.array(
             [
                 [figures_of[plan] for plan in plans]
@@ -144,6 +153,40 @@ class OutcomeCache:
             rows={name: row for row, name in enumerate(sets)},
             values={metric: values[:, :, column].T for column, metric in enumerate(self._metrics)},
         )
+
+    def _score(self, missing: Mapping[int, list[str]]) -> Iterator[tuple[int, Outcomes]]:
+        """Yield the outcomes of prompts under the plans that are new for them, by the numbers of the prompts."""
+        examples, scorer, metrics = self._task.examples, self._scorer, self._metrics
+        if self._runner is None:
+            for number, plans in missing.items():
+                yield number, score_outcomes(scorer, examples[number], plans, metrics)
+            return
+        work = OutcomeWork(
+            self._task.scoring,
+            self._task.chat,
+            metrics,
+            self._conditions,
+            plain=scorer.shortcuts is None,
+        )
+        jobs = ((number, OutcomeJob(examples[number], plans)) for number, plans in missing.items())
+        yield from self._runner.run(work, jobs, self._loaded)
+
+    def _put_in_order(self, keys: list[str]) -> None:
+        """Write the file again if its lines are not in the order that they are to have."""
+        place = {key: number for number, key in enumerate(keys)}
+        before: Counter[str] = Counter()
+        ranks = []
+        for key in self._lines:
+            # Lines of prompts that are not in the task come first and stay as they are.
+            ranks.append((before[key], place[key]) if key in place else (-1, 0))
+            before[key] += 1
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        if order != list(range(len(ranks))):
+            # What follows the last line feed is a torn line, which is dropped.
+            first, *lines = [line + b"\n" for line in self._path.read_bytes().split(b"\n")[:-1]]
+            lines = lines[: len(order)]
+            self._lines = [self._lines[number] for number in order]
+            write_bytes_atomic(self._path, first + b"".join(lines[number] for number in order))
 
     def _open(self) -> Journal:
         """Return the file, to be added to; its torn end is cut off, and a new one gets its first line."""
@@ -168,45 +211,20 @@ def _key(scorer: Scorer, example: Example) -> str:
     return sha256_text(json.dumps(content))[:16]
 
 
-def _score(
-    scorer: Scorer, example: Example, texts: list[str], metrics: tuple[str, ...]
-) -> dict[str, list[float]]:
-    """Return the figures of a prompt under some plans, by metric."""
-    # They depend on this prompt alone, whatever was scored before it.
-    scorer.forget()
-    plans = np.stack([parse_plan(text, scorer.num_layers) for text in texts])
-    outcomes = scorer.outcomes([example], plans, np.zeros(len(plans), dtype=np.int64))
-    _check_finite(example, plans, outcomes.preserve)
-    if "reward" in metrics:
-        _check_finite(example, plans, outcomes.reward)
-    found = {
-        "reward": outcomes.reward,
-        "preserve": outcomes.preserve,
-        "agreement": outcomes.agrees.astype(np.int64),
-        "accuracy": outcomes.correct.astype(np.int64),
-    }
-    return {metric: found[metric].tolist() for metric in metrics}
-
-
-def _check_finite(item: Example, plans: Plans, rewards: Floats) -> None:
-    broken = np.flatnonzero(~np.isfinite(rewards))
-    if broken.size:
-        raise SearchError(
-            f"prompt {item.prompt[:40]!r} has reward {rewards[broken[0]]} under plan "
-            f"{plan_text(plans[broken[0]])}; expected a finite number: load the model in another dtype"
-        )
-
-
 def _read(
-    path: Path, asked: dict[str, Any], metrics: tuple[str, ...]
+    path: Path, asked: dict[str, Any], metrics: tuple[str, ...], examples: list[str]
 ) -> tuple[dict[str, _Known], int]:
-    """Return what the file knows of each example, and how many bytes of it are whole lines."""
+    """Return what the file knows of each example, and how many bytes of it are whole lines.
+
+    The name of each line's example is added to `examples`.
+    """
     known: dict[str, _Known] = {}
     conditions: list[dict[str, Any]] = []
 
     def check(line: Stored) -> None:
         if conditions:
             _read_line(line, known, metrics, asked["num_layers"])
+            examples.append(line.value["example"])
         else:
             conditions.append(_read_header(line, path))
             check_asked(path, asked, conditions[0])

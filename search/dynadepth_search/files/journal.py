@@ -72,10 +72,10 @@ class Journal:
         if length is not None and path.exists() and path.stat().st_size > length:
             os.truncate(path, length)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Write a line to disk."""
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write lines to disk, all at once."""
         with self._path.open("ab") as file:
-            file.write(_line(row))
+            file.write(b"".join(_line(row) for row in rows))
             file.flush()
             os.fsync(file.fileno())
 

@@ -6,7 +6,7 @@ right answers, they are graded too.
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import transformers
 
 from dynadepth._core import __version__
 from dynadepth.checkpoints.paths import base_model_name
-from dynadepth.errors import ConfigError, LabelError, PlanError, SearchError
+from dynadepth.errors import ConfigError, LabelError, PlanError
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import write_json_atomic
 from dynadepth.models.fingerprint import check_base_model, fingerprint, fingerprint_digest
@@ -30,8 +30,10 @@ from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.runners.local import LocalRunner
+from dynadepth_search.runners.work import Loaded, Runner
+from dynadepth_search.scoring.score_work import ScoreJob, ScoreWork
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.scoring.states import PromptStates
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
@@ -45,7 +47,6 @@ from dynadepth_search.storage.score_store import (
     METRICS,
     SCHEMA,
     SCHEMA_VERSION,
-    block_of,
     is_whole,
     part_name,
     read_manifest,
@@ -149,6 +150,7 @@ def score_prompts(
     num_windows: int = 0,
     shortcuts: Shortcuts | None = None,
     plan_prompts: Sequence[str] = (),
+    runner: Runner | None = None,
     progress: Progress = silent,
 ) -> ScoreTable:
     """Score prompts under plans, or continue a table whose scoring was interrupted.
@@ -164,6 +166,7 @@ def score_prompts(
         shortcuts: What states take in place of layers that a plan skips; None: nothing.
         plan_prompts: Hashes of the prompts that chose the plans; they are stored so that held-out prompts can be
             compared with them.
+        runner: Who scores the blocks; its workers load the same model. None: this process.
         progress: Called with the stage, finished prompts and all of them.
 
     Returns:
@@ -173,6 +176,7 @@ def score_prompts(
         ConfigError: The model does not have a layer, or `num_windows` is negative.
         LabelError: The folder holds a table with other settings, is damaged, or is in use.
         PlanError: The plans are not different plans of this model with the identity first.
+        RunnerError: The workers of the runner died, or do not run what this process runs.
         SearchError: A metric is not finite.
         ShortcutError: The shortcuts belong to another base model.
         TaskError: A prompt cannot be encoded.
@@ -199,8 +203,7 @@ def score_prompts(
         **shortcut_fields(shortcuts),
     }
     scorer = Scorer(model, tokenizer, task.scoring, chat=task.chat, shortcuts=shortcuts)
-    for example in task.examples:
-        scorer.encode(example)
+    scorer.check(task.examples)
     with locked(place):
         if (place / MANIFEST).exists():
             stored = read_manifest(place)
@@ -229,15 +232,14 @@ def score_prompts(
             write_json_atomic(place / MANIFEST, manifest)
         for litter in place.glob(".*.tmp"):
             litter.unlink(missing_ok=True)
-        total = len(task.examples)
-        for start in range(0, total, BLOCK):
-            progress("scoring plans", start, total)
-            examples = task.examples[start : start + BLOCK]
-            number = start // BLOCK
-            path, block = place / part_name(number), block_of(asked, number)
-            if not is_whole(place, number):
-                _score_block(scorer, examples, rows, path, asked, stack.hidden_size, block)
-        progress("scoring plans", total, total)
+        work = ScoreWork(task.scoring, task.chat, rows, asked)
+        total, left = len(task.examples), sum(len(job.examples) for _, job in _jobs(task, place))
+        progress("scoring plans", total - left, total)
+        who = runner or LocalRunner()
+        for number, part in who.run(work, _jobs(task, place), Loaded(model, tokenizer, shortcuts)):
+            write_part(place / part_name(number), part)
+            left -= min(BLOCK, total - number * BLOCK)
+            progress("scoring plans", total - left, total)
     return read_scores(place)
 
 
@@ -338,48 +340,11 @@ def menu_data(table: ScoreTable, columns: Any = None) -> MenuData:
     )
 
 
-def _score_block(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    plans: Plans,
-    path: Path,
-    asked: dict[str, Any],
-    hidden_size: int,
-    block: dict[str, str],
-) -> None:
-    """Score a block of prompts on its own, so that its metrics depend on nothing before it, and write it."""
-    scorer.forget()
-    states = PromptStates(
-        plans,
-        asked["layers"],
-        num_windows=asked["num_windows"],
-        num_prompts=len(examples),
-        hidden_size=hidden_size,
-        dtype=scorer.model.dtype,
-    )
-    outcomes = scorer.outcomes(
-        examples,
-        np.tile(plans, (len(examples), 1)),
-        np.repeat(np.arange(len(examples)), len(plans)),
-        states=states,
-    )
-    shape = (len(examples), len(plans))
-    metrics = {
-        name: np.asarray(getattr(outcomes, name), dtype=np.float64).reshape(shape)
-        for name in METRICS
-    }
-    graded = examples[0].kind != "prompt"
-    for name, values in metrics.items():
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad) and (graded or name != "reward"):
-            row, column = bad[0].tolist()
-            raise SearchError(
-                f"plan {plan_text(plans[column])} gives prompt {examples[row].prompt[:40]!r} the {name} "
-                f"{values[row, column]}; the model's logits overflow there: load it in another dtype, or leave the "
-                "plan out"
-            )
-    given = outcomes.answer.reshape(shape)
-    write_part(path, examples, given, metrics, states.views, block)
+def _jobs(task: Task, place: Path) -> Iterator[tuple[int, ScoreJob]]:
+    """Yield the blocks that are not finished, by their numbers."""
+    for number in range(-(-len(task.examples) // BLOCK)):
+        if not is_whole(place, number):
+            yield number, ScoreJob(number, task.examples[number * BLOCK : (number + 1) * BLOCK])
 
 
 def _checked_plans(plans: Any, num_layers: int) -> Plans:

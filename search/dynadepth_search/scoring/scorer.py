@@ -4,7 +4,7 @@ A plan belongs to a prompt: all answers of an example run under the same plans.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,16 @@ class Scorer:
                 known = self._encode(example)
             self._encoded[example] = known
         return known
+
+    def check(self, examples: Iterable[Example]) -> None:
+        """Encode examples and keep nothing of them, so that those that cannot be encoded are found before any work.
+
+        Raises:
+            TaskError: One cannot be encoded, or is longer than the model supports.
+        """
+        for example in examples:
+            with located(example):
+                self._encode(example)
 
     def _encode(self, example: Example) -> EncodedExample:
         encoded = encode_example(self.tokenizer, example, self.scoring, self.chat)

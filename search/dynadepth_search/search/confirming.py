@@ -21,7 +21,7 @@ from dynadepth.errors import TaskError
 from dynadepth.models.encoding import end_tokens
 from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import Evaluated
-from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.data.tasks import Example
 from dynadepth_search.data.variants import continued, in_other_orders, in_other_words
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.scorer import Scorer
@@ -41,14 +41,14 @@ class Confirmation:
 
     Args:
         scorer: Scores the prompts of the search.
-        task: The prompts.
+        kind: The kind of the task, see `Task`.
         spec: Settings of the search.
     """
 
-    def __init__(self, scorer: Scorer, task: Task, spec: PromptSearchSpec) -> None:
+    def __init__(self, scorer: Scorer, kind: str, spec: PromptSearchSpec) -> None:
         self._scorer, self._spec = scorer, spec
-        self._lettered = task.kind == "choices" and task.scoring == "letter"
-        self._own_text = task.kind != "choices" and spec.objective == "preserve"
+        self._lettered = kind == "choices" and scorer.scoring == "letter"
+        self._own_text = kind != "choices" and spec.objective == "preserve"
         self._ends = end_tokens(scorer.model)
         self.evaluations = 0
 
@@ -67,8 +67,7 @@ class Confirmation:
             if self._own_text:
                 variants = (*variants, continued(example, unknown))
             try:
-                for variant in variants:
-                    self._scorer.encode(variant)
+                self._scorer.check(variants)
             except TaskError as error:
                 raise TaskError(
                     f"{error} (this is a variant of the prompt, which confirms its label; confirm=0, or --confirm 0, "

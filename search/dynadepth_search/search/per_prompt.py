@@ -1,34 +1,42 @@
-"""The offline search: ask the forest, sweep, tell, and store a label for every prompt.
+"""The offline search: a label for every prompt, block by block.
 
-This includes the order of the work and the resumption of a search. `dynadepth.tree_search.forest` chooses plans,
-`dynadepth_search.scoring` evaluates them, and `dynadepth_search.storage.label_store` stores labels.
+Owns which blocks are to be done and the resumption of a search. A runner does the blocks
+(`dynadepth_search.search.prompt_works` says how), and `dynadepth_search.storage.label_store` stores labels.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dynadepth import _core
 from dynadepth.errors import LabelError, SearchError
 from dynadepth.models.fingerprint import check_base_model, fingerprint
-from dynadepth.plans import Plans
+from dynadepth.models.structure import layer_stack
 from dynadepth.shortcuts.maps import Shortcuts
-from dynadepth.tree_search.forest import EditPrior, Evaluated, Forest, SearchConfig
-from dynadepth_search.data.tasks import Example, Task
+from dynadepth.tree_search.forest import EditPrior
+from dynadepth_search.data.tasks import Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.runners.local import LocalRunner
+from dynadepth_search.runners.work import Loaded, Runner
 from dynadepth_search.scoring.objectives import check_answers
-from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.confirming import Confirmation
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec, PromptSearchSummary
-from dynadepth_search.storage.choice import Choice
+from dynadepth_search.search.prompt_works import (
+    BlockJob,
+    ProbeJob,
+    Reading,
+    Rewards,
+    RewardWork,
+    SearchWork,
+    new_forest,
+)
 from dynadepth_search.storage.compatibility import (
     check_asked,
     dtype_name,
@@ -37,7 +45,6 @@ from dynadepth_search.storage.compatibility import (
 )
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
-from dynadepth_search.storage.labels import label_row
 
 __all__ = ["probe_penalty", "search_prompts"]
 
@@ -80,13 +87,15 @@ def search_prompts(
     spec: PromptSearchSpec,
     *,
     shortcuts: Shortcuts | None = None,
+    runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> PromptSearchSummary:
     """Find a label for every prompt of a task, or continue a search that was interrupted.
 
     The prompts are searched in blocks, each with its own forest, so a label depends on its block and the spec, not on
     when it was searched. If a prompt of a block has no label, the whole block is searched again, since the last bits of
-    rewards depend on what shares a sweep; the labels that it already had are kept.
+    rewards depend on what shares a sweep; the labels that it already had are kept. Blocks may be searched by others and
+    finish in any order: in the end the folder is the same, byte for byte.
 
     Args:
         model: The base model, in evaluation mode and not wrapped; not changed.
@@ -95,6 +104,7 @@ def search_prompts(
         folder: Folder of the labels; it is made if it is missing.
         spec: Settings of the search.
         shortcuts: What states take in place of layers that a plan skips; None: nothing.
+        runner: Who evaluates plans; its workers load the same model. None: this process.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
@@ -103,6 +113,7 @@ def search_prompts(
     Raises:
         ConfigError: The spec does not fit the model.
         LabelError: The folder is damaged or in use, or belongs to another model, task or spec.
+        RunnerError: The workers of the runner died, or do not run what this process runs.
         SearchError: A reward is not finite.
         ShortcutError: The shortcuts belong to another base model.
         TaskError: The objective needs answers that the task does not have, or a prompt or a variant of it cannot be
@@ -110,20 +121,13 @@ def search_prompts(
         WrapError: The model is wrapped.
     """
     check_answers(task, spec.objective)
-    scorer = Scorer(
-        model,
-        tokenizer,
-        task.scoring,
-        chat=task.chat,
-        shortcuts=shortcuts,
-        max_logit_bytes=spec.max_logit_bytes,
-    )
-    confirmation = Confirmation(scorer, task, spec)
+    loaded = Loaded(model, tokenizer, shortcuts)
+    scorer = Reading.of(task, spec).scorer(loaded)
     # Before anything is written: a prompt that is too long would end the search in its middle.
-    for example in task.examples:
-        scorer.encode(example)
-    confirmation.check(task.examples)
-    return _Search(scorer, task, spec, confirmation, progress or silent).run(Path(folder))
+    scorer.check(task.examples)
+    Confirmation(scorer, task.kind, spec).check(task.examples)
+    search = _Search(loaded, task, spec, runner or LocalRunner(), progress or silent)
+    return search.run(Path(folder))
 
 
 class _Search:
@@ -131,15 +135,22 @@ class _Search:
 
     def __init__(
         self,
-        scorer: Scorer,
+        loaded: Loaded,
         task: Task,
         spec: PromptSearchSpec,
-        confirmation: Confirmation,
+        runner: Runner,
         progress: Progress,
     ) -> None:
-        self._scorer, self._task, self._spec, self._progress = scorer, task, spec, progress
-        self._confirmation = confirmation
-        self._counts = {"searched": 0, "evaluations": 0, "probe_evaluations": 0}
+        self._loaded, self._task, self._spec = loaded, task, spec
+        self._runner, self._progress = runner, progress
+        self._reading = Reading.of(task, spec)
+        self._num_layers = layer_stack(loaded.model).num_layers
+        self._counts = {
+            "searched": 0,
+            "evaluations": 0,
+            "probe_evaluations": 0,
+            "confirming_evaluations": 0,
+        }
         self._visits = {"naive_visits": 0, "executed_visits": 0}
 
     def run(self, folder: Path) -> PromptSearchSummary:
@@ -164,7 +175,6 @@ class _Search:
             depth_penalty=manifest.depth_penalty,
             probe_seconds=probed - started if self._counts["probe_evaluations"] else 0.0,
             search_seconds=finished - probed,
-            confirming_evaluations=self._confirmation.evaluations,
             **self._counts,
             **self._visits,
         )
@@ -173,92 +183,78 @@ class _Search:
         examples, spec = self._task.examples, self._spec
         count = min(spec.config.probe_trees, len(examples))
         order = np.random.default_rng(spec.seed).permutation(len(examples))[:count]
-        chosen = [examples[index] for index in np.sort(order).tolist()]
+        chosen = tuple(examples[index] for index in np.sort(order).tolist())
         config = replace(spec.config, max_evaluations=1, probe_trees=count)
-        forest = self._forest(chosen, config, None)
+        forest = new_forest(self._num_layers, chosen, config, seed=spec.seed)
         batch = forest.ask(count * (2 * forest.num_layers + 1))
-        self._scorer.forget()
-        for first in range(0, count, _PROBE_BLOCK):
-            self._progress("probe", first, count)
-            here = (batch.tree >= first) & (batch.tree < first + _PROBE_BLOCK)
-            rewards = self._rewards(chosen, batch.plans[here], batch.tree[here])
-            forest.tell(batch.ticket[here], rewards)
-        self._progress("probe", count, count)
+        blocks = [
+            (batch.tree >= first) & (batch.tree < first + _PROBE_BLOCK)
+            for first in range(0, count, _PROBE_BLOCK)
+        ]
+        jobs = [
+            ProbeJob(
+                chosen[number * _PROBE_BLOCK : (number + 1) * _PROBE_BLOCK],
+                batch.plans[here],
+                batch.tree[here] - np.uint32(number * _PROBE_BLOCK),
+            )
+            for number, here in enumerate(blocks)
+        ]
+        self._progress("probe", 0, count)
+        found: dict[int, Rewards] = {}
+        work = RewardWork(self._reading)
+        for number, rewards in self._runner.run(work, enumerate(jobs), self._loaded):
+            found[number] = rewards
+            self._count_visits(rewards.naive, rewards.executed)
+            self._progress("probe", min(count, len(found) * _PROBE_BLOCK), count)
+        for number, here in enumerate(blocks):
+            forest.tell(batch.ticket[here], found[number].rewards)
         self._counts["probe_evaluations"] = len(batch)
         return forest.prior()
 
     def _search_blocks(self, store: LabelStore, manifest: Manifest) -> None:
-        examples, size = self._task.examples, self._spec.block_size
-        config = replace(self._spec.config, depth_penalty=manifest.depth_penalty)
-        for first in range(0, len(examples), size):
-            block = examples[first : first + size]
-            done = store.done
-            self._progress("search", len(done), len(examples))
-            if all(item.prompt_id in done for item in block):
-                continue
-            # The base is scored again in every block; otherwise sweeps would differ from those of a resumed run.
-            self._scorer.forget()
-            forest = self._forest(block, config, manifest.prior)
-            waiting = dict(enumerate(block))
-            while not forest.finished:
-                batch = forest.ask(size * config.round_size)
-                forest.tell(batch.ticket, self._rewards(block, batch.plans, batch.tree))
-                finished = [tree for tree in waiting if forest.tree_finished(tree)]
-                examples_done = [waiting.pop(tree) for tree in finished]
-                evaluated = [forest.evaluated(tree) for tree in finished]
-                # Also of prompts that have a label already, since the last bits depend on what shares a sweep.
-                choices = self._confirmation.choose(
-                    examples_done, evaluated, config.depth_penalty, self._rewards
-                )
-                for tree, example, tried, choice in zip(
-                    finished, examples_done, evaluated, choices, strict=True
-                ):
-                    self._counts["evaluations"] += len(tried)
-                    self._counts["searched"] += 1
-                    if example.prompt_id not in done:
-                        store.append(_row(first + tree, example, tried, choice))
+        work = SearchWork(self._reading, manifest.depth_penalty, manifest.prior)
+        total = len(self._task.examples)
+        self._progress("search", store.num_done, total)
+        for _, block in self._runner.run(work, self._jobs(store), self._loaded):
+            self._counts["searched"] += len(block.rows)
+            self._counts["evaluations"] += block.evaluations
+            self._counts["confirming_evaluations"] += block.confirming
+            self._count_visits(block.naive, block.executed)
+            # A prompt that an earlier run had finished keeps its label.
+            store.append(*(row for row in block.rows if not store.holds(row["prompt_id"])))
             store.compact()
+            self._progress("search", store.num_done, total)
         store.compact()
-        self._progress("search", len(examples), len(examples))
 
-    def _forest(
-        self, examples: Sequence[Example], config: SearchConfig, prior: EditPrior | None
-    ) -> Forest:
-        keys = np.array([int(item.prompt_id, 16) for item in examples], dtype=np.uint64)
-        return Forest(
-            self._scorer.num_layers,
-            len(examples),
-            config=config,
-            seed=self._spec.seed,
-            prior=prior,
-            tree_keys=keys,
-        )
+    def _jobs(self, store: LabelStore) -> Iterator[tuple[int, BlockJob]]:
+        """Yield the blocks that are not finished, by their numbers."""
+        examples, size = self._task.examples, self._spec.block_size
+        for number, first in enumerate(range(0, len(examples), size)):
+            block = examples[first : first + size]
+            if not all(store.holds(item.prompt_id) for item in block):
+                yield number, BlockJob(first, block)
 
-    def _rewards(
-        self, examples: Sequence[Example], plans: Plans, tree: npt.NDArray[np.uint32]
-    ) -> npt.NDArray[np.float64]:
-        rewards, naive, executed = self._scorer.rewards(examples, plans, tree, self._spec.objective)
+    def _count_visits(self, naive: int, executed: int) -> None:
         self._visits["naive_visits"] += naive
         self._visits["executed_visits"] += executed
-        return rewards
 
     def _manifest(self, prior: EditPrior) -> Manifest:
         asked = self._spec.depth_penalty
         return Manifest(
-            base_model=fingerprint(self._scorer.model),
-            num_layers=self._scorer.num_layers,
-            dtype=dtype_name(self._scorer.model),
+            base_model=fingerprint(self._loaded.model),
+            num_layers=self._num_layers,
+            dtype=dtype_name(self._loaded.model),
             task={"name": self._task.name, **task_fields(self._task)},
             search=self._spec.to_dict(),
             depth_penalty=probe_penalty(prior) if asked is None else float(asked),
             prior=prior,
             versions=_versions(),
-            shortcuts=shortcut_fields(self._scorer.shortcuts).get("shortcuts"),
+            shortcuts=shortcut_fields(self._loaded.shortcuts).get("shortcuts"),
         )
 
     def _check(self, manifest: Manifest, folder: Path) -> None:
         check_base_model(
-            self._scorer.model,
+            self._loaded.model,
             manifest.base_model,
             holder=f"the labels in {folder}",
             error=LabelError,
@@ -267,20 +263,14 @@ class _Search:
         asked = {
             "task": task_fields(self._task),
             "search": self._spec.to_dict(),
-            "dtype": dtype_name(self._scorer.model),
-            **shortcut_fields(self._scorer.shortcuts),
+            "dtype": dtype_name(self._loaded.model),
+            **shortcut_fields(self._loaded.shortcuts),
         }
         stored_task = {key: value for key, value in manifest.task.items() if key != "name"}
         stored = {"task": stored_task, "search": manifest.search, "dtype": manifest.dtype}
         if manifest.shortcuts is not None:
             stored["shortcuts"] = manifest.shortcuts
         check_asked(folder, asked, stored)
-
-
-def _row(index: int, example: Example, evaluated: Evaluated, choice: Choice) -> dict[str, Any]:
-    # A tree starts with the identity plan.
-    base_reward = float(evaluated.rewards[0])
-    return label_row(index, example, evaluated, base_reward=base_reward, choice=choice)
 
 
 def _versions() -> dict[str, str]:

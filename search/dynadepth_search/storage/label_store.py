@@ -8,6 +8,7 @@ search was killed.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,9 +48,13 @@ class LabelStore:
         self._shards = [
             tuple(prompt_ids[i : i + shard_size]) for i in range(0, len(prompt_ids), shard_size)
         ]
+        self._shard_size = shard_size
         self._finished: dict[str, Shard] = {}
         self._journal = Journal(self.folder / JOURNAL)
+        # What the journal holds, and how many prompts of each shard are there.
         self._rows: dict[str, dict[str, Any]] = {}
+        self._counts: Counter[int] = Counter()
+        self._done: set[str] = set()
         self.manifest: Manifest | None = None
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
@@ -78,16 +83,18 @@ class LabelStore:
         for litter in self.folder.glob(".*.tmp"):
             # Remains of a file that was being written under a temporary name when the writer was killed.
             litter.unlink(missing_ok=True)
-        sizes = {shard_name(number): len(prompts) for number, prompts in enumerate(self._shards)}
+        known = {shard_name(number): prompts for number, prompts in enumerate(self._shards)}
         for shard in manifest.shards:
-            if sizes.get(shard.name) != shard.prompts:
+            expected = len(known[shard.name]) if shard.name in known else "no such shard"
+            if expected != shard.prompts:
                 raise LabelError(
                     f"{self.folder / MANIFEST} is damaged ({shard.name} has {shard.prompts} prompts; expected "
-                    f"{sizes.get(shard.name, 'no such shard')}): run the search in a new folder"
+                    f"{expected}): run the search in a new folder"
                 )
             if (self.folder / shard.name).exists():
                 check_shard(self.folder, shard)
                 self._finished[shard.name] = shard
+                self._done.update(known[shard.name])
         for row in rows:
             prompt = row["prompt_id"]
             if prompt not in self._place:
@@ -100,44 +107,63 @@ class LabelStore:
                     f"{self.folder / JOURNAL} holds prompt {prompt} with index {row['index']}; expected "
                     f"{self._place[prompt]}, its place in the task: remove that line"
                 )
-            self._rows[prompt] = row
+            self._take(row)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        """Remember a row of the journal."""
+        prompt = row["prompt_id"]
+        self._rows[prompt] = row
+        self._counts[self._place[prompt] // self._shard_size] += 1
+        self._done.add(prompt)
 
     @property
     def done(self) -> frozenset[str]:
         """The ids of all prompts that have a label on disk."""
-        return self._stored().union(self._rows)
+        return frozenset(self._done)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Store a finished prompt; it is on disk when this returns."""
-        self._journal.append(row)
-        self._rows[row["prompt_id"]] = row
+    @property
+    def num_done(self) -> int:
+        """Number of prompts that have a label on disk."""
+        return len(self._done)
+
+    def holds(self, prompt_id: str) -> bool:
+        """Say whether a prompt has a label on disk."""
+        return prompt_id in self._done
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Store finished prompts, none of which has a label yet; they are on disk when this returns."""
+        if rows:
+            self._journal.append(*rows)
+        for row in rows:
+            self._take(row)
 
     def compact(self) -> None:
-        """Write every shard whose prompts are all in the journal, and remove these from the journal."""
-        for number, prompts in enumerate(self._shards):
-            name = shard_name(number)
-            if name in self._finished or any(prompt not in self._rows for prompt in prompts):
-                continue
-            path = self.folder / name
-            write_bytes_atomic(path, shard_bytes([self._rows[prompt] for prompt in prompts]))
-            self._finished[name] = Shard(name, sha256_file(path), len(prompts))
-        manifest = self._known()
-        shards = tuple(self._finished[name] for name in sorted(self._finished))
-        if shards != manifest.shards:
-            self._write_manifest(replace(manifest, shards=shards))
-        stored = self._stored()
-        if not stored.isdisjoint(self._rows):
-            self._rows = {prompt: row for prompt, row in self._rows.items() if prompt not in stored}
-            self._journal.replace(self._rows.values())
+        """Write every shard whose prompts are all in the journal, and remove these from the journal.
 
-    def _stored(self) -> frozenset[str]:
-        """The ids of the prompts in the shards that the manifest names."""
-        return frozenset(
-            prompt
-            for number, prompts in enumerate(self._shards)
-            if shard_name(number) in self._finished
-            for prompt in prompts
+        What it costs depends on what is new, not on how many shards there are, but for the manifest.
+        """
+        full = sorted(
+            number
+            for number, count in self._counts.items()
+            if count == len(self._shards[number]) and shard_name(number) not in self._finished
         )
+        for number in full:
+            path = self.folder / shard_name(number)
+            rows = [self._rows[prompt] for prompt in self._shards[number]]
+            write_bytes_atomic(path, shard_bytes(rows))
+            self._finished[path.name] = Shard(path.name, sha256_file(path), len(rows))
+        manifest = self._known()
+        if full or len(self._finished) != len(manifest.shards):
+            shards = tuple(self._finished[name] for name in sorted(self._finished))
+            self._write_manifest(replace(manifest, shards=shards))
+        # Those too that an earlier run did not come to remove.
+        stored = [number for number in self._counts if shard_name(number) in self._finished]
+        for number in stored:
+            del self._counts[number]
+            for prompt in self._shards[number]:
+                self._rows.pop(prompt, None)
+        if stored:
+            self._journal.replace(self._rows.values())
 
     def _known(self) -> Manifest:
         if self.manifest is None:

@@ -6,6 +6,7 @@ identifies the other file.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ __all__ = [
     "METRICS",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "Part",
     "block_of",
     "is_whole",
     "part_name",
+    "part_of",
     "read_manifest",
     "read_part",
     "write_part",
@@ -66,18 +69,29 @@ SCHEMA = pa.schema(
 )
 
 
-def write_part(
-    path: Path,
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The two files of a block of prompts.
+
+    Args:
+        metrics: Content of the Parquet file.
+        states: Content of the safetensors file.
+    """
+
+    metrics: bytes
+    states: bytes
+
+
+def part_of(
     examples: Sequence[Example],
     given: npt.NDArray[np.int64],
     metrics: Mapping[str, npt.NDArray[np.float64]],
     views: Mapping[int, torch.Tensor],
     block: dict[str, str],
-) -> None:
-    """Write a block of prompts.
+) -> Part:
+    """Return a block of prompts as its files.
 
     Args:
-        path: Path of its files, without their extensions.
         examples: The prompts.
         given: Their answers under each plan. Shape (prompts, K), int64.
         metrics: All of `METRICS`. Shape (prompts, K) each, float64.
@@ -99,9 +113,19 @@ def write_part(
     table = table.replace_schema_metadata(seals)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
+    return Part(sink.getvalue().to_pybytes(), data)
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Write a block of prompts.
+
+    Args:
+        path: Path of its files, without their extensions.
+        part: Their content.
+    """
     # The metrics come last: a block counts as finished once they are there.
-    write_bytes_atomic(path.with_suffix(".safetensors"), data)
-    write_bytes_atomic(path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+    write_bytes_atomic(path.with_suffix(".safetensors"), part.states)
+    write_bytes_atomic(path.with_suffix(".parquet"), part.metrics)
 
 
 def read_part(

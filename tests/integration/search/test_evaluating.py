@@ -14,6 +14,7 @@ from dynadepth.errors import (
     CheckpointError,
     ConfigError,
     LabelError,
+    RunnerError,
     SearchError,
     TaskError,
 )
@@ -33,10 +34,13 @@ from dynadepth_search.evaluation.evaluating import (
     read_evaluation,
 )
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
+from dynadepth_search.runners.local import LocalRunner
+from dynadepth_search.runners.work import Loaded
 from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import tiny_model
 from tests.tiny_menus import random_menu
 from tests.tiny_routers import random_routers
+from tests.tiny_shortcuts import random_shortcuts
 from tests.tiny_text import word_tokenizer
 
 LAYERS = 6
@@ -241,7 +245,7 @@ class TestOutcomesAreKept:
         first = _evaluate(model, routers, front, tmp_path)
         before = (tmp_path / "outcomes.jsonl").read_bytes()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dynadepth_search.evaluation.outcome_cache._score", _never)
+            patch.setattr("dynadepth_search.evaluation.outcome_cache.score_outcomes", _never)
             again = _evaluate(model, routers, front, tmp_path)
         assert _untimed(again) == _untimed(first) == _untimed(result)
         assert (tmp_path / "outcomes.jsonl").read_bytes() == before
@@ -268,7 +272,7 @@ class TestOutcomesAreKept:
                 assert found["mean"] == pytest.approx(other["metrics"][metric]["mean"], abs=1e-4)
         # Fewer budgets take nothing away.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dynadepth_search.evaluation.outcome_cache._score", _never)
+            patch.setattr("dynadepth_search.evaluation.outcome_cache.score_outcomes", _never)
             _evaluate(model, routers, front, tmp_path / "a", config=replace(CONFIG, budgets=(0.7,)))
         assert _pairs(tmp_path / "a") == both
 
@@ -370,6 +374,42 @@ class TestOutcomesAreKept:
             )
             for metric, values in fresh.of("a").items():
                 np.testing.assert_array_equal(found.of("a")[metric], values)
+
+    def test_a_worker_with_shortcuts_leaves_them_out_for_plain_plans(
+        self, model: Any, front: Front, tmp_path: Path
+    ) -> None:
+        quiet: Any = lambda done, total: None  # noqa: E731
+        tokenizer, maps = word_tokenizer(), random_shortcuts(model)
+        loaded = Loaded(model, tokenizer, maps)
+        sets = {"a": np.tile(front.plans[2], (len(HELDOUT.examples), 1))}
+        found = {}
+        for name, shortcuts in (("with", maps), ("plain", None)):
+            scorer = Scorer(model, tokenizer, shortcuts=shortcuts)
+            here = OutcomeCache(scorer, HELDOUT, tmp_path / f"{name}-here.jsonl")
+            there = OutcomeCache(
+                scorer,
+                HELDOUT,
+                tmp_path / f"{name}-there.jsonl",
+                runner=LocalRunner(),
+                loaded=loaded,
+            )
+            found[name] = here.score(sets, progress=quiet).of("a")["preserve"]
+            there.score(sets, progress=quiet)
+            written = [tmp_path / f"{name}-{place}.jsonl" for place in ("here", "there")]
+            assert written[0].read_bytes() == written[1].read_bytes()
+        assert (found["with"] != found["plain"]).any()
+
+    def test_a_worker_whose_outcomes_would_be_others_is_refused(
+        self, model: Any, front: Front, tmp_path: Path
+    ) -> None:
+        """As on another kind of device; here it is the size of a sweep."""
+        scorer = Scorer(model, word_tokenizer(), sweep_tokens=99)
+        cache = OutcomeCache(scorer, HELDOUT, tmp_path / "outcomes.jsonl", runner=LocalRunner())
+        sets = {"a": np.tile(front.plans[2], (len(HELDOUT.examples), 1))}
+        with pytest.raises(
+            RunnerError, match="outcomes are kept for limits .* give the driver a -"
+        ):
+            cache.score(sets, progress=lambda done, total: None)
 
     def test_two_in_one_folder(
         self, model: Any, routers: Any, front: Front, tmp_path: Path

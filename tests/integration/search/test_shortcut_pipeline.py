@@ -17,6 +17,7 @@ from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
 from dynadepth_search.storage.labels import read_labels
 from tests.tiny_folder import save_tiny_base
+from tests.tiny_search import folder_bytes
 from tests.tiny_shortcuts import random_shortcuts
 
 pytestmark = pytest.mark.usefixtures("search_verbs")
@@ -188,6 +189,26 @@ def test_the_report_is_of_policies_with_shortcuts(
         for found in (content, again)
     ]
     assert shown[0] == shown[1]
+
+
+def test_processes_take_them_too_and_write_the_same_files(
+    made: Owner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Search, score and evaluation, which takes the shortcuts of its routers."""
+    labels = ["--evaluations", 4, "--probe", 2, "--limit", 20, "--shortcuts", made.maps]
+    many = ["--runner", "processes", "--workers", 2, "--threads", 1]
+    succeed(capsys, *made.verb("search", "prompts", out="one/labels"), *labels)
+    succeed(capsys, *made.verb("search", "prompts", out="two/labels"), *labels, *many)
+    succeed(capsys, *made.score("--shortcuts", made.maps, out="two/scores"), *many)
+    succeed(capsys, *made.evaluate(out="two/report"), *many)
+    assert folder_bytes(made / "one" / "labels") == folder_bytes(made / "two" / "labels")
+    assert folder_bytes(made / "scores") == folder_bytes(made / "two" / "scores")
+    outcomes = [made / place / "outcomes.jsonl" for place in ("report", "two/report")]
+    assert outcomes[0].read_bytes() == outcomes[1].read_bytes()
+    argv = made.score("--shortcuts", made.maps, "--workers", 2, out="new")
+    code, _, err = run(capsys, *argv)
+    assert (code, "--workers was given, but the runner local has no" in err) == (1, True)
+    assert not (made / "new").exists()
 
 
 def test_generating_with_a_budget_loads_them_by_itself(

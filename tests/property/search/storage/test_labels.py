@@ -64,13 +64,13 @@ class Disk:
                 lambda: real_write(path, data), lambda: litter.write_bytes(data[: len(data) // 2])
             )
 
-        def append(this, row):
+        def append(this, *rows):
             def torn():
                 with this._path.open("ab") as file:
-                    line = journal._line(row)
-                    file.write(line[: max(1, len(line) * 2 // 3)])
+                    lines = b"".join(map(journal._line, rows))
+                    file.write(lines[: max(1, len(lines) * 2 // 3)])
 
-            self.write(lambda: real_append(this, row), torn)
+            self.write(lambda: real_append(this, *rows), torn)
 
         def unlink(this, *, missing_ok=False):
             self.write(lambda: real_unlink(this, missing_ok=missing_ok), lambda: None)
@@ -119,20 +119,23 @@ def manifest_of(task):
     )
 
 
-def work(folder, task, *, shard_size, block_size, order, stored):
-    """Search as `searching` does: block by block, prompts finishing in any order."""
+def work(folder, task, *, shard_size, block_size, order, together, stored):
+    """Store as a search does: blocks in any order, their prompts at once or one after the other."""
     store = LabelStore(folder, [item.prompt_id for item in task.examples], shard_size)
     if store.manifest is None:
         store.create(manifest_of(task))
     store.open()
     assert stored <= store.done, "a finished prompt was lost"
-    for first in range(0, len(task.examples), block_size):
-        block = [index for index in order if first <= index < first + block_size]
-        for index in block:
-            example = task.examples[index]
-            if example.prompt_id not in store.done:
-                store.append(row_of(index, example))
-                stored.add(example.prompt_id)
+    for number in dict.fromkeys(index // block_size for index in order):
+        rows = [
+            row_of(index, task.examples[index])
+            for index in order
+            if index // block_size == number and not store.holds(task.examples[index].prompt_id)
+        ]
+        for batch in [rows] if together else [[row] for row in rows]:
+            store.append(*batch)
+            stored.update(row["prompt_id"] for row in batch)
+            assert store.num_done == len(store.done)
         store.compact()
     store.compact()
 
@@ -144,6 +147,7 @@ def searches(draw):
         "task": tiny_task(count),
         "block_size": block_size,
         "shard_size": block_size * draw(st.integers(1, 3)),
+        "together": draw(st.booleans()),
         "orders": draw(st.lists(st.permutations(range(count)), min_size=4, max_size=4)),
     }
 
@@ -156,6 +160,7 @@ def run(folder, search, order, stored, disk):
             shard_size=search["shard_size"],
             block_size=search["block_size"],
             order=search["orders"][order % 4],
+            together=search["together"],
             stored=stored,
         )
 
@@ -190,6 +195,7 @@ def test_every_single_crash_is_survived():
         "task": tiny_task(9),
         "block_size": 2,
         "shard_size": 4,
+        "together": False,
         "orders": [tuple(range(9))] * 4,
     }
     with tempfile.TemporaryDirectory() as name:

@@ -33,6 +33,7 @@ from dynadepth_search.scoring.score_table import (
     read_scores,
     score_prompts,
 )
+from dynadepth_search.scoring.score_work import ScoreWork
 from dynadepth_search.storage import score_store
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_task
@@ -280,8 +281,9 @@ class TestResuming:
         seen = []
         score(model, folder, progress=lambda *report: seen.append(report))
         assert folder_bytes(folder) == before
-        assert seen[-1] == ("scoring plans", COUNT, COUNT)
-        assert [done for _, done, _ in seen] == [0, 16, 32, COUNT]
+        sizes = [min(16, COUNT - 16 * block) for block in sorted({index // 2 for index in gone})]
+        done = [COUNT - sum(sizes[number:]) for number in range(len(sizes) + 1)]
+        assert seen == [("scoring plans", number, COUNT) for number in done]
 
     def test_a_block_depends_on_nothing_before_it(self, model, tmp_path):
         """Also where a prompt comes again: what is known of it would not be swept, and leave no states."""
@@ -296,15 +298,15 @@ class TestResuming:
     def test_nothing_is_scored_twice(self, model, folder, monkeypatch):
         (folder / FILES[2]).unlink()
         scored = []
-        score_block = score_table._score_block
+        score_block = ScoreWork._score
 
-        def count(scorer, examples, *rest):
-            scored.append(len(examples))
-            score_block(scorer, examples, *rest)
+        def count(work, scorer, hidden_size, job):
+            scored.append((job.number, len(job.examples)))
+            return score_block(work, scorer, hidden_size, job)
 
-        monkeypatch.setattr(score_table, "_score_block", count)
+        monkeypatch.setattr(ScoreWork, "_score", count)
         score(model, folder)
-        assert scored == [16]
+        assert scored == [(1, 16)]
 
     @pytest.mark.parametrize("written", range(7))
     @pytest.mark.parametrize("moment", ["before", "after"])

@@ -36,7 +36,7 @@ def evaluated(rewards):
 def tried(model, task, spec):
     """Let a task's prompts be confirmed; return the choices, what was scored, and the confirmation."""
     scorer, asked = Scorer(model, word_tokenizer(), task.scoring), []
-    confirmation = Confirmation(scorer, task, spec)
+    confirmation = Confirmation(scorer, task.kind, spec)
     confirmation.check(task.examples)
 
     def rewards(examples, plans, tree):
