@@ -190,9 +190,10 @@ def scored(
     found = search_static(
         model, tokenizer, tasks[0], folder / "plans", spec, shortcuts=maps, progress=say
     )
-    hull = concave_hull(plan_depth(found.pool), found.pool_values)
     missing = [
-        found.pool[row] for row in hull if not (found.menu == found.pool[row]).all(axis=1).any()
+        found.pool[row]
+        for row in opponents(plan_depth(found.pool), found.pool_values)
+        if not (found.menu == found.pool[row]).all(axis=1).any()
     ]
     plans = np.concatenate(
         [found.menu, np.array(missing, dtype=np.uint8).reshape(-1, found.menu.shape[1])]
@@ -218,6 +219,16 @@ def scored(
         if options.stop_after == name:
             return None
     return Scored((tables[0], tables[1]), found.menu)
+
+
+def opponents(depths: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> list[int]:
+    """Return the plans that static mixtures are made of, and the best single plan within each budget."""
+    single = {
+        int(np.argmax(np.where(depths <= budget + 1e-9, values, -np.inf)))
+        for budget in BUDGETS
+        if depths.min() <= budget + 1e-9
+    }
+    return sorted(single.union(concave_hull(depths, values).tolist()))
 
 
 def compare_static(plain: _Pair, mapped: _Pair) -> list[dict[str, Any]]:
