@@ -31,6 +31,7 @@ __all__ = [
     "REPORT_NAME",
     "card",
     "html_page",
+    "html_table",
     "note",
     "read_run",
     "report_html",
@@ -273,6 +274,25 @@ def _cells(head: Sequence[str], row: Sequence[str]) -> list[str]:
         elif text:
             cells[-1] += f"<small>{escape(text)}</small>"
     return cells
+
+
+def html_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[int] = ()
+) -> str:
+    """Return a table in a frame.
+
+    Args:
+        head: Titles of the columns, as plain text.
+        rows: Cells, as plain text.
+        texts: Columns that hold sentences: they are broken into lines.
+    """
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    kinds = [' class="text"' if column in texts else "" for column in range(len(head))]
+    lines = "".join(
+        f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return card(f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
 
 
 def card(content: str) -> str:
