@@ -22,8 +22,8 @@ _KINDS = {
     "routers": (ROUTERS, "train"),
     "evaluation": (EVALUATION_NAME, "eval"),
 }
-# Where a folder of another name holds one: a base model its routers, a demo's run its evaluation.
-_INSIDE = {"routers": FOLDER_NAME, "evaluation": "evaluation"}
+# Where a folder that stands for one holds it, and the file that tells it: a base model, the run of a demo.
+_INSIDE = {"routers": (FOLDER_NAME, "config.json"), "evaluation": ("evaluation", "report.json")}
 # What else this application writes, and who shows it.
 _OTHERS = {
     MENU: "static plans: `dynadepth search static` prints what it found when it is run again, and `dynadepth inspect` "
@@ -38,7 +38,7 @@ def kind_of(folder: str | os.PathLike[str]) -> tuple[str, Path]:
     """Find out what a folder holds.
 
     Args:
-        folder: The folder; one that contains `routers` or `evaluation` stands for these.
+        folder: The folder; a base model stands for its `routers`, the run of a demo for its `evaluation`.
 
     Returns:
         `labels`, `scores`, `routers` or `evaluation`, and the folder where they are.
@@ -60,8 +60,8 @@ def kind_of(folder: str | os.PathLike[str]) -> tuple[str, Path]:
         raise ConfigError(
             f"{place} holds {named}, so it is not clear what it is; keep each in a folder of its own"
         )
-    for kind, inner in _INSIDE.items():
-        if (place / inner / _KINDS[kind][0]).is_file():
+    for kind, (inner, beside) in _INSIDE.items():
+        if (place / beside).is_file() and (place / inner / _KINDS[kind][0]).is_file():
             return kind, place / inner
     raise ConfigError(_nothing(place))
 

@@ -64,7 +64,7 @@ th, td { padding: .32rem .5rem; text-align: right; white-space: nowrap; border-b
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #cbd2d9; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }
-td.text { text-align: left; white-space: normal; }
+td.text, th.text { text-align: left; white-space: normal; }
 tr.routed td { background: #eaf3fb; font-weight: 600; }
 td small { display: block; color: #52606d; font-weight: 400; }
 tr.oracle td { color: #697586; font-style: italic; }
@@ -286,8 +286,11 @@ def html_table(
         rows: Cells, as plain text.
         texts: Columns that hold sentences: they are broken into lines.
     """
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     kinds = [' class="text"' if column in texts else "" for column in range(len(head))]
+    titles = "".join(
+        f'<th scope="col"{kind}>{escape(title)}</th>'
+        for kind, title in zip(kinds, head, strict=True)
+    )
     lines = "".join(
         f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in rows

@@ -177,9 +177,8 @@ def test_the_figures_of_scores_are_those_counted_by_hand(graded):
 
 
 def test_of_many_plans_those_of_the_oracle_are_shown():
-    plans = np.ones((64, 6), dtype=np.uint8)
-    plans[:, :6] -= np.array([[(number >> bit) & 1 for bit in range(6)] for number in range(64)])
-    table = made_up_scores(40, plans=plans[:63])
+    plans = np.array([[1 - (number >> bit & 1) for bit in range(6)] for number in range(63)])
+    table = made_up_scores(40, plans=plans.astype(np.uint8))
     found = score_figures(table)
     assert len(found["by_plan"]) == 40
     assert found["plans"] == 63
