@@ -114,7 +114,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     for part in found.parts:
         if isinstance(part, Table) and part.rows:
             console.print(f"\n{part.title}\n")
-            console.print(text_table(part.head, part.rows[: part.shown], texts=part.texts))
+            shown = part.rows[: part.shown]
+            console.print(text_table(part.head, shown, texts=part.texts, width=console.width))
             hidden = len(part.rows) - part.shown
             if hidden > 0:
                 console.print(f"on the page: {hidden} more")

@@ -69,7 +69,11 @@ def print_depth_table(evaluation: Mapping[str, Any], console: Console) -> None:
 
 
 def text_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[int] = ()
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    texts: Sequence[int] = (),
+    width: int = WIDTH,
 ) -> Table:
     """Return a table; what is too wide for its column goes on in the next line.
 
@@ -77,6 +81,7 @@ def text_table(
         head: Titles of the columns.
         rows: Cells.
         texts: Columns of which a beginning is enough: they share the room that the others leave.
+        width: Of the terminal.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     others = [column for column in range(len(head)) if column not in texts]
@@ -84,14 +89,14 @@ def text_table(
         min(_OTHERS_WIDTH, max(map(cell_len, [head[column], *(row[column] for row in rows)])))
         for column in others
     ]
-    room = (WIDTH - sum(widest) - _GAP * (len(head) - 1)) // max(1, len(texts))
+    room = (width - sum(widest) - _GAP * (len(head) - 1)) // max(1, len(texts))
     for column, name in enumerate(head):
         if column in texts:
             table.add_column(name, no_wrap=True, overflow="ellipsis")
         else:
-            width = _OTHERS_WIDTH if texts else None
+            most = _OTHERS_WIDTH if texts else None
             justify: JustifyMethod = "right" if column else "left"
-            table.add_column(name, justify=justify, overflow="fold", max_width=width)
+            table.add_column(name, justify=justify, overflow="fold", max_width=most)
     for row in rows:
         cells: list[str | Text] = list(row)
         for column in texts:

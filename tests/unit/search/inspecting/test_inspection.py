@@ -1,9 +1,14 @@
 """Inspections of what is made up: which kind a folder is of, texts of plans, oracles, and pages that nothing breaks."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.errors import ConfigError
@@ -11,7 +16,12 @@ from dynadepth.policies.calibration import Calibration
 from dynadepth_search.evaluation.notes import one_line
 from dynadepth_search.inspecting.edit_maps import edit_shares_map, plan_map_picture
 from dynadepth_search.inspecting.folders import kind_of
-from dynadepth_search.inspecting.inspecting import inspect_folder, inspection_html, write_inspection
+from dynadepth_search.inspecting.inspecting import (
+    inspect_folder,
+    inspection_html,
+    print_inspection,
+    write_inspection,
+)
 from dynadepth_search.inspecting.inspection import Inspection, Table, edits_text, share_text
 from dynadepth_search.inspecting.routers_seen import router_figures
 from dynadepth_search.inspecting.scores_seen import score_figures
@@ -142,6 +152,28 @@ def test_a_page_whose_writing_is_killed_is_the_old_one(tmp_path, monkeypatch, st
         write_inspection(MADE_UP, page)
     assert page.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("prompt", ["why so long? " * 7, "为什么这么长" * 14, "why?"])
+def test_a_long_prompt_is_cut_and_figures_are_not(width, prompt):
+    rows = [["+0.1234", "skip 1 3 5 7 9 11 13 15 17 19", "1.000", prompt]] * 7
+    table = Table(title="Hardest", head=["gain", "edit", "depth", "prompt"], rows=rows, texts=(3,))
+    console = Console(width=width, file=io.StringIO(), markup=False)
+    print_inspection(replace(MADE_UP, parts=[replace(table, shown=5)]), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    shown = [line for line in lines if "+0.1234" in line]
+    assert len(shown) == 5
+    assert all("1.000" in line and prompt[:3] in line for line in shown)
+    assert lines[-1] == "on the page: 2 more"
+
+
+def test_of_many_sentences_the_first_are_printed():
+    console = Console(width=80, file=io.StringIO(), markup=False)
+    print_inspection(replace(MADE_UP, said=[f"sentence {n}" for n in range(9)], parts=[]), console)
+    lines = console.file.getvalue().splitlines()
+    assert lines[1:] == [f"- sentence {n}" for n in range(6)] + ["- on the page: 3 more"]
 
 
 @pytest.mark.parametrize("graded", [True, False])
