@@ -33,8 +33,8 @@ _LAYERS = 12
 _HOW_TO_READ_GAINS = """
 A gain is the value (reward - lambda x depth) of a plan less that of the identity plan, averaged over the prompts, with
 its paired 95 % interval. A raw label is the best of many plans on the prompt itself, so its gain there flatters it; on
-variants of the prompt, which the search did not see, it does not. Confirmed labels were chosen with the variants, so
-their gains flatter them on both.
+variants of the prompt, which the search did not see, it does not. Confirmed labels were chosen with the variants, and
+are the identity unless every variant puts them above it, so their gains flatter them on both.
 """
 _HOW_TO_READ_HARDEST = """
 The gain is that of the best evaluated plan other than the identity, raw, over the identity; the prompts whose best edit
@@ -169,13 +169,9 @@ def _said(figures: Mapping[str, Any]) -> list[str]:
     of = "" if count == asked else f" of {asked} (the search is unfinished)"
     depth = figures["depth"]["confirmed"]
     change = f"{1 - depth:.1%} saved" if depth <= 1 else f"{depth - 1:.1%} more than the base model"
-    best = "on_variants" if figures["confirm"] else "on_prompts"
-    gain = figures["gain"]["confirmed"][best]
-    words = {1: "gain over", 0: "show no gain over", -1: "lose against"}[side_of_zero(gain)]
     said = [
         f"Labels of {count} prompts{of}: mean depth {depth:.3f}, {change}; "
-        f"{figures['identity_rate']['confirmed']:.0%} are the identity plan. {_WHERE[best]} they {words} "
-        f"the identity plan: {show_interval('reward', gain)} (mean value, paired 95 % interval, n = {gain['n']}).",
+        f"{figures['identity_rate']['confirmed']:.0%} are the identity plan. {_gain_said(figures['gain'])}",
         "A label is chosen by its outcomes, as an oracle chooses; what a policy makes of labels, `dynadepth eval` "
         "says.",
     ]
@@ -197,7 +193,24 @@ def _said(figures: Mapping[str, Any]) -> list[str]:
     return said
 
 
-_WHERE = {"on_variants": "On variants of the prompts", "on_prompts": "On the prompts themselves"}
+def _gain_said(gains: Mapping[str, Any]) -> str:
+    """Say what the search found by what chose no plan, if there is that: raw labels on variants."""
+    raw, confirmed = (gains[name]["on_variants"] for name in ("raw", "confirmed"))
+    gain = gains["raw"]["on_prompts"] if raw is None else raw
+    words = {1: "gain over", 0: "show no gain over", -1: "lose against"}[side_of_zero(gain)]
+    interval = (
+        f"{show_interval('reward', gain)} (mean value, paired 95 % interval, n = {gain['n']})"
+    )
+    if raw is None:
+        return (
+            f"On the prompts themselves, which chose them, they {words} the identity plan: {interval}. None was "
+            "confirmed on variants."
+        )
+    return (
+        f"On variants of the prompts, which the search did not see, the plans that it found (raw labels) {words} the "
+        f"identity plan: {interval}. The confirmed labels were chosen with the variants, so what they gain there, "
+        f"{show_interval('reward', confirmed)}, flatters them."
+    )
 
 
 def _parts(figures: Mapping[str, Any]) -> list[Table | Picture]:

@@ -182,6 +182,10 @@ def test_the_figures_of_labels_are_those_counted_by_hand(
     }
     assert [row["gain"] for row in found["hardest"]] == pytest.approx(sorted(gains.values()))
     assert all(row["gain"] == pytest.approx(gains[row["prompt_id"]]) for row in found["hardest"])
+    # The verdict goes by what chose no plan.
+    said = " ".join(out.split())
+    assert f"the identity plan: {line_of(out, 'raw labels')[4]} (mean value" in said
+    assert f"what they gain there, {line_of(out, 'confirmed labels')[4]}, flatters them" in said
     assert "Null control, raw labels: " in out
     control = json.loads((place / "null" / "null.json").read_text())
     fixes = f"{control['real']['raw']['fixes']} of {control['real']['base_wrong']} fixed"
@@ -204,7 +208,7 @@ def test_labels_without_confirmation_say_so_and_ask_for_no_control(
 ) -> None:
     _, out, _ = run(capsys, place / "preserved")
     assert line_of(out, "raw labels")[-1] == "not confirmed"
-    assert "On the prompts themselves they " in " ".join(out.split())
+    assert "On the prompts themselves, which chose them, they " in " ".join(out.split())
     assert "--null" not in out
     assert "`--null` shows it here" in " ".join(run(capsys, place / "labels")[1].split())
 
