@@ -26,7 +26,8 @@ from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.data.variants import in_other_orders, in_other_words
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.search.null_control import luck_text, search_null
+from dynadepth_search.search.null_control import search_null
+from dynadepth_search.search.null_files import luck_text
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.labels import Labels, read_labels
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "kept_rate": labels.kept_rate,
         "mean_depth": float(labels.depths.mean()),
         "control": control.to_dict(),
-        "luck": {kind: luck_text(control, kind) for kind in ("raw", "confirmed")},
+        "luck": {kind: luck_text(control.to_dict(), kind) for kind in ("raw", "confirmed")},
         "unseen": judge(scorer, labels, options),
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -20,7 +20,7 @@ from dynadepth_search.cli.options import (
     quiet,
 )
 from dynadepth_search.cli.plan_verbs import score, search_null, search_prompts, search_static
-from dynadepth_search.cli.policy_verbs import evaluate_policy, report, train
+from dynadepth_search.cli.policy_verbs import evaluate_policy, inspect_run, report, train
 from dynadepth_search.cli.shortcut_verbs import fit_shortcuts, fold
 from dynadepth_search.cli.tune_verbs import apply_study, tune_menu, tune_search
 
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(tune, name="tune")
     app.command("eval")(evaluate_policy)
     app.command("report")(report)
+    app.command("inspect")(inspect_run)
     app.command("demo")(_demo)
 
 

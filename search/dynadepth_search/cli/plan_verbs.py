@@ -246,12 +246,13 @@ def search_null(
     as_json: Json = False,
 ) -> None:
     """Search again with the answers shuffled between the prompts, to see how many fixes of labels are luck."""
-    from dynadepth_search.search import null_control
+    from dynadepth_search.search.null_control import search_null as search_control
+    from dynadepth_search.search.null_files import luck_text
 
     base, tokenizer = load(model, device, dtype)
     maps = load_shortcuts_for(base, shortcuts)
     with display() as progress:
-        control = null_control.search_null(
+        control = search_control(
             base, tokenizer, labels, out, shortcuts=maps, seed=seed, progress=progress
         )
     found = control.to_dict()
@@ -260,10 +261,7 @@ def search_null(
             "control": str(out),
             "prompts": found["prompts"],
             "base_wrong": f"{found['real']['base_wrong']} (answers shuffled: {found['null']['base_wrong']})",
-            **{
-                f"{kind}_labels": null_control.luck_text(control, kind)
-                for kind in ("raw", "confirmed")
-            },
+            **{f"{kind}_labels": luck_text(found, kind) for kind in ("raw", "confirmed")},
         }
     print_result(found, as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""The verbs train, eval and report: policies from what was scored, and what they are worth.
+"""The verbs train, eval, report and inspect: policies from what was scored, what they are worth, what there is.
 
 Each verb checks its options, loads what they name and calls functions that Python can call as well. Heavy imports are
 inside the verbs.
@@ -37,7 +37,7 @@ from dynadepth_search.cli.options import (
     scalar_values,
 )
 
-__all__ = ["evaluate_policy", "report", "train"]
+__all__ = ["evaluate_policy", "inspect_run", "report", "train"]
 
 _BUDGETS = (0.95, 0.9, 0.85, 0.8)
 
@@ -313,6 +313,45 @@ def report(
         return
     page = write_report(out or run, content, read_run(run))
     print_evaluation(content, page, as_json=as_json)
+
+
+def inspect_run(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of labels, scores, routers or an evaluation, finished or not"),
+    ],
+    *,
+    null: Annotated[
+        Path | None,
+        typer.Option("--null", help="Folder that `search null` wrote: the control of these labels"),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", help="File of the page [default: inspect-FOLDER.html where you stand]"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a folder holds, as tables and as one page: depth, gains, layers, plans, the hardest prompts."""
+    page = Path(f"inspect-{folder.resolve().name}.html") if html is None else html
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise typer.BadParameter(f"--html {page} is no page; name a file that ends in .html")
+
+    from dynadepth_search.inspecting.inspecting import (
+        inspect_folder,
+        print_inspection,
+        write_inspection,
+    )
+    from dynadepth_search.report.terminal import result_console
+
+    found = inspect_folder(folder, control=null)
+    write_inspection(found, page)
+    if as_json:
+        print_result({"kind": found.kind, **found.figures, "page": str(page)}, as_json=True)
+        return
+    print_inspection(found, result_console())
+    typer.echo(f"page: {page}")
 
 
 def _named(folders: list[Path]) -> dict[str, Path]:

@@ -322,7 +322,9 @@ def evaluate(
                 if policy.kind == "routed"
             ],
             "plan_map": [
-                plan_map(policy, heldout) for policy in planned_policies if policy.kind == "routed"
+                {"budget": policy.budget, **plan_map(policy.plans, heldout.examples)}
+                for policy in planned_policies
+                if policy.kind == "routed"
             ],
             "front": comparison.front_metrics(table),
             "runtime_check": checks,

@@ -11,17 +11,17 @@ import numpy as np
 
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
 from dynadepth.errors import ConfigError, ShortcutError
-from dynadepth.plans import plan_depth, plan_text
+from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.train_config import TrainConfig
-from dynadepth_search.data.tasks import Task
-from dynadepth_search.evaluation.comparison import PlannedPolicy
+from dynadepth_search.data.tasks import Example
 from dynadepth_search.evaluation.metrics import show_budget
 
 __all__ = [
     "describe",
     "drift_notes",
     "fitted_on",
+    "one_line",
     "plan_map",
     "remembered_prompts",
     "unrecorded_notes",
@@ -31,6 +31,9 @@ __all__ = [
 # Of the map of plans: the plans that most prompts got, and prompts of each.
 _SHOWN_PLANS = 24
 _SHOWN_PROMPTS = 2
+# Of a prompt: its length in one line, and how much of it is looked at for that.
+_SHOWN_LETTERS = 90
+_READ_LETTERS = 2000
 
 
 def drift_notes(drift: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,27 +94,35 @@ def describe(routers: TrainedPolicy) -> dict[str, Any]:
     return described | (dict(recipe) if isinstance(recipe, Mapping) else {})
 
 
-def plan_map(policy: PlannedPolicy, task: Task) -> dict[str, Any]:
-    """Return which plans a policy gave to how many prompts, with a few of the prompts."""
-    plans, inverse = np.unique(policy.plans, axis=0, return_inverse=True)
-    counts = np.bincount(inverse.reshape(-1), minlength=len(plans))
+def plan_map(plans: Plans, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return which plans were given to how many prompts, with a few of the prompts.
+
+    Args:
+        plans: The plan of each prompt. Shape (prompts, num_layers), uint8.
+        examples: The prompts.
+    """
+    different, inverse = np.unique(plans, axis=0, return_inverse=True)
+    counts = np.bincount(inverse.reshape(-1), minlength=len(different))
     rows = []
     for index in np.argsort(-counts, kind="stable")[:_SHOWN_PLANS].tolist():
         prompts = np.flatnonzero(inverse.reshape(-1) == index)[:_SHOWN_PROMPTS].tolist()
         rows.append(
             {
-                "plan": plan_text(plans[index]),
-                "depth": float(plan_depth(plans[index])),
+                "plan": plan_text(different[index]),
+                "depth": float(plan_depth(different[index])),
                 "share": float(counts[index] / counts.sum()),
-                "examples": [_shortened(task.examples[prompt].prompt) for prompt in prompts],
+                "examples": [one_line(examples[prompt].prompt) for prompt in prompts],
             }
         )
-    return {"budget": policy.budget, "different_plans": len(plans), "rows": rows}
+    return {"different_plans": len(different), "rows": rows}
 
 
-def _shortened(prompt: str) -> str:
-    text = " ".join(prompt.split())
-    return text if len(text) <= 90 else f"{text[:87]}..."
+def one_line(text: str) -> str:
+    """Return the beginning of a text in one line, without characters that a terminal or a page would obey."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text[:_READ_LETTERS])
+    line = " ".join(plain.split())
+    cut = len(line) > _SHOWN_LETTERS or len(text) > _READ_LETTERS
+    return f"{line[: _SHOWN_LETTERS - 3]}..." if cut else line
 
 
 def warm_up_notes(sources: Mapping[str, TrainedPolicy]) -> list[str]:

@@ -31,6 +31,7 @@ __all__ = [
     "REPORT_NAME",
     "card",
     "html_page",
+    "html_table",
     "note",
     "read_run",
     "report_html",
@@ -63,7 +64,7 @@ th, td { padding: .32rem .5rem; text-align: right; white-space: nowrap; border-b
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #cbd2d9; font-weight: 600; white-space: normal; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }
-td.text { text-align: left; white-space: normal; }
+td.text, th.text { text-align: left; white-space: normal; }
 tr.routed td { background: #eaf3fb; font-weight: 600; }
 td small { display: block; color: #52606d; font-weight: 400; }
 tr.oracle td { color: #697586; font-style: italic; }
@@ -273,6 +274,28 @@ def _cells(head: Sequence[str], row: Sequence[str]) -> list[str]:
         elif text:
             cells[-1] += f"<small>{escape(text)}</small>"
     return cells
+
+
+def html_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[int] = ()
+) -> str:
+    """Return a table in a frame.
+
+    Args:
+        head: Titles of the columns, as plain text.
+        rows: Cells, as plain text.
+        texts: Columns that hold sentences: they are broken into lines.
+    """
+    kinds = [' class="text"' if column in texts else "" for column in range(len(head))]
+    titles = "".join(
+        f'<th scope="col"{kind}>{escape(title)}</th>'
+        for kind, title in zip(kinds, head, strict=True)
+    )
+    lines = "".join(
+        f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return card(f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
 
 
 def card(content: str) -> str:

@@ -1,14 +1,14 @@
 """The report of a study: one page that needs nothing but itself, and the same as JSON."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadepth.files import write_text_atomic
 from dynadepth_search.files.sealed import write_sealed
-from dynadepth_search.report.report import REPORT_NAME, card, html_page, note, sections
+from dynadepth_search.report.report import REPORT_NAME, card, html_page, html_table, note, sections
 from dynadepth_search.report.tables import show_value
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _settings(summary: Mapping[str, Any]) -> str:
     ]
     for index, goal in enumerate(summary["goals"]):
         rows.append([goal, "", *(show_value(trial["values"][index]) for trial in columns.values())])
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _front(summary: Mapping[str, Any]) -> str:
@@ -147,7 +147,7 @@ def _front(summary: Mapping[str, Any]) -> str:
         ]
         for trial in summary["front"]
     ]
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _range(setting: Mapping[str, Any]) -> str:
@@ -156,11 +156,3 @@ def _range(setting: Mapping[str, Any]) -> str:
     return (
         f"{setting['low']:g} to {setting['high']:g}{', by its logarithm' if setting['log'] else ''}"
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
-    lines = "".join(
-        f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return card(f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")

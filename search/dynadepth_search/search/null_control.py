@@ -30,6 +30,7 @@ from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.null_files import REPORT, SCHEMA_VERSION
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.compatibility import chat_form, check_asked, task_fields
@@ -37,9 +38,8 @@ from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
 from dynadepth_search.storage.labels import Labels, read_labels
 
-__all__ = ["REPORT", "Fixes", "NullControl", "luck_text", "search_null", "shuffle_answers"]
+__all__ = ["Fixes", "NullControl", "search_null", "shuffle_answers"]
 
-REPORT = "null.json"
 _BLOCK = 16
 
 _Flags = npt.NDArray[np.bool_]
@@ -106,7 +106,7 @@ class NullControl:
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as values that JSON can hold; None for what is undefined or unbounded."""
         return {
-            "schema_version": 1,
+            "schema_version": SCHEMA_VERSION,
             "prompts": len(self.real.wrong),
             "seed": self.seed,
             "own_answers": self.own_answers,
@@ -218,26 +218,6 @@ def search_null(
     )
     write_json_atomic(place / REPORT, control.to_dict())
     return control
-
-
-def luck_text(control: NullControl, kind: str) -> str:
-    """Say in a line how many fixes there are, and which share of them luck explains.
-
-    Args:
-        control: The control.
-        kind: `raw` or `confirmed`.
-    """
-    rates = []
-    for fixes in (control.real, control.null):
-        count, wrong = int(getattr(fixes, kind).sum()), int(fixes.wrong.sum())
-        rates.append(f"{count} of {wrong} fixed")
-    luck = control.luck(kind)
-    share = (
-        f"{luck.mean:.2f} [{luck.low:.2f}, {luck.high:.2f}]"
-        if math.isfinite(luck.mean)
-        else "undefined"
-    )
-    return f"{rates[0]}, with shuffled answers {rates[1]}; share that luck explains: {share}"
 
 
 def _start(folder: Path, task: Task, spec: PromptSearchSpec, real: Manifest) -> None:

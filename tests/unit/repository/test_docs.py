@@ -228,8 +228,9 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     one_policy = ["shortcuts", "search static", "score", "train", "eval", "report", "export"]
     one_policy += ["generate", "bake", "fold"]
     others = ["score", "train", "search prompts", "train", "search prompts", "search null", "eval"]
+    seen = [f"inspect {name}" for name in ("scores", "graded-labels", "my-model/routers", "report")]
     tuning = ["tune menu", "tune", "score", "tune search"]
-    assert verbs == [f"dynadepth {verb}" for verb in one_policy + others + tuning]
+    assert verbs == [f"dynadepth {verb}" for verb in one_policy + others + seen + tuning]
     for step in steps:
         code = cli.main(step[1:])
         captured = capsys.readouterr()

@@ -27,7 +27,7 @@ from tests.tiny_evaluation import made_up
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
-class _Page(HTMLParser):
+class PageReader(HTMLParser):
     """Reads a page and refuses tags that do not close in order."""
 
     def __init__(self, text: str) -> None:
@@ -76,7 +76,7 @@ def html(evaluation: dict[str, Any]) -> str:
 
 
 def test_the_page_is_well_formed_and_every_id_is_unique(html: str) -> None:
-    page = _Page(html)
+    page = PageReader(html)
     assert html.startswith("<!DOCTYPE html>")
     assert page.tags["svg"] == 4
     assert page.tags["title"] == 5  # the page's and one for each plot
@@ -92,16 +92,16 @@ def test_the_page_is_well_formed_and_every_id_is_unique(html: str) -> None:
 def test_every_id_is_unique_whatever_was_measured(labels: bool, headline: str) -> None:
     if headline == "reward" and not labels:
         pytest.skip("there is no reward without labels")
-    page = _Page(report_html(made_up(labels=labels, headline=headline)))
+    page = PageReader(report_html(made_up(labels=labels, headline=headline)))
     assert [name for name, count in page.ids.items() if count > 1] == []
 
 
 def test_the_page_is_called_after_the_model_and_the_task(html: str) -> None:
-    assert _Page(html).title == "dynadepth: tiny-llama on piqa"
+    assert PageReader(html).title == "dynadepth: tiny-llama on piqa"
 
 
 def test_the_page_shows_which_prompts_got_which_plan(html: str) -> None:
-    text = _Page(html).text
+    text = PageReader(html).text
     for words in (
         "Which prompts got which plan at budget 0.70",
         "111101 0.833 75% Is a < b? piqa?",
@@ -113,13 +113,13 @@ def test_the_page_shows_which_prompts_got_which_plan(html: str) -> None:
 
 
 def test_without_a_learning_curve_none_is_drawn() -> None:
-    page = _Page(report_html(made_up(curve=False)))
+    page = PageReader(report_html(made_up(curve=False)))
     assert "How many prompts it takes" not in page.text
     assert page.tags["svg"] == 3
 
 
 def test_the_page_fetches_nothing(html: str) -> None:
-    page = _Page(html)
+    page = PageReader(html)
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
     for name, value in page.attributes:
         assert name not in ("src", "srcset", "action")
@@ -136,14 +136,14 @@ def test_names_cannot_break_out_of_the_page() -> None:
     evaluation = made_up(name=bad)
     evaluation["findings"].append(bad)
     evaluation["model"] = bad
-    page = _Page(report_html(evaluation, {"answer": bad, bad: {bad: bad}}))
+    page = PageReader(report_html(evaluation, {"answer": bad, bad: {bad: bad}}))
     assert "script" not in page.tags
     assert "b" not in page.tags
     assert page.text.count('alert("x")') >= 7
 
 
 def test_the_page_says_what_was_found_and_run(html: str, evaluation: dict[str, Any]) -> None:
-    text = _Page(html).text
+    text = PageReader(html).text
     for finding in evaluation["findings"]:
         assert " ".join(finding.split()) in text
     for words in (
@@ -162,7 +162,7 @@ def test_the_page_says_what_was_found_and_run(html: str, evaluation: dict[str, A
 
 
 def test_a_task_without_labels_has_no_accuracy() -> None:
-    page = _Page(report_html(made_up(labels=False)))
+    page = PageReader(report_html(made_up(labels=False)))
     assert "accuracy" not in page.text
     # Agreement, what is done to each layer, and the learning curve; no plot twice.
     assert page.tags["svg"] == 3
@@ -172,7 +172,7 @@ def test_nothing_is_said_of_scores_that_were_not_compared() -> None:
     evaluation = made_up(labels=False)
     check = evaluation["runtime_check"]["menu 0.70"]
     check |= {"choices": 0, "mean_difference": 0.0, "max_difference": 0.0, "plans_differing": 1}
-    text = _Page(report_html(evaluation)).text
+    text = PageReader(report_html(evaluation)).text
     assert "nats" not in text
     assert "scored 0 answers" not in text
     assert "1 of 2 plans changed in another batch" in text
@@ -276,7 +276,7 @@ def test_findings_stand_one_a_line_below_the_policy_that_they_are_about() -> Non
 
 def test_nothing_that_is_known_is_left_out_of_the_page_and_the_markdown() -> None:
     evaluation = made_up(preset="twin")
-    page, markdown = _Page(report_html(evaluation)).text, report_markdown(evaluation)
+    page, markdown = PageReader(report_html(evaluation)).text, report_markdown(evaluation)
     assert markdown.startswith(f"{verdict(evaluation)}\n\n| policy | depth | agreement, % |")
     for head, rows in evaluation_tables(evaluation):
         for row in rows:

@@ -14,13 +14,12 @@ from dynadepth.errors import LabelError, TaskError
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.null_control import (
-    REPORT,
     Fixes,
     NullControl,
-    luck_text,
     search_null,
     shuffle_answers,
 )
+from dynadepth_search.search.null_files import REPORT, luck_text
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.storage.labels import read_labels
 from tests.tiny import tiny_model
@@ -190,10 +189,12 @@ def test_the_share_that_luck_explains():
     assert found.luck("raw").mean == pytest.approx(0.5)
     assert found.luck("raw").low < 0.5 < found.luck("raw").high
     assert found.to_dict()["real"]["raw"]["rate"]["mean"] == pytest.approx(0.5)
-    assert "10 of 20 fixed, with shuffled answers 5 of 20 fixed" in luck_text(found, "raw")
+    assert "10 of 20 fixed, with shuffled answers 5 of 20 fixed" in luck_text(
+        found.to_dict(), "raw"
+    )
     # Of nothing there is no share.
     none = control_of(0, 5)
     assert none.to_dict()["luck"] == {"raw": None, "confirmed": None}
-    assert luck_text(none, "confirmed").endswith("undefined")
+    assert luck_text(none.to_dict(), "confirmed").endswith("undefined")
     assert control_of(0, 0, wrong=0).to_dict()["real"]["raw"] == {"fixes": 0, "rate": None}
     assert control_of(1, 5).to_dict()["luck"]["raw"]["high"] is None
