@@ -382,12 +382,12 @@ class TestManifest:
         ("changes", "message"),
         [
             (
-                {"schema_version": 3},
-                "schema version 3; this dynadepth reads up to 2: update dynadepth",
+                {"schema_version": 4},
+                "schema version 4; this dynadepth reads up to 3: update dynadepth",
             ),
             (
-                {"schema_version": 1},
-                "has schema version 1; this dynadepth reads 2: run the search again in a new folder",
+                {"schema_version": 2},
+                "has schema version 2; this dynadepth reads 3: run the search again in a new folder",
             ),
             (
                 {"schema_version": 0},

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dynadepth.errors import SearchError
-from dynadepth_search.scoring.solutions import is_right
+from dynadepth_search.data.solutions import is_right
 
 
 @pytest.mark.parametrize(
