@@ -124,9 +124,14 @@ class Labels:
 
     @property
     def confirmations(self) -> float:
-        """Mean number of evaluations on variants per label."""
+        """Mean number of evaluations on variants and of generated answers per label."""
         return float(
-            np.mean([sum(len(each.variant_rewards) for each in item) for item in self.candidates])
+            np.mean(
+                [
+                    sum(len(each.variant_rewards) + len(each.answers) for each in item)
+                    for item in self.candidates
+                ]
+            )
         )
 
     @property
@@ -241,8 +246,11 @@ def _check_row(row: Stored, manifest: Manifest) -> dict[str, Any]:
         margin=manifest.margin,
         generates=manifest.generates,
     )
-    if checked["solution"] is None and manifest.task["kind"] == "solution":
-        row.damaged("it has no solution; expected one, since the task asks for generated answers")
+    if (checked["solution"] is None) == (manifest.task["kind"] == "solution"):
+        row.damaged(
+            f"solution is {checked['solution']!r}, but {MANIFEST} says that the task is of kind "
+            f"{manifest.task['kind']}; expected a solution in tasks of kind solution only"
+        )
     if checked["index"] >= manifest.task["prompts"]:
         row.damaged(
             f"index is {checked['index']}; expected less than {manifest.task['prompts']}, the prompts of the task"
