@@ -26,6 +26,7 @@ from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.search.prompt_works import BlockJob, BlockLabels
+from dynadepth_search.storage.choice import Candidate, Choice
 from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, shard_name
 from dynadepth_search.storage.label_store import LabelStore
@@ -56,13 +57,15 @@ def row(index: int, example: Example, rng: np.random.Generator) -> dict[str, Any
     values = rewards - PENALTY * plan_depth(plans)
     best = int(values.argmax())
     visits = plans.sum(axis=1, dtype=np.uint32)
+    label = Candidate(
+        plan_text(plans[best]), float(rewards[best]), (), PENALTY * float(plan_depth(plans)[best])
+    )
     return label_row(
         index,
         example,
         Evaluated(plans, rewards, plan_depth(plans), visits),
         base_reward=0.0,
-        label=plan_text(plans[best]),
-        value=float(values[best]),
+        choice=Choice(label, label),
     )
 
 
@@ -100,7 +103,7 @@ def store_labels(folder: Path, count: int, rng: np.random.Generator) -> dict[str
     shards = sum(path.stat().st_size for path in folder.glob("part-*.parquet"))
     found = {
         "job_bytes": len(ForkingPickler.dumps(BlockJob(first, block))) / BLOCK,
-        "result_bytes": len(ForkingPickler.dumps(BlockLabels(rows, 640, 1, 1))) / BLOCK,
+        "result_bytes": len(ForkingPickler.dumps(BlockLabels(rows, 640, 48, 1, 1))) / BLOCK,
         "journal_bytes": journal / (BLOCK * spec.blocks_per_shard),
         "shard_bytes": shards / (count * BLOCK),
         # A shard is written with every fourth block.
