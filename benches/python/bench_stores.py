@@ -26,7 +26,7 @@ from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.search.prompt_works import BlockJob, BlockLabels
-from dynadepth_search.storage.choice import Candidate, Choice
+from dynadepth_search.storage.choice import Candidate, Choice, best_plans, choose_label
 from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, shard_name
 from dynadepth_search.storage.label_store import LabelStore
@@ -54,19 +54,19 @@ def row(index: int, example: Example, rng: np.random.Generator) -> dict[str, Any
     plans = np.unique(plans, axis=0)[::-1]
     rewards = -rng.random(len(plans))
     rewards[0] = 0.0
-    values = rewards - PENALTY * plan_depth(plans)
-    best = int(values.argmax())
     visits = plans.sum(axis=1, dtype=np.uint32)
-    label = Candidate(
-        plan_text(plans[best]), float(rewards[best]), (), PENALTY * float(plan_depth(plans)[best])
+    evaluated = Evaluated(plans, rewards, plan_depth(plans), visits)
+    candidates = tuple(
+        Candidate(
+            plan_text(plans[best]),
+            float(rewards[best]),
+            (float(-rng.random()),),
+            PENALTY * float(evaluated.depths[best]),
+        )
+        for best in best_plans(evaluated, PENALTY, PromptSearchSpec().confirm).tolist()
     )
-    return label_row(
-        index,
-        example,
-        Evaluated(plans, rewards, plan_depth(plans), visits),
-        base_reward=0.0,
-        choice=Choice(label, label),
-    )
+    choice = Choice(candidates[0], choose_label(candidates, margin=0.0), candidates)
+    return label_row(index, example, evaluated, base_reward=0.0, choice=choice)
 
 
 def manifest_of(task: Task) -> Manifest:
