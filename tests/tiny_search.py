@@ -11,7 +11,13 @@ _WORDS = ["red", "green", "blue", "grey", "black", "white"]
 
 
 def tiny_task(count: int, *, kind: str = "choices", name: str = "colours") -> Task:
-    """Return questions of different lengths; the first ones are the same for every count."""
+    """Return questions of different lengths; the first ones are the same for every count.
+
+    Args:
+        count: Number of questions.
+        kind: What they ask for, see `Task`; the solution of `solution` is a digit.
+        name: Of the task.
+    """
     examples = []
     for number in range(count):
         prompt = f"Number {number}{' and so on' * (number % 3)}:"
@@ -21,6 +27,7 @@ def tiny_task(count: int, *, kind: str = "choices", name: str = "colours") -> Ta
             {
                 "choices": Example(prompt, choices, number % 2),
                 "completion": Example(prompt, completion=right),
+                "solution": Example(prompt, completion=right, solution=str(number % 10)),
                 "prompt": Example(prompt),
             }[kind]
         )

@@ -4,6 +4,9 @@ The plan of each prompt is searched with the objective `reward`, and again with 
 (`dynadepth search null`). Then raw and confirmed labels are judged on forms of the prompts that neither the search nor
 the confirmation saw: with letter scoring the orders of the choices that are left, with raw scoring a third wording. All
 of it goes on when it was killed.
+
+ASDiv has word problems in place of choices: labels are confirmed by generated answers, and accuracy is that of
+generated answers too.
 """
 
 import argparse
@@ -22,18 +25,21 @@ from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.plans import identity_plan
 from dynadepth_search.data.downloads import SMOLLM2, default_cache, fetch_model
 from dynadepth_search.data.kinds import shuffled
-from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions
+from dynadepth_search.data.questions import QUESTION_SETS, fetch_questions, fetch_word_problems
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.data.variants import in_other_orders, in_other_words
+from dynadepth_search.scoring.generating import judge_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.null_control import search_null
 from dynadepth_search.search.null_files import luck_text
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
+from dynadepth_search.storage.answer_counts import answer_counts
 from dynadepth_search.storage.labels import Labels, read_labels
 
 # Long prompts cost time and tell little more.
 LONGEST = 700
+PROBLEMS = "ASDiv"
 _SPEC = PromptSearchSpec()
 THIRD_WORDING = "Here is a question.\n{prompt}"
 
@@ -43,15 +49,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder or Hub id [default: SmolLM2-135M-Instruct]")
-    parser.add_argument("--set", choices=sorted(QUESTION_SETS), default="CommonsenseQA")
+    parser.add_argument(
+        "--set", choices=sorted([*QUESTION_SETS, PROBLEMS]), default="CommonsenseQA"
+    )
     parser.add_argument("--scoring", choices=["letter", "raw"], default="letter")
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--evaluations", type=int, default=40)
     parser.add_argument("--depth-penalty", type=float, help="[default: chosen by the probe]")
     parser.add_argument("--confirm", type=int, default=_SPEC.confirm)
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="the most tokens of an answer, for ASDiv"
+    )
     parser.add_argument("--variants", type=int, default=_SPEC.variants)
     parser.add_argument(
-        "--out", type=Path, help="folder of the run [default: runs/bench-labels/SCORING]"
+        "--out", type=Path, help="folder of the run [default: runs/bench-labels/SCORING, or SET]"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -59,9 +70,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.out or Path("runs/bench-labels") / options.scoring
+        if options.set == PROBLEMS:
+            options.scoring = "raw"
+        name = options.set if options.set == PROBLEMS else options.scoring
+        folder = options.out or Path("runs/bench-labels") / name
         if options.quick:
             folder, options.prompts, options.evaluations = Path(scratch), 4, 4
+            options.new_tokens = 8
         report = run(options, folder)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -91,6 +106,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "mean_depth": float(labels.depths.mean()),
         "control": control.to_dict(),
         "luck": {kind: luck_text(control.to_dict(), kind) for kind in ("raw", "confirmed")},
+        "answers": {
+            name: answer_counts(read_labels(folder / name, model=model))
+            for name in (("labels", "null") if labels.manifest.generates else ())
+        },
         "unseen": judge(scorer, labels, options),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -100,11 +119,14 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def questions(options: argparse.Namespace, cache: Path) -> Task:
     lettered = options.scoring == "letter"
-    found = [
-        question.example() if lettered else question.raw_example()
-        for question in fetch_questions(cache, options.set)
-        if len(question.text) + sum(map(len, question.options)) <= LONGEST
-    ]
+    if options.set == PROBLEMS:
+        found = [item for item in fetch_word_problems(cache) if len(item.prompt) <= LONGEST]
+    else:
+        found = [
+            question.example() if lettered else question.raw_example()
+            for question in fetch_questions(cache, options.set)
+            if len(question.text) + sum(map(len, question.options)) <= LONGEST
+        ]
     examples = tuple(shuffled(found, 0)[: options.prompts])
     return Task(options.set, examples, options.scoring)
 
@@ -122,6 +144,7 @@ def settings(options: argparse.Namespace) -> PromptSearchSpec:
         depth_penalty=options.depth_penalty,
         confirm=options.confirm,
         variants=options.variants,
+        new_tokens=options.new_tokens,
     )
 
 
@@ -138,6 +161,7 @@ def judge(scorer: Scorer, labels: Labels, options: argparse.Namespace) -> dict[s
     """Score base, raw and confirmed labels on forms of the prompts that took no part."""
     penalty = labels.manifest.depth_penalty
     base = identity_plan(scorer.num_layers)
+    generated = generated_answers(scorer, labels, options)
     rows = []
     for index, example in enumerate(labels.examples):
         say("judging", index, len(labels))
@@ -151,7 +175,8 @@ def judge(scorer: Scorer, labels: Labels, options: argparse.Namespace) -> dict[s
         )
         prices = penalty * plans.sum(axis=1) / scorer.num_layers
         values = found.reward.reshape(len(forms), -1).mean(axis=0) - prices
-        rows.append([*values, *found.correct.reshape(len(forms), -1).mean(axis=0)])
+        correct = found.correct.reshape(len(forms), -1) if generated is None else generated[index]
+        rows.append([*values, *correct.mean(axis=0)])
     say("judging", len(labels), len(labels))
     if not rows:
         return {}
@@ -170,6 +195,26 @@ def judge(scorer: Scorer, labels: Labels, options: argparse.Namespace) -> dict[s
     return result
 
 
+def generated_answers(
+    scorer: Scorer, labels: Labels, options: argparse.Namespace
+) -> np.ndarray | None:
+    """Return whether base, raw label and label answer each form right, shape (prompts, 1, 3); None: no task for it."""
+    if not labels.manifest.generates:
+        return None
+    forms = [form for example in labels.examples for form in unseen(example, options)]
+    base = np.broadcast_to(identity_plan(scorer.num_layers), labels.plans.shape)
+    plans = np.stack([base, labels.raw_plans, labels.plans], axis=1)
+    say("answering", 0, len(forms))
+    right = judge_answers(
+        scorer,
+        forms,
+        plans.reshape(3 * len(forms), -1),
+        np.repeat(np.arange(len(forms)), 3),
+        new_tokens=options.new_tokens,
+    )[1]
+    return np.array(right).reshape(len(forms), 1, 3)
+
+
 def show(report: dict[str, Any]) -> None:
     real = report["control"]["real"]
     lines = [
@@ -179,6 +224,13 @@ def show(report: dict[str, Any]) -> None:
         f"identity {report['identity_rate']:.0%}, label as searched {report['kept_rate']:.0%}; {report['seconds']} s",
         *(f"{kind} labels: {text}" for kind, text in report["luck"].items()),
     ]
+    for name, found in report["answers"].items():
+        lines.append(
+            f"generated answers, {name}: {found['answered_prompts']} prompts answered; right: base "
+            f"{found['base_right']}, raw labels {found['raw_right']}, labels {found['labels_right']}; fixes of the "
+            f"screen {found['fixes_found']}, confirmed {found['fixes_confirmed']}; losses avoided "
+            f"{found['losses_avoided']}"
+        )
     if report["unseen"]:
         lines += [
             "",

@@ -26,6 +26,7 @@ from dynadepth.tree_search.forest import EditPrior, Evaluated
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.search.prompt_works import BlockJob, BlockLabels
+from dynadepth_search.storage.choice import Candidate, Choice, best_plans, choose_label
 from dynadepth_search.storage.compatibility import task_fields
 from dynadepth_search.storage.label_manifest import MANIFEST, Manifest, Shard, shard_name
 from dynadepth_search.storage.label_store import LabelStore
@@ -53,17 +54,19 @@ def row(index: int, example: Example, rng: np.random.Generator) -> dict[str, Any
     plans = np.unique(plans, axis=0)[::-1]
     rewards = -rng.random(len(plans))
     rewards[0] = 0.0
-    values = rewards - PENALTY * plan_depth(plans)
-    best = int(values.argmax())
     visits = plans.sum(axis=1, dtype=np.uint32)
-    return label_row(
-        index,
-        example,
-        Evaluated(plans, rewards, plan_depth(plans), visits),
-        base_reward=0.0,
-        label=plan_text(plans[best]),
-        value=float(values[best]),
+    evaluated = Evaluated(plans, rewards, plan_depth(plans), visits)
+    candidates = tuple(
+        Candidate(
+            plan_text(plans[best]),
+            float(rewards[best]),
+            (float(-rng.random()),),
+            PENALTY * float(evaluated.depths[best]),
+        )
+        for best in best_plans(evaluated, PENALTY, PromptSearchSpec().confirm).tolist()
     )
+    choice = Choice(candidates[0], choose_label(candidates, margin=0.0), candidates)
+    return label_row(index, example, evaluated, base_reward=0.0, choice=choice)
 
 
 def manifest_of(task: Task) -> Manifest:
@@ -100,7 +103,7 @@ def store_labels(folder: Path, count: int, rng: np.random.Generator) -> dict[str
     shards = sum(path.stat().st_size for path in folder.glob("part-*.parquet"))
     found = {
         "job_bytes": len(ForkingPickler.dumps(BlockJob(first, block))) / BLOCK,
-        "result_bytes": len(ForkingPickler.dumps(BlockLabels(rows, 640, 1, 1))) / BLOCK,
+        "result_bytes": len(ForkingPickler.dumps(BlockLabels(rows, 640, 48, 1, 1))) / BLOCK,
         "journal_bytes": journal / (BLOCK * spec.blocks_per_shard),
         "shard_bytes": shards / (count * BLOCK),
         # A shard is written with every fourth block.

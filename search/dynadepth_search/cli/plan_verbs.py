@@ -157,6 +157,15 @@ def search_prompts(
             help="Gain over the identity plan that a label needs, in units of the objective",
         ),
     ] = 0.0,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--new-tokens",
+            min=1,
+            help="The most tokens of an answer, where a task has solutions and labels are confirmed by generated "
+            "answers [default: 128]",
+        ),
+    ] = None,
     protect: Protect = "",
     shortcuts: Shortcuts = None,
     limit: Limit = None,
@@ -175,6 +184,7 @@ def search_prompts(
     from dynadepth_search.scoring.objectives import check_objective
     from dynadepth_search.search import per_prompt
     from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
+    from dynadepth_search.storage.answer_counts import answer_counts
     from dynadepth_search.storage.labels import read_labels
 
     forest = replace(
@@ -193,6 +203,14 @@ def search_prompts(
         seed=seed,
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
+    generates = prompts.kind == "solution" and objective == "reward" and confirm > 0
+    if new_tokens is not None:
+        if not generates:
+            raise typer.BadParameter(
+                "--new-tokens was given, but no answers are generated; that takes a task with `solution`, --objective "
+                "reward and --confirm above 0"
+            )
+        spec = replace(spec, new_tokens=new_tokens)
     who = runner_for(
         runner,
         model,
@@ -226,6 +244,8 @@ def search_prompts(
         "mean_depth": float(labels.depths.mean()),
         "seconds": round(summary.probe_seconds + summary.search_seconds, 2),
     }
+    if generates:
+        result |= answer_counts(labels)
     print_result(result, as_json=as_json)
 
 

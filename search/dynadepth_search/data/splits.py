@@ -102,5 +102,7 @@ def write_task(path: str | os.PathLike[str], examples: Sequence[Example]) -> Non
             row |= {"choices": list(example.choices), "answer": example.answer}
         elif example.completion is not None:
             row["completion"] = example.completion
+            if example.solution is not None:
+                row["solution"] = example.solution
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text_atomic(path, "".join(lines))

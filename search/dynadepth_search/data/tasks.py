@@ -33,9 +33,11 @@ __all__ = [
 ]
 
 Scoring = Literal["raw", "normalized", "letter"]
-Kind = Literal["choices", "completion", "prompt"]
+Kind = Literal["choices", "completion", "solution", "prompt"]
 
-_KEYS = ("prompt", "choices", "answer", "completion")
+_KEYS = ("prompt", "choices", "answer", "completion", "solution")
+# What tells two examples with the same prompt apart.
+_OWN = {**{kind: kind for kind in get_args(Kind)}, "solution": "completion"}
 _LETTERS = 26
 
 
@@ -49,6 +51,8 @@ class Example:
         answer: Index of the right choice; None if there are no choices.
         completion: The right continuation, or None. Without choices or completion, only the objective `preserve` is
             possible.
+        solution: The value that a generated answer has to end with, such as `42`, or None. Then the completion is one
+            way to answer, by which plans are screened.
         where: File and line that the example was read from, for messages; empty if there is none. It is ignored when
             examples are compared.
     """
@@ -57,18 +61,21 @@ class Example:
     choices: tuple[str, ...] | None = None
     answer: int | None = None
     completion: str | None = None
+    solution: str | None = None
     where: str = field(default="", compare=False, repr=False)
 
     @property
     def kind(self) -> Kind:
-        """Whether the right answer is one of several choices, a completion, or missing."""
+        """Whether the right answer is one of several choices, a completion, a value to be generated, or missing."""
         if self.choices is not None:
             return "choices"
+        if self.solution is not None:
+            return "solution"
         return "prompt" if self.completion is None else "completion"
 
     @property
     def prompt_id(self) -> str:
-        """Hash of the prompt with its choices or completion, 16 hexadecimal digits; the answer is not hashed."""
+        """Hash of the prompt with its choices or completion, 16 hexadecimal digits, but not of answer or solution."""
         return _digest([self.prompt, self.choices, self.completion])[:16]
 
 
@@ -113,6 +120,8 @@ class Task:
         """Hash of the examples, the scoring and the chat form, but not of the name."""
         rows = [[item.prompt, item.choices, item.answer, item.completion] for item in self.examples]
         content: list[Any] = [self.scoring, rows]
+        if self.kind == "solution":
+            content.append([item.solution for item in self.examples])
         if self.chat is not None:
             content.append([self.chat.template, self.chat.system])
         return _digest(content)
@@ -161,8 +170,8 @@ def read_task(
     blank begins with `{"`. A line ends only at a line feed; blank lines and a byte order mark are skipped.
 
     A JSON line is an object with `prompt` and either `choices` (a list of strings) with `answer` (the index of the
-    right one), or `completion`, or neither. All lines of a file are of one kind. In a text file, repeated prompts
-    are read once, and white space around a prompt is removed.
+    right one), or `completion`, which may come with `solution`, or neither. All lines of a file are of one kind. In a
+    text file, repeated prompts are read once, and white space around a prompt is removed.
 
     Args:
         path: The file, UTF-8; it is read once, from its beginning.
@@ -216,7 +225,7 @@ def _json_examples(
         first = seen.setdefault(example.prompt_id, number)
         if first != number:
             raise TaskError(
-                f"{where}: same prompt and same {example.kind} as line {first}; remove one"
+                f"{where}: same prompt and same {_OWN[example.kind]} as line {first}; remove one"
             )
         yield example
 
@@ -256,20 +265,27 @@ def _read_line(line: bytes, where: str, scoring: Scoring) -> Example:
         raise TaskError(
             f"{where}: `prompt` is {_show(row, 'prompt')}; expected text that is not blank"
         )
-    choices, completion = row.get("choices"), row.get("completion")
+    choices, completion, solution = (row.get(key) for key in ("choices", "completion", "solution"))
     if choices is not None and completion is not None:
         raise TaskError(f"{where}: both `choices` and `completion` are given; expected one of them")
-    if completion is not None and (not isinstance(completion, str) or not completion.strip()):
+    for key in ("completion", "solution"):
+        given = row.get(key)
+        if given is not None and (not isinstance(given, str) or not given.strip()):
+            raise TaskError(
+                f"{where}: `{key}` is {_show(row, key)}; expected text that is not blank"
+            )
+    if solution is not None and completion is None:
         raise TaskError(
-            f"{where}: `completion` is {_show(row, 'completion')}; expected text that is not blank"
+            f"{where}: `solution` is given without `completion`; give a right answer in words as `completion` too, "
+            "since plans are screened by its log-probability before answers are generated"
         )
     if choices is None:
         if row.get("answer") is not None:
             raise TaskError(
                 f"{where}: `answer` is given without `choices`; expected both or neither"
             )
-        _check_characters(where, prompt=prompt, completion=completion)
-        return Example(prompt=prompt, completion=completion, where=where)
+        _check_characters(where, prompt=prompt, completion=completion, solution=solution)
+        return Example(prompt=prompt, completion=completion, solution=solution, where=where)
     _check_choices(row, where, scoring)
     for choice in choices:
         _check_characters(where, prompt=prompt, choices=choice)

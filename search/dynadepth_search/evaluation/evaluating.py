@@ -54,7 +54,7 @@ from dynadepth_search.files.sealed import check_seal, write_sealed
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.runners.work import Loaded, Runner
-from dynadepth_search.scoring.objectives import check_objective
+from dynadepth_search.scoring.objectives import check_objective, refuse_solutions
 from dynadepth_search.scoring.runtime_checks import (
     check_runtime,
     planned,
@@ -161,7 +161,7 @@ def evaluate(
         RunnerError: The workers of the runner died, or do not run what this process runs.
         ShortcutError: Two policies were calibrated with other shortcuts in place of skipped layers.
         TaskError: A held-out prompt, or one of `unseen`, is also a training prompt, or took part in choosing plans or
-            in training a policy to compare; or a prompt cannot be encoded.
+            in training a policy to compare; or a prompt cannot be encoded; or the answers are to be generated.
     """
     settings = config or EvaluationConfig()
     check_preset_names(presets or {})
@@ -170,6 +170,7 @@ def evaluate(
         raise ConfigError(
             f"routers to compare are named {routers.kind!r}, like those under test; rename their folder"
         )
+    refuse_solutions(heldout, before="an evaluation")
     goal = check_objective(objective)
     headline = "agreement" if goal == "preserve" else "reward"
     if goal == "reward" and heldout.kind == "prompt":

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,14 @@ import torch
 
 from dynadepth.models.encoding import answer_length, end_tokens
 from dynadepth.plans import check_plans, identity_plan
+from dynadepth_search.data.solutions import is_right
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.scoring.batching import pad_left
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
 
-__all__ = ["answers_under_plans", "batches_of", "continue_prompts"]
+__all__ = ["answers_under_plans", "batches_of", "continue_prompts", "judge_answers"]
 
 _Ids = npt.NDArray[np.int64]
 
@@ -32,8 +35,9 @@ def answers_under_plans(
 ) -> list[str]:
     """Let a model answer N pairs of example and plan greedily, wrapped as a user wraps it.
 
-    Prompts of one plan share batches, so that a layer runs for all rows of a batch or for none. What shares a batch
-    changes an answer only where rounding turns a token.
+    Pairs of one plan share batches, so that a layer runs for all rows of a batch or for none; plans of few pairs share
+    batches with others, since a step costs about the same for one row as for many. Equal pairs are answered once. What
+    shares a batch changes an answer only where rounding turns a token.
 
     Args:
         scorer: Has the unwrapped base model, its tokenizer, the prompts' form and the shortcuts; the model is unwrapped
@@ -54,25 +58,68 @@ def answers_under_plans(
         WrapError: The model is wrapped.
     """
     rows = check_plans(plans, scorer.num_layers, num_rows=len(example))
-    prompts = [scorer.encode(examples[index]).prompt_ids for index in example.tolist()]
-    answers = [""] * len(prompts)
-    _, group = np.unique(rows, axis=0, return_inverse=True)
+    asked = list(zip(map(bytes, rows), example.tolist(), strict=True))
+    prompts = {index: scorer.encode(examples[index]).prompt_ids for _, index in asked}
+    pairs = sorted(set(asked), key=lambda pair: (pair[0], len(prompts[pair[1]]), pair[1]))
+    answers: dict[tuple[bytes, int], str] = {}
     how = {"plan": identity_plan(scorer.num_layers), "shortcuts": scorer.shortcuts or False}
     with wrapped(scorer.model, **how) as model:
-        for number in range(int(group.max(initial=-1)) + 1):
-            same = np.flatnonzero(group.ravel() == number).tolist()
-            for batch in batches_of([len(prompts[pair]) for pair in same], batch_size):
-                pairs = [same[place] for place in batch]
-                with model.dynadepth.plans(rows[pairs[0]]):
-                    texts = continue_prompts(
-                        model, [prompts[pair] for pair in pairs], new_tokens=new_tokens
-                    )
-                for pair, text in zip(pairs, texts, strict=True):
-                    said = scorer.tokenizer.decode(
-                        text.ids[text.prompt :], skip_special_tokens=True
-                    )
-                    answers[pair] = said if scorer.chat else said.lstrip().partition("\n\n")[0]
-    return answers
+        for batch in _batches_by_plan(pairs, batch_size):
+            together = np.array([list(plan) for plan, _ in batch], dtype=np.uint8)
+            with model.dynadepth.plans(together):
+                texts = continue_prompts(
+                    model, [prompts[index] for _, index in batch], new_tokens=new_tokens
+                )
+            for pair, text in zip(batch, texts, strict=True):
+                said = scorer.tokenizer.decode(text.ids[text.prompt :], skip_special_tokens=True)
+                answers[pair] = said if scorer.chat else said.lstrip().partition("\n\n")[0]
+    return [answers[pair] for pair in asked]
+
+
+def _batches_by_plan(
+    pairs: Sequence[tuple[bytes, int]], batch_size: int
+) -> Iterator[list[tuple[bytes, int]]]:
+    """Yield pairs of plan and example in batches of one plan, and what is left of all plans together."""
+    left: list[tuple[bytes, int]] = []
+    for _, group in groupby(pairs, key=itemgetter(0)):
+        same = list(group)
+        whole = len(same) - len(same) % batch_size
+        yield from (same[first : first + batch_size] for first in range(0, whole, batch_size))
+        left += same[whole:]
+    yield from (left[first : first + batch_size] for first in range(0, len(left), batch_size))
+
+
+def judge_answers(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    plans: Any,
+    example: npt.NDArray[np.integer[Any]],
+    *,
+    new_tokens: int,
+) -> tuple[list[str], list[bool]]:
+    """Let a model answer N pairs of example and plan greedily, and compare the answers with the examples' solutions.
+
+    Args:
+        scorer: As for `answers_under_plans`.
+        examples: The examples; all have solutions.
+        plans: One plan for each pair. Shape (N, layers), uint8.
+        example: Index into `examples` for each pair. Shape (N,), whole numbers.
+        new_tokens: The most tokens of an answer, 1 or more.
+
+    Returns:
+        The answers, and whether each is right. Equal answers to equal solutions are compared once, and so judged alike.
+
+    Raises:
+        PlanError: The plans have a wrong shape or wrong actions.
+        SearchError: Called beside the main thread.
+        TaskError: A prompt cannot be encoded.
+        WrapError: The model is wrapped.
+    """
+    answers = answers_under_plans(scorer, examples, plans, example, new_tokens=new_tokens)
+    solutions = [examples[index].solution or "" for index in example.tolist()]
+    pairs = list(zip(answers, solutions, strict=True))
+    known = {pair: is_right(*pair) for pair in dict.fromkeys(pairs)}
+    return answers, [known[pair] for pair in pairs]
 
 
 def continue_prompts(model: Any, prompts: Sequence[_Ids], *, new_tokens: int) -> list[Text]:

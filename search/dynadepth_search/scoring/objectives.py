@@ -9,7 +9,14 @@ from dynadepth.config import did_you_mean
 from dynadepth.errors import ConfigError, TaskError
 from dynadepth_search.data.tasks import Task
 
-__all__ = ["Objective", "Scored", "check_answers", "check_objective", "plan_values"]
+__all__ = [
+    "Objective",
+    "Scored",
+    "check_answers",
+    "check_objective",
+    "plan_values",
+    "refuse_solutions",
+]
 
 Objective = Literal["reward", "preserve"]
 
@@ -37,6 +44,24 @@ def check_answers(task: Task, objective: Objective) -> None:
     if objective == "reward" and task.kind == "prompt":
         raise TaskError(
             f"task {task.name!r} has prompts alone, so there is no labelled reward; use the objective preserve"
+        )
+
+
+def refuse_solutions(task: Task, *, before: str) -> None:
+    """Refuse a task whose answers are to be generated, where answers are scored token by token.
+
+    Args:
+        task: The task.
+        before: What would be done with it, for the message.
+
+    Raises:
+        TaskError: The examples have solutions.
+    """
+    if task.kind == "solution":
+        raise TaskError(
+            f"task {task.name!r} has solutions, which only generated answers can be compared with, and {before} "
+            "generates none (`search prompts` and `search null` do); leave the key `solution` out of the task, so that "
+            "its completions are scored token by token"
         )
 
 

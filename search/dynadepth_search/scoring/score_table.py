@@ -32,6 +32,7 @@ from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.runners.local import LocalRunner
 from dynadepth_search.runners.work import Loaded, Runner
+from dynadepth_search.scoring.objectives import refuse_solutions
 from dynadepth_search.scoring.score_work import ScoreJob, ScoreWork
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.storage.compatibility import (
@@ -179,10 +180,11 @@ def score_prompts(
         RunnerError: The workers of the runner died, or do not run what this process runs.
         SearchError: A metric is not finite.
         ShortcutError: The shortcuts belong to another base model.
-        TaskError: A prompt cannot be encoded.
+        TaskError: A prompt cannot be encoded, or the answers of the task are to be generated.
         WrapError: The model is wrapped.
     """
     check_unwrapped(model, before="scoring")
+    refuse_solutions(task, before="a score table")
     stack = layer_stack(model)
     rows = _checked_plans(plans, stack.num_layers)
     wrong = [layer for layer in layers if not 0 <= layer < stack.num_layers]

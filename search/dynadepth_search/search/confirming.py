@@ -9,10 +9,14 @@ A variant asks the same in a form that the search did not see:
 - prompts without choices with the objective `preserve`: the places after each token of the base model's own
   continuation, which the plan will have to serve too. If the base model says nothing (it ends the text at once), the
   prompt in a second wording.
+
+Where a task has solutions and the objective is `reward`, all of this is a screen: the best plans and the identity then
+answer the prompt and its variants greedily, and what they answer is compared with the solution.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +25,10 @@ from dynadepth.errors import TaskError
 from dynadepth.models.encoding import end_tokens
 from dynadepth.plans import Plans, plan_text
 from dynadepth.tree_search.forest import Evaluated
+from dynadepth_search.data.solutions import check_solutions
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.data.variants import continued, in_other_orders, in_other_words
-from dynadepth_search.scoring.generating import continue_prompts
+from dynadepth_search.scoring.generating import continue_prompts, judge_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.choice import Candidate, Choice, best_plans, choose_label
@@ -49,6 +54,7 @@ class Confirmation:
         self._scorer, self._spec = scorer, spec
         self._lettered = kind == "choices" and scorer.scoring == "letter"
         self._own_text = kind != "choices" and spec.objective == "preserve"
+        self._generates = kind == "solution" and spec.objective == "reward"
         self._ends = end_tokens(scorer.model)
         self.evaluations = 0
 
@@ -56,10 +62,13 @@ class Confirmation:
         """Check that the variants of all prompts can be scored, before any work is done.
 
         Raises:
-            TaskError: A variant cannot be encoded, or is longer than the model supports.
+            SearchError: Answers are to be generated, and this is not the main thread, where they can be compared.
+            TaskError: A variant cannot be encoded, or is longer than the model supports, or a solution has no value.
         """
         if not self._spec.confirm:
             return
+        if self._generates:
+            check_solutions(examples)
         # Tokens that the model has not chosen yet count like any others.
         unknown = (0,) * self._spec.own_tokens
         for example in examples:
@@ -109,12 +118,53 @@ class Confirmation:
             parts = np.split(found, np.cumsum(counts)[:-1])
             for (row, _), part in zip(pairs, parts, strict=True):
                 scored[row].append(part)
-        choices = []
-        for row, (each, known) in enumerate(zip(evaluated, best, strict=True)):
-            candidates = _candidates(each, known, scored.get(row, []), depth_penalty)
-            label = choose_label(candidates, margin=self._spec.margin)
-            choices.append(Choice(candidates[0], label, candidates if row in scored else ()))
-        return choices
+        candidates = [
+            _candidates(each, known, scored.get(row, []), depth_penalty)
+            for row, (each, known) in enumerate(zip(evaluated, best, strict=True))
+        ]
+        if self._generates and confirmed:
+            forms = [(examples[row], *variants[row]) for row in confirmed]
+            tried = [evaluated[row].plans[best[row]] for row in confirmed]
+            for row, judged in zip(confirmed, self._judged(forms, tried), strict=True):
+                candidates[row] = tuple(
+                    replace(item, answers=answers, right=right)
+                    for item, (answers, right) in zip(candidates[row], judged, strict=True)
+                )
+        return [
+            Choice(
+                known[0],
+                choose_label(known, margin=self._spec.margin),
+                known if row in scored else (),
+            )
+            for row, known in enumerate(candidates)
+        ]
+
+    def _judged(
+        self, forms: Sequence[tuple[Example, ...]], plans: Sequence[Plans]
+    ) -> list[list[tuple[tuple[str, ...], tuple[bool, ...]]]]:
+        """Return, for each prompt and each of its plans, the answers to the prompt's forms, and which are right."""
+        counts = [len(each) for each in forms]
+        starts = np.cumsum([0, *counts])
+        index = [
+            np.tile(np.arange(start, start + count), len(tried))
+            for start, count, tried in zip(starts, counts, plans, strict=False)
+        ]
+        asked = [
+            np.repeat(tried, count, axis=0) for count, tried in zip(counts, plans, strict=True)
+        ]
+        answers, right = judge_answers(
+            self._scorer,
+            [form for each in forms for form in each],
+            np.concatenate(asked),
+            np.concatenate(index),
+            new_tokens=self._spec.new_tokens,
+        )
+        self.evaluations += len(answers)
+        said, known = iter(answers), iter(right)
+        return [
+            [(tuple(islice(said, count)), tuple(islice(known, count))) for _ in tried]
+            for count, tried in zip(counts, plans, strict=True)
+        ]
 
     def _variants(self, examples: Sequence[Example]) -> list[tuple[Example, ...]]:
         if not self._own_text or not examples:

@@ -29,6 +29,7 @@ from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.scoring.generating import judge_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.null_files import REPORT, SCHEMA_VERSION
 from dynadepth_search.search.per_prompt import search_prompts
@@ -141,7 +142,10 @@ def shuffle_answers(task: Task, seed: int) -> Task:
         for place, source in zip(here.tolist(), rng.permutation(here).tolist(), strict=True):
             given = task.examples[source]
             examples[place] = replace(
-                task.examples[place], answer=given.answer, completion=given.completion
+                task.examples[place],
+                answer=given.answer,
+                completion=given.completion,
+                solution=given.solution,
             )
     if len({item.prompt_id for item in examples}) < len(examples):
         raise TaskError(
@@ -207,10 +211,11 @@ def search_null(
         max_logit_bytes=spec.max_logit_bytes,
     )
     control = NullControl(
-        real=_fixes(scorer, found, "checking answers", report),
-        null=_fixes(scorer, null, "checking shuffled answers", report),
+        real=_fixes(scorer, found, "checking answers", report, spec.new_tokens),
+        null=_fixes(scorer, null, "checking shuffled answers", report, spec.new_tokens),
         own_answers=sum(
-            (ours.answer, ours.completion) == (given.answer, given.completion)
+            (ours.answer, ours.completion, ours.solution)
+            == (given.answer, given.completion, given.solution)
             for ours, given in zip(task.examples, shuffled.examples, strict=True)
         ),
         evaluations=(found.evaluations, null.evaluations),
@@ -235,26 +240,36 @@ def _same(manifest: Manifest) -> dict[str, Any]:
     return {"depth_penalty": manifest.depth_penalty, "prior": manifest.prior.to_dict()}
 
 
-def _fixes(scorer: Scorer, labels: Labels, stage: str, progress: Progress) -> Fixes:
+def _fixes(
+    scorer: Scorer, labels: Labels, stage: str, progress: Progress, new_tokens: int
+) -> Fixes:
     """Answer every prompt under the identity plan, its raw label and its label."""
     base = np.broadcast_to(identity_plan(scorer.num_layers), labels.plans.shape)
     plans = np.stack([base, labels.raw_plans, labels.plans], axis=1)
     right: list[_Flags] = []
     for first in range(0, len(labels), _BLOCK):
         progress(stage, first, len(labels))
-        right.append(_right(scorer, labels.examples[first : first + _BLOCK], plans[first:]))
+        right.append(
+            _right(scorer, labels.examples[first : first + _BLOCK], plans[first:], new_tokens)
+        )
     progress(stage, len(labels), len(labels))
     kept, raw, confirmed = np.concatenate(right).T
     return Fixes(wrong=~kept, raw=~kept & raw, confirmed=~kept & confirmed)
 
 
-def _right(scorer: Scorer, examples: Sequence[Example], plans: npt.NDArray[np.uint8]) -> _Flags:
+def _right(
+    scorer: Scorer, examples: Sequence[Example], plans: npt.NDArray[np.uint8], new_tokens: int
+) -> _Flags:
     """Return whether answers are right. Shape (examples, plans of each), bool."""
     scorer.forget()
     here = plans[: len(examples)]
     tree = np.repeat(np.arange(len(examples)), here.shape[1])
-    outcomes = scorer.outcomes(examples, here.reshape(len(tree), -1), tree)
-    return outcomes.correct.reshape(len(examples), -1)
+    asked = here.reshape(len(tree), -1)
+    if examples[0].kind == "solution":
+        correct = np.array(judge_answers(scorer, examples, asked, tree, new_tokens=new_tokens)[1])
+    else:
+        correct = scorer.outcomes(examples, asked, tree).correct
+    return correct.reshape(len(examples), -1)
 
 
 def _finite(interval: Interval) -> dict[str, float | int | None] | None:

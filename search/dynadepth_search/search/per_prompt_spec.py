@@ -21,6 +21,7 @@ _LEAST = {
     "confirm": 0,
     "variants": 1,
     "own_tokens": 1,
+    "new_tokens": 1,
 }
 
 
@@ -53,6 +54,7 @@ class PromptSearchSpec:
             list, and for completions with the objective `reward`.
         own_tokens: Number of tokens of the base model's own continuation that are read, for prompts without choices
             with the objective `preserve`.
+        new_tokens: The most tokens of a generated answer, for tasks with solutions and the objective `reward`.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -72,6 +74,7 @@ class PromptSearchSpec:
     variants: int = 2
     wording: str = "Read the following carefully.\n\n{prompt}"
     own_tokens: int = 8
+    new_tokens: int = 128
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
@@ -130,8 +133,8 @@ class PromptSearchSummary:
         searched: Number of prompts that this run searched.
         evaluations: Number of plans that this run evaluated for labels, with identity plans but without the probe.
         probe_evaluations: Number of plans that the probe evaluated.
-        confirming_evaluations: Number of times that this run scored a plan on a variant, and let the base model
-            continue a prompt.
+        confirming_evaluations: Number of times that this run scored a plan on a variant, let the base model continue
+            a prompt, and let a plan answer a prompt or a variant.
         naive_visits: Visits of token rows to layers that one forward for each plan would have made, probe included.
         executed_visits: Visits of token rows to layers that were actually made.
         depth_penalty: Lambda of the labels' value.

@@ -177,34 +177,27 @@ class _BlockSearch:
         # The base is scored again in every block; otherwise sweeps would differ from those of a resumed run.
         self._scorer.forget()
         forest, examples = self._forest, self._job.examples
-        rows: dict[int, dict[str, Any]] = {}
-        waiting = list(range(len(examples)))
-        evaluations = 0
         while not forest.finished:
             batch = forest.ask(self._spec.block_size * self._config.round_size)
             forest.tell(batch.ticket, self._rewards(examples, batch.plans, batch.tree))
-            finished = [tree for tree in waiting if forest.tree_finished(tree)]
-            waiting = [tree for tree in waiting if tree not in finished]
-            evaluated = [forest.evaluated(tree) for tree in finished]
-            evaluations += sum(map(len, evaluated))
-            choices = self._confirmation.choose(
-                [examples[tree] for tree in finished],
-                evaluated,
-                self._config.depth_penalty,
-                self._rewards,
+        evaluated = [forest.evaluated(tree) for tree in range(len(examples))]
+        # All prompts at once, so that sweeps and batches of generated answers are full.
+        choices = self._confirmation.choose(
+            examples, evaluated, self._config.depth_penalty, self._rewards
+        )
+        rows = tuple(
+            label_row(
+                self._job.first + tree,
+                examples[tree],
+                tried,
+                # A tree starts with the identity plan.
+                base_reward=float(tried.rewards[0]),
+                choice=choice,
             )
-            for tree, tried, choice in zip(finished, evaluated, choices, strict=True):
-                rows[tree] = label_row(
-                    self._job.first + tree,
-                    examples[tree],
-                    tried,
-                    # A tree starts with the identity plan.
-                    base_reward=float(tried.rewards[0]),
-                    choice=choice,
-                )
-        ordered = tuple(rows[tree] for tree in range(len(examples)))
-        confirming = self._confirmation.evaluations
-        return BlockLabels(ordered, evaluations, confirming, self._naive, self._executed)
+            for tree, (tried, choice) in enumerate(zip(evaluated, choices, strict=True))
+        )
+        evaluations, confirming = sum(map(len, evaluated)), self._confirmation.evaluations
+        return BlockLabels(rows, evaluations, confirming, self._naive, self._executed)
 
     def _rewards(
         self, examples: Sequence[Example], plans: Plans, tree: npt.NDArray[np.uint32]

@@ -28,6 +28,7 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.objectives import (
     check_answers,
     plan_values,
+    refuse_solutions,
 )
 from dynadepth_search.scoring.outcomes import Outcomes
 from dynadepth_search.scoring.score_table import menu_data, score_prompts
@@ -92,12 +93,14 @@ def search_static(
         LabelError: The folder holds a search with other settings, or is in use.
         SearchError: A metric is not finite.
         ShortcutError: The shortcuts belong to another base model.
-        TaskError: There are too few prompts, or the objective needs answers that the task does not have.
+        TaskError: There are too few prompts, the objective needs answers that the task does not have, or its answers
+            are to be generated.
 
     Source:
         Layers are removed by their measured cost as in SLEB (arXiv 2402.09025); deviation: a beam instead of a greedy
         chain, and the model's own answers instead of perplexity.
     """
+    refuse_solutions(task, before="a search for plans that suit all prompts")
     check_answers(task, spec.objective)
     different = len({example.prompt.strip() for example in task.examples})
     if different < _FEWEST_PROMPTS:

@@ -21,12 +21,16 @@ class Candidate:
         reward: Its reward on the prompt itself.
         variant_rewards: Its rewards on variants of the prompt; empty if it was not scored on any.
         price: What its depth costs, in units of the reward.
+        answers: What it answers to the prompt and to each variant; empty if no answers were generated.
+        right: Whether each of these answers is right.
     """
 
     plan: str
     reward: float
     variant_rewards: tuple[float, ...]
     price: float
+    answers: tuple[str, ...] = ()
+    right: tuple[bool, ...] = ()
 
     @property
     def raw_value(self) -> float:
@@ -50,6 +54,22 @@ class Candidate:
             strict=True,
         )
         return min((own - self.price) - (its - other.price) for own, its in both)
+
+    def keeps(self, other: "Candidate") -> bool:
+        """Say whether its answers are right wherever another's are; always if no answers were generated.
+
+        Args:
+            other: A candidate for the same prompt, which answered the same variants.
+        """
+        return all(own >= its for own, its in zip(self.right, other.right, strict=True))
+
+    def fixes(self, other: "Candidate") -> bool:
+        """Say whether all of its answers are right, and not all of another's.
+
+        Args:
+            other: A candidate for the same prompt, which answered the same variants.
+        """
+        return bool(self.right) and all(self.right) and not all(other.right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +111,10 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
     It is the candidate of highest confirmed value; ties go to the lower depth, then to the lower plan. Unless its value
     exceeds that of the identity plan by `margin` on every variant, the label is the identity plan.
 
+    Where answers were generated, being right comes before any value, since no number of log-probabilities is worth an
+    answer: a candidate that is wrong where the identity plan is right is none; of the others, those with the most right
+    answers remain; and one with all answers right, where the identity plan has not, needs no margin.
+
     The two questions need different evidence. Which candidate is best is answered by all there is, since the reward on
     the prompt is one more measurement of each. Whether it beats the identity is answered by the variants alone, since
     the best of many plans owes its reward on the prompt partly to luck; and by each of them, since a plan that merely
@@ -101,9 +125,14 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
         candidates: The candidates, the identity plan among them.
         margin: In units of the reward, 0 or more.
     """
-    best = min(candidates, key=lambda item: (-item.value, plan_visits(item.plan), item.plan))
     identity = next(item for item in candidates if not item.plan.strip("1"))
-    return best if best is identity or best.margin_over(identity) >= margin else identity
+    best = min(
+        (item for item in candidates if item.keeps(identity)),
+        key=lambda item: (-sum(item.right), -item.value, plan_visits(item.plan), item.plan),
+    )
+    if best is identity or best.fixes(identity) or best.margin_over(identity) >= margin:
+        return best
+    return identity
 
 
 def plan_visits(plan: str) -> int:

@@ -16,7 +16,7 @@ from dynadepth_search.storage.compatibility import (
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "Manifest", "Shard", "read_manifest", "shard_name"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 
@@ -72,6 +72,12 @@ class Manifest:
     def confirm(self) -> int:
         """Number of plans that were scored on variants, besides the identity; 0: none."""
         return int(self.search.get("confirm", 0))
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers were generated to confirm labels."""
+        graded = self.task["kind"] == "solution" and self.objective == "reward"
+        return graded and self.confirm > 0
 
     @property
     def margin(self) -> float:
@@ -137,7 +143,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_search(stored: Stored) -> None:
     """Check the settings of a search; those that are newer than the folder are missing."""
-    positive = ("block_size", "blocks_per_shard", "max_logit_bytes", "variants", "own_tokens")
+    positive = (
+        *("block_size", "blocks_per_shard", "max_logit_bytes"),
+        *("variants", "own_tokens", "new_tokens"),
+    )
     numbers = ("seed", "confirm", *positive)
     found = stored.fields(["objective", "config"], ["depth_penalty", "margin", "wording", *numbers])
     found["objective"].one_of(["preserve", "reward"])

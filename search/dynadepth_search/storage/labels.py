@@ -50,6 +50,7 @@ _SCHEMA = pa.schema(
         pa.field("choices", pa.list_(pa.string())),
         pa.field("answer", pa.int64()),
         pa.field("completion", pa.string()),
+        pa.field("solution", pa.string()),
         pa.field("base_reward", pa.float64(), nullable=False),
         pa.field("plans", pa.list_(pa.string()), nullable=False),
         pa.field("rewards", pa.list_(pa.float64()), nullable=False),
@@ -60,6 +61,8 @@ _SCHEMA = pa.schema(
         pa.field("candidates", pa.list_(pa.string()), nullable=False),
         pa.field("variant_rewards", pa.list_(pa.list_(pa.float64())), nullable=False),
         pa.field("confirmed_values", pa.list_(pa.float64()), nullable=False),
+        pa.field("generated", pa.list_(pa.list_(pa.string())), nullable=False),
+        pa.field("right", pa.list_(pa.list_(pa.bool_())), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_value", pa.float64(), nullable=False),
     ]
@@ -84,11 +87,12 @@ class Labels:
         candidates: The plans of each prompt that were scored on variants, best first by value on the prompt; empty
             where none was.
         margins: By how much the value of the label exceeds the identity plan's: on the worst of the variants, which the
-            search did not see, or on the prompt itself if there was none. 0 where the label is the identity.
+            search did not see, or on the prompt itself if there was none. 0 where the label is the identity; it may be
+            below 0 where generated answers say that the label is right and the identity is not.
             Shape (P,), float64.
         leads: By how much the value that chose the label (over the prompt and its variants) exceeds that of the second
             best plan: of the candidates, or of all evaluated plans if none was confirmed. Below 0 where a plan of
-            higher value lacked the margin; NaN where there is no other plan. Shape (P,), float64.
+            higher value lacked the margin, or right answers; NaN where there is no other plan. Shape (P,), float64.
     """
 
     manifest: Manifest
@@ -120,9 +124,14 @@ class Labels:
 
     @property
     def confirmations(self) -> float:
-        """Mean number of evaluations on variants per label."""
+        """Mean number of evaluations on variants and of generated answers per label."""
         return float(
-            np.mean([sum(len(each.variant_rewards) for each in item) for item in self.candidates])
+            np.mean(
+                [
+                    sum(len(each.variant_rewards) + len(each.answers) for each in item)
+                    for item in self.candidates
+                ]
+            )
         )
 
     @property
@@ -151,6 +160,7 @@ def label_row(
         "choices": None if example.choices is None else list(example.choices),
         "answer": example.answer,
         "completion": example.completion,
+        "solution": example.solution,
         "base_reward": base_reward,
         "plans": digits,
         "rewards": evaluated.rewards.tolist(),
@@ -161,6 +171,8 @@ def label_row(
         "candidates": [item.plan for item in choice.candidates],
         "variant_rewards": [list(item.variant_rewards) for item in choice.candidates],
         "confirmed_values": [item.value for item in choice.candidates],
+        "generated": [list(item.answers) for item in choice.candidates if item.answers],
+        "right": [list(item.right) for item in choice.candidates if item.answers],
         "label": choice.label.plan,
         "label_value": choice.label.raw_value,
     }
@@ -232,7 +244,13 @@ def _check_row(row: Stored, manifest: Manifest) -> dict[str, Any]:
         depth_penalty=manifest.depth_penalty,
         confirm=manifest.confirm,
         margin=manifest.margin,
+        generates=manifest.generates,
     )
+    if (checked["solution"] is None) == (manifest.task["kind"] == "solution"):
+        row.damaged(
+            f"solution is {checked['solution']!r}, but {MANIFEST} says that the task is of kind "
+            f"{manifest.task['kind']}; expected a solution in tasks of kind solution only"
+        )
     if checked["index"] >= manifest.task["prompts"]:
         row.damaged(
             f"index is {checked['index']}; expected less than {manifest.task['prompts']}, the prompts of the task"
@@ -363,9 +381,25 @@ def _compared(
     row: Mapping[str, Any], manifest: Manifest
 ) -> tuple[dict[str, Candidate], tuple[Candidate, ...]]:
     """Return the plans that the label was chosen from, and those of them that were scored on variants."""
-    scored = dict(zip(row["candidates"], row["variant_rewards"], strict=True))
+    scored, answers, right = (
+        dict(
+            zip(
+                row["candidates"],
+                map(tuple, row[name] or [()] * len(row["candidates"])),
+                strict=True,
+            )
+        )
+        for name in ("variant_rewards", "generated", "right")
+    )
     every = {
-        plan: Candidate(plan, reward, tuple(scored.get(plan, ())), manifest.depth_penalty * depth)
+        plan: Candidate(
+            plan,
+            reward,
+            scored.get(plan, ()),
+            manifest.depth_penalty * depth,
+            answers.get(plan, ()),
+            right.get(plan, ()),
+        )
         for plan, reward, depth in zip(row["plans"], row["rewards"], row["depths"], strict=True)
     }
     confirmed = {plan: every[plan] for plan in row["candidates"]}
@@ -379,4 +413,5 @@ def _example(row: Mapping[str, Any]) -> Example:
         choices=None if choices is None else tuple(choices),
         answer=row["answer"],
         completion=row["completion"],
+        solution=row["solution"],
     )

@@ -4,6 +4,7 @@ Owns the checks of a prompt and of a label, and the one way to read a Parquet fi
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ __all__ = ["check_label_row", "plan_rows", "read_example", "read_parquet"]
 
 _EXAMPLE = ("prompt_id", "prompt", "choices", "answer", "completion")
 _ROW = (
-    *("index", *_EXAMPLE, "base_reward", "plans", "rewards"),
+    *("index", *_EXAMPLE, "solution", "base_reward", "plans", "rewards"),
     *("depths", "visits", "raw_label", "raw_value", "candidates", "variant_rewards"),
-    *("confirmed_values", "label", "label_value"),
+    *("confirmed_values", "generated", "right", "label", "label_value"),
 )
 _ROUNDING = 1e-9
 
@@ -62,7 +63,7 @@ def read_example(found: dict[str, Stored], row: Stored) -> Example:
     """Return the prompt of a stored row, with what its answer is judged by.
 
     Args:
-        found: Has `prompt_id`, `prompt`, `choices`, `answer` and `completion`.
+        found: Has `prompt_id`, `prompt`, `choices`, `answer` and `completion`; `solution` if any may have one.
         row: The row, for messages.
 
     Raises:
@@ -73,10 +74,13 @@ def read_example(found: dict[str, Stored], row: Stored) -> Example:
     completion = found["completion"].optional(Stored.text)
     if choices is not None and completion is not None:
         row.damaged("it has both choices and a completion; expected one of them")
+    solution = found["solution"].optional(Stored.text) if "solution" in found else None
+    if solution is not None and completion is None:
+        row.damaged("it has a solution and no completion; expected both or no solution")
     if choices is None:
         if found["answer"].value is not None:
             found["answer"].wrong("nothing, since there are no choices")
-        example = Example(prompt, completion=completion)
+        example = Example(prompt, completion=completion, solution=solution)
     else:
         found["choices"].entries(least=2)
         answer = found["answer"].whole(0, len(choices) - 1)
@@ -87,7 +91,13 @@ def read_example(found: dict[str, Stored], row: Stored) -> Example:
 
 
 def check_label_row(
-    row: Stored, *, num_layers: int, depth_penalty: float, confirm: int, margin: float
+    row: Stored,
+    *,
+    num_layers: int,
+    depth_penalty: float,
+    confirm: int,
+    margin: float,
+    generates: bool,
 ) -> dict[str, Any]:
     """Return a row of labels as it was stored, once all of it has been checked.
 
@@ -97,6 +107,7 @@ def check_label_row(
         depth_penalty: Lambda of the labels' value.
         confirm: Number of plans that are scored on variants, besides the identity; 0: none.
         margin: Margin over the identity plan that a label needs.
+        generates: Whether answers were generated to confirm labels.
 
     Raises:
         LabelError: A value is of the wrong type or out of range, or does not fit the others.
@@ -120,13 +131,15 @@ def check_label_row(
     known = best_plans(evaluated, depth_penalty, confirm)
     expected = [plans[index] for index in known] if confirm and len(known) > 1 else []
     candidates = _read_candidates(found, expected, rewards, prices)
+    candidates = _with_answers(candidates, found, generates=generates)
     identity = "1" * num_layers
     compared = candidates or [
         Candidate(plan, rewards[plan], (), prices[plan]) for plan in (raw, identity)
     ]
     label = choose_label(compared, margin=margin).plan
     if found["label"].plan(num_layers) != label:
-        found["label"].wrong(f"{label}, which the stored rewards choose")
+        by = "answers and rewards" if generates else "rewards"
+        found["label"].wrong(f"{label}, which the stored {by} choose")
     _check_value(found["label_value"], rewards[label] - prices[label], depth_penalty)
     stored: dict[str, Any] = row.value
     return stored
@@ -184,6 +197,29 @@ def _read_candidates(
             )
         candidates.append(known)
     return candidates
+
+
+def _with_answers(
+    candidates: Sequence[Candidate], found: dict[str, Stored], *, generates: bool
+) -> list[Candidate]:
+    """Return candidates with their generated answers: one to the prompt and one to each variant."""
+    if not candidates or not generates:
+        for name in ("generated", "right"):
+            found[name].entries(0)
+        return list(candidates)
+    answers = found["generated"].entries(len(candidates))
+    right = found["right"].entries(len(candidates))
+    judged: dict[str, bool] = {}
+    complete = []
+    for item, texts, flags in zip(candidates, answers, right, strict=True):
+        count = 1 + len(item.variant_rewards)
+        said = texts.texts(count)
+        known = [flag.boolean() for flag in flags.entries(count)]
+        for text, flag in zip(said, known, strict=True):
+            if judged.setdefault(text, flag) != flag:
+                flags.wrong(f"one judgement of {text[:40]!r}, which is generated several times")
+        complete.append(replace(item, answers=tuple(said), right=tuple(known)))
+    return complete
 
 
 def _check_value(stored: Stored, value: float, depth_penalty: float) -> None:

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 
 from dynadepth import load_policy
 from dynadepth.cli import main as cli
+from dynadepth_search.data.solutions import is_right
 from dynadepth_search.scoring.score_table import read_scores
 from dynadepth_search.search.static import read_static
+from dynadepth_search.storage.labels import read_labels
 from tests.tiny_folder import save_tiny_base
 
 pytestmark = pytest.mark.usefixtures("search_verbs")
@@ -152,6 +154,86 @@ def test_a_null_control_says_how_many_fixes_are_luck(
     assert "share that luck explains" in out
     code, out, _ = run(capsys, *argv, "--json")
     assert json.loads(out) == json.loads((tmp_path / "null" / "null.json").read_text())
+
+
+@pytest.fixture
+def problems(place: Path) -> Path:
+    """A task whose answers are generated."""
+    path = place / "problems.jsonl"
+    lines = [
+        {"prompt": f"{n} and {n} are", "completion": f" {2 * n}.", "solution": f"{2 * n}"}
+        for n in range(6)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_labels_are_confirmed_by_generated_answers(
+    place: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--objective", "reward", "--new-tokens", 8, "--json")
+    argv = search(place, *more, task=problems.name, out=str(tmp_path / "labels"), how=LABELS)
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["answered_prompts"] == 6
+    assert found["labels_right"] >= found["base_right"]
+    labels = read_labels(tmp_path / "labels")
+    assert labels.manifest.search["new_tokens"] == 8
+    for example, candidates in zip(labels.examples, labels.candidates, strict=True):
+        assert example.solution is not None
+        for item in candidates:
+            assert item.right == tuple(is_right(text, example.solution) for text in item.answers)
+    argv = ["search", "null", "--model", place / "my-model", "--labels", tmp_path / "labels"]
+    code, out, err = run(capsys, *argv, "--out", tmp_path / "null", "--json")
+    assert code == 0, err
+    assert json.loads(out)["prompts"] == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--new-tokens", 8), 2, "--new-tokens was given, but no answers are generated"),
+        (("--objective", "reward", "--confirm", 0, "--new-tokens", 8), 2, "--confirm above 0"),
+        (
+            ("--objective", "reward", "--new-tokens", 0),
+            2,
+            "'--new-tokens': Input should be greater than or equal to 1",
+        ),
+        (("--objective", "reward", "--new-tokens", -3), 2, "should be greater than or equal to 1"),
+    ],
+)
+def test_a_limit_of_tokens_that_limits_nothing(
+    place: Path,
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[Any, ...],
+    code: int,
+    message: str,
+) -> None:
+    argv = search(place, *more, task=problems.name, out=str(tmp_path / "labels"), how=LABELS)
+    found, out, err = run(capsys, *argv)
+    assert (found, out) == (code, "")
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "labels").exists()
+
+
+def test_solutions_are_refused_where_no_answers_are_generated(
+    made: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "new")
+    for argv in (
+        search(made, task=problems.name, out=out),
+        score(made, task=problems.name, out=out),
+        evaluation(made, "--budget", 0.95, task=problems.name, out=out),
+    ):
+        code, shown, err = run(capsys, *argv)
+        assert (code, shown) == (1, ""), argv
+        said = " ".join(err.split())
+        assert "has solutions, which only generated answers can be compared with" in said
+        assert "leave the key `solution` out of the task" in said
+        assert not Path(out).exists()
 
 
 def test_a_search_of_plans_for_all_says_what_it_found_and_goes_on(

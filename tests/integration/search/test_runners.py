@@ -19,6 +19,7 @@ from dynadepth_search.runners.processes import process_runner
 from dynadepth_search.runners.worker import ModelSource, what_runs
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt import search_prompts
+from dynadepth_search.storage.labels import read_labels
 from tests.tiny_folder import save_tiny_base
 from tests.tiny_runners import (
     COUNT,
@@ -58,6 +59,15 @@ def test_processes_write_the_bytes_of_this_process(base, pair, whole, tmp_path):
     found = everything(base, tmp_path, pair)
     assert found.keys() == whole.keys()
     assert {name for name, data in found.items() if data != whole[name]} == set()
+
+
+def test_processes_generate_and_compare_the_answers_of_this_process(base, pair, tmp_path):
+    task = tiny_task(11, kind="solution")
+    spec = tiny_spec(objective="reward", new_tokens=8, depth_penalty=0.5)
+    for name, runner in (("here", None), ("there", pair)):
+        search_prompts(base.model, base.tokenizer, task, tmp_path / name, spec, runner=runner)
+    assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
+    assert all(item.answers for each in read_labels(tmp_path / "here").candidates for item in each)
 
 
 def test_outcomes_that_came_in_another_order_are_put_in_order(base, whole, tmp_path):

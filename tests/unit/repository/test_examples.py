@@ -1,6 +1,7 @@
 """The examples run as they stand, with nothing but what they import."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from dynadepth.onnx.menu_policy import export_menu_onnx
 from dynadepth.plans import plan_text
 from dynadepth.policies.menu_policy import MenuPolicy
 from dynadepth.policies.prompt_batch import PromptBatch, prompt_mix
+from dynadepth_search.data import questions
+from dynadepth_search.data.tasks import Example, read_task
 from tests.tiny_menus import PLANS, random_menu
 
 EXAMPLE = Path(__file__).parents[3] / "examples/decide_with_onnx.py"
@@ -53,6 +56,21 @@ def test_the_example_decides_without_torch_or_dynadepth(settings, tmp_path):
     # Prompts are charged both penalties, so their numbers count.
     mixed = prompt_mix(tokens, mask).numpy() < policy.penalty.share
     assert 0 < mixed.sum() < 9
+
+
+def test_word_problems_become_task_files(tmp_path, monkeypatch):
+    problems = [
+        Example(f"{n} and {n}?", completion=f" {2 * n}", solution=f"{2 * n}") for n in range(9)
+    ]
+    monkeypatch.setattr(questions, "fetch_word_problems", lambda _cache: problems)
+    monkeypatch.setattr(sys, "argv", ["word_problems.py", str(tmp_path / "new"), "5", "3"])
+    runpy.run_path(str(EXAMPLE.parent / "word_problems.py"), run_name="__main__")
+    train, heldout = (
+        read_task(tmp_path / "new" / f"{name}.jsonl") for name in ("problems", "heldout-problems")
+    )
+    assert (train.kind, len(train.examples), len(heldout.examples)) == ("solution", 5, 3)
+    assert {*train.examples, *heldout.examples} < {*problems}
+    assert not {*train.examples} & {*heldout.examples}
 
 
 def test_the_example_is_short_and_imports_next_to_nothing():

@@ -273,9 +273,29 @@ class TestWordProblems:
         store = Store(tmp_path, [PROBLEM, other, PROBLEM, {**other, "answer": " "}], "ASDiv")
         prompt = "Question: {}\nHow many?\nAnswer:"
         assert store.word_problems() == [
-            Example(prompt.format("Two and two."), completion=" 4 things"),
-            Example(prompt.format("Three."), completion=" 4 things"),
+            Example(prompt.format("Two and two."), completion=" 4 things", solution="4"),
+            Example(prompt.format("Three."), completion=" 4 things", solution="4"),
         ]
+
+    @pytest.mark.parametrize(
+        ("answer", "solution"),
+        [
+            ("4", "4"),
+            ("-4 degrees", "-4"),
+            ("1,200.5 square feet", "1,200.5"),
+            ("50%", "50"),
+            ("Tim", None),
+            ("3:30 p.m.", None),
+            ("4 apples and 3 pears", None),
+            ("2/3", None),
+            ("12th", None),
+            ("four", None),
+        ],
+    )
+    def test_the_solution_is_the_one_number_of_the_answer(self, tmp_path, answer, solution):
+        store = Store(tmp_path, [{**PROBLEM, "answer": answer}], "ASDiv")
+        found = [item.solution for item in store.word_problems()]
+        assert found == ([] if solution is None else [solution])
 
     @pytest.mark.parametrize(
         "line", ["no JSON", {"question": "?"}, {**PROBLEM, "answer": 4}, b"\xff"]

@@ -4,6 +4,7 @@ import pytest
 
 from dynadepth.errors import TaskError
 from dynadepth_search.data.chat_template import as_chat
+from dynadepth_search.data.splits import write_task
 from dynadepth_search.data.tasks import Example, Task, read_task
 from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import tiny_model
@@ -30,6 +31,16 @@ def test_reads_every_kind(tmp_path):
     task = read_task(write(tmp_path, {"prompt": "1 + 1 =", "completion": "2"}))
     assert task.kind == "completion"
     assert task.examples == (Example("1 + 1 =", completion="2"),)
+    line = {"prompt": "1 + 1 =", "completion": "so 2", "solution": "2"}
+    solved = read_task(write(tmp_path, line))
+    assert solved.kind == "solution"
+    assert solved.examples == (Example("1 + 1 =", completion="so 2", solution="2"),)
+    # Another solution is another task, but the prompt keeps its name.
+    other = read_task(write(tmp_path, {**line, "solution": "3"}))
+    assert other.sha256 != solved.sha256
+    assert other.examples[0].prompt_id == solved.examples[0].prompt_id
+    write_task(tmp_path / "again.jsonl", solved.examples)
+    assert read_task(tmp_path / "again.jsonl").sha256 == solved.sha256
     task = read_task(
         write(tmp_path, {"prompt": "Once upon"}, "   ", {"prompt": "a time"}), name="tales"
     )
@@ -58,7 +69,8 @@ def test_limit_stops_reading_before_later_lines(tmp_path):
         ({**CHOICES, "prompt": 3}, "line 2: `prompt` is 3; expected text"),
         (
             {"prompt": "x", "choises": ["a", "b"]},
-            "line 2: unknown key 'choises' (did you mean 'choices'?); expected prompt, choices, answer, completion",
+            "line 2: unknown key 'choises' (did you mean 'choices'?); expected prompt, choices, answer, completion, "
+            "solution",
         ),
         (
             {**CHOICES, "choices": ["a"]},
@@ -79,6 +91,27 @@ def test_limit_stops_reading_before_later_lines(tmp_path):
         ({**CHOICES, "completion": "wet"}, "line 2: both `choices` and `completion` are given"),
         ({"prompt": "x", "completion": ""}, 'line 2: `completion` is ""; expected text'),
         ({"prompt": "x", "answer": 0}, "line 2: `answer` is given without `choices`"),
+        (
+            {"prompt": "x", "solution": "4"},
+            "line 2: `solution` is given without `completion`; give a right answer in words",
+        ),
+        ({**CHOICES, "solution": "4"}, "line 2: `solution` is given without `completion`"),
+        (
+            {"prompt": "x", "completion": "4", "solution": 4},
+            "line 2: `solution` is 4; expected text that is not blank",
+        ),
+        (
+            {"prompt": "x", "completion": "4", "solution": " "},
+            'line 2: `solution` is " "; expected text that is not blank',
+        ),
+        (
+            {"prompt": "x", "completion": "4", "solution": "4"},
+            "line 2: this is a solution example, but the file began with choices examples",
+        ),
+        (
+            r'{"prompt": "x", "completion": "4", "solution": "\ud83d"}',
+            r"line 2: `solution` holds '\ud83d'",
+        ),
         (
             {"prompt": "x"},
             "line 2: this is a prompt example, but the file began with choices examples",

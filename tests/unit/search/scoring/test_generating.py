@@ -7,7 +7,12 @@ import torch
 from dynadepth.errors import PlanError
 from dynadepth.plans import identity_plan
 from dynadepth.wrapping.bake import bake
-from dynadepth_search.scoring.generating import answers_under_plans, batches_of, continue_prompts
+from dynadepth_search.scoring.generating import (
+    answers_under_plans,
+    batches_of,
+    continue_prompts,
+    judge_answers,
+)
 from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import VOCAB_SIZE, random_prompts, tiny_model
 from tests.tiny_search import tiny_task
@@ -125,6 +130,39 @@ class TestUnderPlans:
             assert answer == said.lstrip().partition("\n\n")[0]
         assert len(set(answers)) > 5
         assert not hasattr(model, "dynadepth")
+
+    def test_plans_of_few_pairs_share_batches_and_equal_pairs_are_answered_once(
+        self, model, monkeypatch
+    ):
+        batches = []
+
+        def count(wrapped, prompts, *, new_tokens):
+            batches.append(len(prompts))
+            return continue_prompts(wrapped, prompts, new_tokens=new_tokens)
+
+        monkeypatch.setattr("dynadepth_search.scoring.generating.continue_prompts", count)
+        scorer, examples = Scorer(model, word_tokenizer()), tiny_task(5, kind="prompt").examples
+        example = np.array([0, 1, 2, 3, 4, 0, 1, 0, 0])
+        plans = self.PLANS[[0, 0, 0, 0, 0, 1, 1, 2, 0]]
+        answers = answers_under_plans(scorer, examples, plans, example, new_tokens=2, batch_size=3)
+        # Three of the first plan's five, then what is left of all three plans.
+        assert batches == [3, 3, 2]
+        assert answers[8] == answers[0]
+
+    def test_answers_are_compared_with_solutions_each_pair_once(self, model, monkeypatch):
+        compared = []
+
+        def compare(answer, solution):
+            compared.append((answer, solution))
+            return solution == "1"
+
+        monkeypatch.setattr("dynadepth_search.scoring.generating.is_right", compare)
+        scorer, examples = Scorer(model, word_tokenizer()), tiny_task(3, kind="solution").examples
+        example, plans = np.array([0, 1, 2, 1]), self.PLANS[[0, 1, 2, 1]]
+        answers, right = judge_answers(scorer, examples, plans, example, new_tokens=3)
+        assert answers == answers_under_plans(scorer, examples, plans, example, new_tokens=3)
+        assert right == [False, True, False, True]
+        assert compared == list(zip(answers[:3], "012", strict=True))
 
     def test_nothing_is_asked(self, model):
         none = np.zeros((0, 4), dtype=np.uint8)

@@ -1,24 +1,27 @@
 """Confirmation: which variants a prompt has, that plans are scored on them as any example is, and what it costs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dynadepth.errors import TaskError
+from dynadepth.errors import ConfigError, LabelError, SearchError, TaskError
 from dynadepth.plans import plan_depth
 from dynadepth.tree_search.forest import Evaluated
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.data.variants import ContinuedExample, in_other_orders, in_other_words
-from dynadepth_search.scoring.generating import continue_prompts
+from dynadepth_search.scoring.generating import answers_under_plans, continue_prompts
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.confirming import Confirmation
 from dynadepth_search.search.per_prompt import search_prompts
+from dynadepth_search.storage.answer_counts import answer_counts
 from dynadepth_search.storage.labels import read_labels
 from tests.tiny import tiny_model
 from tests.tiny_search import folder_bytes, tiny_spec, tiny_task
 from tests.tiny_text import word_tokenizer
 
+SOLVING = tiny_spec(objective="reward", new_tokens=12, depth_penalty=0.5)
 PLANS = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 0]], dtype=np.uint8)
 
 
@@ -58,6 +61,8 @@ def tried(model, task, spec):
         ("choices", "raw", "reward"),
         ("completion", "raw", "reward"),
         ("completion", "raw", "preserve"),
+        ("solution", "raw", "reward"),
+        ("solution", "raw", "preserve"),
         ("prompt", "raw", "preserve"),
     ],
 )
@@ -89,7 +94,10 @@ def test_the_best_plans_and_the_identity_are_scored_on_variants(model, kind, sco
             found = [reward for each, given, reward in asked if each in variants and given == plan]
             assert item.variant_rewards == tuple(found)
     continued = 0 if objective == "reward" or scoring == "letter" else len(task.examples)
-    assert confirmation.evaluations == len(asked) + continued
+    # Three plans answer the prompt and its second wording.
+    answered = 6 * len(task.examples) if (kind, objective) == ("solution", "reward") else 0
+    assert confirmation.evaluations == len(asked) + continued + answered
+    assert sum(len(item.answers) for choice in choices for item in choice.candidates) == answered
 
 
 def test_nothing_is_scored_where_nothing_is_confirmed(model):
@@ -122,7 +130,122 @@ def test_a_margin_that_nothing_has_leaves_the_identity(model, tmp_path):
     assert found.confirmations > 0
 
 
-@pytest.mark.parametrize("kind", ["prompt", "choices"])
+def ends_with(answer, solution):
+    """A comparison that tells something of the soup that a tiny model says: by its last digit."""
+    return [mark for mark in answer if mark.isdigit()][-1:] == [solution]
+
+
+@pytest.fixture(scope="module")
+def solved(model, tmp_path_factory):
+    """Labels of prompts half of whose solutions are what the base model says, with their task and their folder."""
+    examples = tiny_task(10, kind="solution").examples
+    said = answers_under_plans(
+        Scorer(model, word_tokenizer()),
+        examples,
+        np.ones((10, 4), dtype=np.uint8),
+        np.arange(10),
+        new_tokens=12,
+    )
+    digits = [[mark for mark in text if mark.isdigit()] or ["7"] for text in said]
+    task = Task(
+        "sums",
+        tuple(
+            replace(item, solution=found[-1] if row % 2 else "987")
+            for row, (item, found) in enumerate(zip(examples, digits, strict=True))
+        ),
+    )
+    folder = tmp_path_factory.mktemp("solved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynadepth_search.scoring.generating.is_right", ends_with)
+        search_prompts(model, word_tokenizer(), task, folder, SOLVING)
+    return task, folder, read_labels(folder)
+
+
+def test_labels_answer_right_whatever_the_identity_answers_right(model, solved):
+    task, _, labels = solved
+    assert labels.examples == task.examples
+    scorer = Scorer(model, word_tokenizer())
+    counts = answer_counts(labels)
+    for example, candidates, label in zip(
+        task.examples, labels.candidates, labels.plans, strict=True
+    ):
+        forms = [example, in_other_words(example, SOLVING.wording)]
+        by_plan = {}
+        for item in candidates:
+            plan = np.array([[int(digit) for digit in item.plan]] * 2, dtype=np.uint8)
+            said = answers_under_plans(scorer, forms, plan, np.arange(2), new_tokens=12)
+            assert list(item.answers) == said
+            assert list(item.right) == [ends_with(text, example.solution) for text in said]
+            by_plan[item.plan] = item
+        assert by_plan["".join(map(str, label))].keeps(by_plan["1111"])
+    assert counts["answered_prompts"] == 10
+    assert counts["base_right"] > 0
+    assert counts["labels_right"] >= counts["base_right"]
+    assert counts["losses_avoided"] > 0
+    assert labels.confirmations == sum(
+        3 * len(candidates) for candidates in labels.candidates
+    ) / len(labels)
+
+
+def test_a_fix_is_chosen_and_counted(model, tmp_path, monkeypatch):
+    """Where every answer but the identity's is right, each label is a plan that was found."""
+    task = tiny_task(6, kind="solution")
+    scorer = Scorer(model, word_tokenizer())
+    forms = [
+        form for item in task.examples for form in (item, in_other_words(item, SOLVING.wording))
+    ]
+    plans = np.ones((len(forms), 4), dtype=np.uint8)
+    base = set(answers_under_plans(scorer, forms, plans, np.arange(len(forms)), new_tokens=12))
+    monkeypatch.setattr(
+        "dynadepth_search.scoring.generating.is_right", lambda text, _solution: text not in base
+    )
+    # A margin that no value has.
+    spec = replace(SOLVING, margin=1e6)
+    search_prompts(model, word_tokenizer(), task, tmp_path, spec)
+    labels = read_labels(tmp_path)
+    counts = answer_counts(labels)
+    assert counts["base_right"] == 0
+    assert counts["fixes_confirmed"] > 0
+    assert counts["fixes_confirmed"] == (labels.plans != 1).any(axis=1).sum()
+
+
+def test_nothing_is_generated_where_nothing_is_confirmed_or_the_base_model_is_preserved(
+    model, tmp_path
+):
+    for changes in ({"confirm": 0}, {"objective": "preserve"}):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        spec = replace(SOLVING, **changes)
+        search_prompts(model, word_tokenizer(), tiny_task(4, kind="solution"), folder, spec)
+        assert answer_counts(read_labels(folder))["answered_prompts"] == 0
+
+
+def test_what_no_answer_can_be_compared_with_is_told_before_the_search(model, tmp_path):
+    task = tiny_task(2, kind="solution")
+    name = replace(task.examples[1], solution="Tim", where="sums.jsonl, line 2")
+    named = replace(task, examples=(task.examples[0], name))
+    with pytest.raises(TaskError, match=r"^sums\.jsonl, line 2: `solution` is 'Tim'"):
+        search_prompts(model, word_tokenizer(), named, tmp_path, SOLVING)
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(search_prompts, model, word_tokenizer(), task, tmp_path, SOLVING)
+        with pytest.raises(SearchError, match="beside the main thread"):
+            found.result()
+    assert folder_bytes(tmp_path) == {}
+
+
+@pytest.mark.parametrize("new_tokens", [0, -1, 2.5, True, "8"])
+def test_a_limit_of_tokens_is_a_whole_number(new_tokens):
+    with pytest.raises(ConfigError, match=r"new_tokens is .*expected a whole number, 1 or more"):
+        tiny_spec(new_tokens=new_tokens)
+
+
+def test_another_limit_of_tokens_is_another_search(model, solved):
+    task, folder, _ = solved
+    spec = replace(SOLVING, new_tokens=13)
+    with pytest.raises(LabelError, match=r"made with search\.new_tokens = 12, but now it is 13"):
+        search_prompts(model, word_tokenizer(), task, folder, spec)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "choices", "solution"])
 def test_an_interrupted_search_ends_with_the_same_bytes(model, tmp_path, kind):
     task = replace(tiny_task(11, kind=kind), scoring="letter")
 
@@ -133,7 +256,7 @@ def test_an_interrupted_search_ends_with_the_same_bytes(model, tmp_path, kind):
         if stage == "search" and done >= 8:
             raise Stop
 
-    spec = tiny_spec(own_tokens=3)
+    spec = SOLVING if kind == "solution" else tiny_spec(own_tokens=3)
     search_prompts(model, word_tokenizer(), task, tmp_path / "whole", spec)
     with pytest.raises(Stop):
         search_prompts(model, word_tokenizer(), task, tmp_path / "killed", spec, progress=stop)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynadepth.errors import LabelError, TaskError
+from dynadepth.plans import plan_text
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.null_control import (
@@ -149,6 +150,33 @@ def test_fixes_are_wrong_answers_that_labels_put_right(control, labels, model):
     ]
     assert found.own_answers == sum(same)
     assert json.loads((folder / REPORT).read_text()) == found.to_dict()
+
+
+def test_fixes_of_generated_answers_are_those_that_the_labels_hold(model, tmp_path, monkeypatch):
+    """An answer is right here if its last letter is that of the solution's parity; solutions move with completions."""
+
+    def compare(answer, solution):
+        return ord(answer[-1:] or " ") % 2 == int(solution) % 2
+
+    monkeypatch.setattr("dynadepth_search.scoring.generating.is_right", compare)
+    problems = tiny_task(COUNT, kind="solution")
+    spec = tiny_spec(objective="reward", new_tokens=8, depth_penalty=0.5)
+    search_prompts(model, word_tokenizer(), problems, tmp_path / "labels", spec)
+    found = search_null(model, word_tokenizer(), tmp_path / "labels", tmp_path / "null")
+    shuffled = read_labels(tmp_path / "null")
+    assert shuffled.examples == shuffle_answers(problems, 0).examples
+    assert {(item.completion, item.solution) for item in shuffled.examples} == {
+        (item.completion, item.solution) for item in problems.examples
+    }
+    for fixes, known in ((found.real, read_labels(tmp_path / "labels")), (found.null, shuffled)):
+        right = [{item.plan: item.right[0] for item in each} for each in known.candidates]
+        wrong = np.array([not each["1111"] for each in right])
+        np.testing.assert_array_equal(fixes.wrong, wrong)
+        for name, plans in (("raw", known.raw_plans), ("confirmed", known.plans)):
+            good = [each[plan_text(plan)] for each, plan in zip(right, plans, strict=True)]
+            np.testing.assert_array_equal(getattr(fixes, name), wrong & np.array(good))
+    assert found.real.wrong.any()
+    assert found.real.raw.sum() + found.null.raw.sum() > 0
 
 
 def test_a_control_goes_on_and_another_is_refused(control, labels, model, tmp_path):

@@ -1,5 +1,7 @@
 """Which plan becomes the label: by all that was measured, accepted by what the search did not see."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,8 +16,8 @@ PLANS = ("1111", "0111", "1011", "2110", "0011", "1112")
 rewards = st.floats(-3, 3).map(lambda number: round(number, 3))
 
 
-def candidate(plan, reward, *variants, price=0.0):
-    return Candidate(plan, reward, tuple(variants), price)
+def candidate(plan, reward, *variants, price=0.0, right=()):
+    return Candidate(plan, reward, tuple(variants), price, ("said",) * len(right), tuple(right))
 
 
 @st.composite
@@ -69,6 +71,57 @@ def test_a_label_is_the_identity_or_the_best_that_beats_it(found, margin):
         assert label.value == best
         assert label.margin_over(base) >= margin
     assert choose_label(list(reversed(found)), margin=margin) is label
+
+
+@st.composite
+def answered(draw):
+    """Candidates that answered the prompt and its variants."""
+    found = draw(candidates())
+    count = 1 + len(found[0].variant_rewards)
+    flags = st.lists(st.booleans(), min_size=count, max_size=count)
+    return [replace(item, answers=("said",) * count, right=tuple(draw(flags))) for item in found]
+
+
+def test_a_plan_that_is_wrong_where_the_identity_is_right_is_no_label():
+    better = candidate("0111", 5.0, 5.0, right=[False, True])
+    base = candidate(IDENTITY, 0.0, 0.0, right=[True, False])
+    assert choose_label([better, base], margin=0.0) is base
+    kept = candidate("1011", 1.0, 1.0, right=[True, False])
+    assert choose_label([better, kept, base], margin=0.0) is kept
+
+
+def test_a_fix_is_a_label_whatever_its_value():
+    fix = candidate("0111", -5.0, -5.0, right=[True, True])
+    half = candidate("1011", 5.0, 5.0, right=[True, False])
+    base = candidate(IDENTITY, 0.0, 0.0, right=[False, False])
+    assert choose_label([half, fix, base], margin=9.0) is fix
+    # Right in one form only may be luck: then its value has to say so too.
+    assert choose_label([half, base], margin=9.0) is base
+    assert choose_label([half, base], margin=1.0) is half
+
+
+@given(answered(), st.floats(0, 1))
+def test_being_right_comes_before_any_value(found, margin):
+    label = choose_label(found, margin=margin)
+    base = next(item for item in found if item.plan == IDENTITY)
+    assert all(own or not its for own, its in zip(label.right, base.right, strict=True))
+    if any(all(item.right) for item in found):
+        assert all(label.right)
+    if label is not base:
+        assert all(label.right) > all(base.right) or label.margin_over(base) >= margin
+        sound = [item for item in found if item.keeps(base)]
+        assert sum(label.right) == max(sum(item.right) for item in sound)
+        assert label.value == max(
+            item.value for item in sound if sum(item.right) == sum(label.right)
+        )
+    assert choose_label(list(reversed(found)), margin=margin) is label
+
+
+@given(candidates(), st.booleans(), st.floats(0, 1))
+def test_answers_that_are_all_alike_change_nothing(found, right, margin):
+    flags = (right,) * (1 + len(found[0].variant_rewards))
+    alike = [replace(item, right=flags) for item in found]
+    assert choose_label(alike, margin=margin).plan == choose_label(found, margin=margin).plan
 
 
 @given(st.data())

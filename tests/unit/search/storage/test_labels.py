@@ -377,17 +377,102 @@ class TestForeign:
         assert search_again(folder, model).searched == 0
 
 
+class TestGeneratedAnswers:
+    """Answers of plans, and whether they are right, as an editor may change them."""
+
+    @pytest.fixture(scope="class")
+    def answered(self, model, tmp_path_factory):
+        def stop(stage, done, _total):
+            if stage == "search" and done >= 4:
+                raise KeyboardInterrupt
+
+        folder = tmp_path_factory.mktemp("answered")
+        spec = tiny_spec(objective="reward", new_tokens=6, depth_penalty=0.5)
+        task = tiny_task(8, kind="solution")
+        with pytest.raises(KeyboardInterrupt):
+            search_prompts(model, word_tokenizer(), task, folder, spec, progress=stop)
+        return folder
+
+    def test_they_are_read_back(self, answered):
+        labels = read_labels(answered, accept_partial=True)
+        assert labels.examples == tiny_task(4, kind="solution").examples
+        for candidates in labels.candidates:
+            assert all(len(item.answers) == len(item.right) == 2 for item in candidates)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda row: row["generated"].pop(), r"generated has \d entries; expected \d"),
+            (lambda row: row["generated"][0].pop(), r"generated\[0\] has 1 entries; expected 2"),
+            (lambda row: row["generated"][0].__setitem__(0, 7), r"generated\[0\]\[0\] is 7; expec"),
+            (lambda row: row["right"][1].append(True), r"right\[1\] has 3 entries; expected 2"),
+            (
+                lambda row: row["right"][1].__setitem__(0, 1),
+                r"right\[1\]\[0\] is 1; expected true or",
+            ),
+            (
+                lambda row: row.update(
+                    generated=[["7", "7"] for _ in row["generated"]],
+                    right=[[True, False] for _ in row["right"]],
+                ),
+                r"right\[0\] is .*; expected one judgement of '7', which is generated several times",
+            ),
+            (
+                # Whatever the label is, another plan is the only one that is right.
+                lambda row: row.update(
+                    generated=[[f"{n}", f"{n}"] for n in range(len(row["right"]))],
+                    right=[[plan == other(row)] * 2 for plan in row["candidates"]],
+                ),
+                "label is .*, which the stored answers and rewards choose",
+            ),
+            (
+                lambda row: row.update(solution=None),
+                "solution is None, but manifest.json says that",
+            ),
+            (
+                lambda row: row.update(completion=None),
+                "a solution and no completion; expected both",
+            ),
+            (lambda row: row.pop("right"), "it has no 'right'"),
+        ],
+    )
+    def test_what_does_not_fit(self, answered, tmp_path, change, message):
+        for name, data in folder_bytes(answered).items():
+            (tmp_path / name).write_bytes(data)
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        row = json.loads(lines[1])
+        change(row)
+        path.write_text("".join([lines[0], json.dumps(row) + "\n", *lines[2:]]))
+        with pytest.raises(LabelError, match=message):
+            read_labels(tmp_path, accept_partial=True)
+
+    def test_answers_that_nothing_asked_for(self, model, tmp_path):
+        TestUnfinished().interrupt(tmp_path, model, after=4)
+        path = tmp_path / "journal.jsonl"
+        row, *others = path.read_text().splitlines(keepends=True)
+        given = {**json.loads(row), "generated": [["a"]]}
+        path.write_text("".join([json.dumps(given) + "\n", *others]))
+        with pytest.raises(LabelError, match="generated has 1 entries; expected 0"):
+            read_labels(tmp_path, accept_partial=True)
+
+
+def other(row):
+    """Return a candidate that is not the label."""
+    return next(plan for plan in row["candidates"] if plan != row["label"])
+
+
 class TestManifest:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             (
-                {"schema_version": 3},
-                "schema version 3; this dynadepth reads up to 2: update dynadepth",
+                {"schema_version": 4},
+                "schema version 4; this dynadepth reads up to 3: update dynadepth",
             ),
             (
-                {"schema_version": 1},
-                "has schema version 1; this dynadepth reads 2: run the search again in a new folder",
+                {"schema_version": 2},
+                "has schema version 2; this dynadepth reads 3: run the search again in a new folder",
             ),
             (
                 {"schema_version": 0},

@@ -4,8 +4,9 @@ import threading
 
 import pytest
 
-from dynadepth.errors import SearchError
-from dynadepth_search.scoring.solutions import is_right
+from dynadepth.errors import SearchError, TaskError
+from dynadepth_search.data.solutions import check_solutions, is_right
+from dynadepth_search.data.tasks import Example
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,14 @@ def test_others_are_wrong(answer, solution):
 
 def test_a_tower_of_powers_ends_in_time():
     assert not is_right("9**9**9**9", "18")
+
+
+def test_a_solution_without_a_value_names_its_line():
+    good = Example("p", completion="four", solution="3/4")
+    bad = Example("q", completion="a", solution="Tim", where="task.jsonl, line 7")
+    check_solutions([good, Example("no solution")])
+    with pytest.raises(TaskError, match=r"^task\.jsonl, line 7: `solution` is 'Tim', which has no"):
+        check_solutions([good, bad])
 
 
 def test_beside_the_main_thread_it_says_so():
