@@ -222,40 +222,42 @@ class _SweepScope:
         self._example = torch.arange(num_examples, device=device)
 
     def run(self, call: LayerCall) -> torch.Tensor:
-        """Visit each distinct state once, some of the results again, and gather the next layer's states."""
-        states, example = call.hidden_states, self._example
+        """Visit each distinct state once, some of the results again, and lay the next layer's states end to end."""
+        states = call.hidden_states
         if call.layer_idx == 0:
             states = states[: self._num_examples]
         if self._observer is not None and call.layer_idx in self._observer.layers:
             self._observer.observe(call.layer_idx, states, self._plan.entering(call.layer_idx))
-        first, second, gather, following = (
-            torch.from_numpy(array).to(states.device) for array in self._plan.layer(call.layer_idx)
-        )
-        self._example = following
-        pieces = [self._skip(call.layer_idx, states, gather)]
-        if first.numel():
+        first, second, gather, following = self._plan.layer(call.layer_idx)
+        prompts, self._example = self._example, _on(states.device, following)
+        last = call.layer_idx == self._plan.num_layers - 1
+        rows, order = np.unique(gather, return_inverse=True) if last else (gather, None)
+        skipping, executing = np.searchsorted(rows, (len(states), len(states) + len(first)))
+        pieces = []
+        if skipping:
+            past = states.index_select(0, _on(states.device, rows[:skipping]))
+            pieces.append(self._skips[call.layer_idx].through(past))
+        if len(first):
             wanted = self._wanted(call.layer_idx, states, len(first), len(second))
-            prompts = example[first]
+            visited = _on(states.device, first)
+            prompts = prompts[visited]
+            # All of the states are not copied, as no one reads them after the layer.
+            entering = states if len(first) == len(states) else states.index_select(0, visited)
+            once = self._visit(call, entering, prompts, wanted[: len(first)])
+            done = rows[skipping:executing] - len(states)
             pieces.append(
-                self._visit(call, states.index_select(0, first), prompts, wanted[: len(first)])
+                once if len(done) == len(once) else once.index_select(0, _on(once.device, done))
             )
-            if second.numel():
-                again = pieces[1].index_select(0, second)
-                pieces.append(self._visit(call, again, prompts[second], wanted[len(first) :]))
-        if self._fixed_rows and call.layer_idx == self._plan.num_layers - 1:
-            missing = self._num_rows - len(gather)
-            gather = torch.cat([gather, gather[:1].expand(missing)])
-        return torch.cat(pieces).index_select(0, gather)
-
-    def _skip(self, layer_idx: int, states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-        """Take the states that some plan leads past this layer through what is in its place."""
-        skipped = self._skips[layer_idx]
-        if skipped is NOTHING:
-            return states
-        past = gather[gather < len(states)].unique()
-        if not past.numel():
-            return states
-        return states.index_copy(0, past, skipped.through(states.index_select(0, past)))
+            if len(second):
+                again = _on(states.device, second)
+                twice = once.index_select(0, again)
+                pieces.append(self._visit(call, twice, prompts[again], wanted[len(first) :]))
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if order is None:
+            return found
+        if self._fixed_rows:
+            order = np.pad(order, (0, self._num_rows - len(order)), mode="edge")
+        return found.index_select(0, _on(states.device, order))
 
     def _wanted(
         self, layer_idx: int, states: torch.Tensor, num_first: int, num_second: int
@@ -286,6 +288,10 @@ class _SweepScope:
         if wanted.any() and not wanted.all():
             tokens = torch.from_numpy(np.flatnonzero(wanted)).to(states.device)
         return call.visit(states, cache=None, index=prompts, num_rows=self._num_rows, wanted=tokens)
+
+
+def _on(device: torch.device, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(rows).to(device)
 
 
 def _check_examples(example: Any, num_plans: int, num_examples: int) -> npt.NDArray[np.uint32]:

@@ -19,7 +19,8 @@ pub struct LayerStep {
     pub first: Vec<u32>,
     /// Rows of the results of `first` that the layer visits again, ascending.
     pub second: Vec<u32>,
-    /// The next states, as rows of the states, the first results and the second results laid end to end.
+    /// The next states, as rows of the states, the first results and the second results laid end to end; ascending,
+    /// but after the last layer in the order of the plans.
     pub gather: Vec<u32>,
     /// The prompt of each next state.
     pub example: Vec<u32>,
@@ -242,8 +243,8 @@ impl Rows {
         }
         let mut next = vec![[ABSENT; 3]; num_states];
         let mut num_next = 0_u32;
-        for (state, wants) in wanted.iter().enumerate() {
-            for action in [SKIP, EXECUTE, REPEAT].map(usize::from) {
+        for action in [SKIP, EXECUTE, REPEAT].map(usize::from) {
+            for (state, wants) in wanted.iter().enumerate() {
                 if wants[action] {
                     next[state][action] = num_next;
                     num_next += 1;
