@@ -1,6 +1,6 @@
 """The search of plans for prompts, by the clock: against one forward for each plan, and the published procedure.
 
-    python benches/python/bench_search.py --json search.json     (SmolLM2-135M, a quarter of an hour on two idle cores)
+    python benches/python/bench_search.py --json search.json     (SmolLM2-135M, on two idle cores)
 
 64 prompts of three kinds, objective `preserve`. The search runs as `dynadepth search prompts` runs it, but for stopping
 early, so that every label takes `--evaluations` plans. The same pairs of prompt and plan are then judged without

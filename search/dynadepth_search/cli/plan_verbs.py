@@ -185,6 +185,7 @@ def search_prompts(
     from dynadepth_search.search import per_prompt
     from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
     from dynadepth_search.storage.answer_counts import answer_counts
+    from dynadepth_search.storage.label_manifest import answers_are_generated
     from dynadepth_search.storage.labels import read_labels
 
     forest = replace(
@@ -203,7 +204,7 @@ def search_prompts(
         seed=seed,
     )
     prompts = read_task(task, scoring=scoring, limit=limit)
-    generates = prompts.kind == "solution" and objective == "reward" and confirm > 0
+    generates = answers_are_generated(prompts.kind, objective, confirm)
     if new_tokens is not None:
         if not generates:
             raise typer.BadParameter(

@@ -6,7 +6,7 @@ right answers, they are graded too.
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,10 +235,11 @@ def score_prompts(
         for litter in place.glob(".*.tmp"):
             litter.unlink(missing_ok=True)
         work = ScoreWork(task.scoring, task.chat, rows, asked)
-        total, left = len(task.examples), sum(len(job.examples) for _, job in _jobs(task, place))
+        jobs = _jobs(task, place)
+        total, left = len(task.examples), sum(len(job.examples) for _, job in jobs)
         progress("scoring plans", total - left, total)
         who = runner or LocalRunner()
-        for number, part in who.run(work, _jobs(task, place), Loaded(model, tokenizer, shortcuts)):
+        for number, part in who.run(work, jobs, Loaded(model, tokenizer, shortcuts)):
             write_part(place / part_name(number), part)
             left -= min(BLOCK, total - number * BLOCK)
             progress("scoring plans", total - left, total)
@@ -342,11 +343,13 @@ def menu_data(table: ScoreTable, columns: Any = None) -> MenuData:
     )
 
 
-def _jobs(task: Task, place: Path) -> Iterator[tuple[int, ScoreJob]]:
-    """Yield the blocks that are not finished, by their numbers."""
-    for number in range(-(-len(task.examples) // BLOCK)):
-        if not is_whole(place, number):
-            yield number, ScoreJob(number, task.examples[number * BLOCK : (number + 1) * BLOCK])
+def _jobs(task: Task, place: Path) -> list[tuple[int, ScoreJob]]:
+    """Return the blocks that are not finished, by their numbers."""
+    return [
+        (number, ScoreJob(number, task.examples[number * BLOCK : (number + 1) * BLOCK]))
+        for number in range(-(-len(task.examples) // BLOCK))
+        if not is_whole(place, number)
+    ]
 
 
 def _checked_plans(plans: Any, num_layers: int) -> Plans:

@@ -32,6 +32,7 @@ from dynadepth_search.scoring.generating import continue_prompts, judge_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.choice import Candidate, Choice, best_plans, choose_label
+from dynadepth_search.storage.label_manifest import answers_are_generated
 
 __all__ = ["Confirmation"]
 
@@ -54,7 +55,7 @@ class Confirmation:
         self._scorer, self._spec = scorer, spec
         self._lettered = kind == "choices" and scorer.scoring == "letter"
         self._own_text = kind != "choices" and spec.objective == "preserve"
-        self._generates = kind == "solution" and spec.objective == "reward"
+        self._generates = answers_are_generated(kind, spec.objective, spec.confirm)
         self._ends = end_tokens(scorer.model)
         self.evaluations = 0
 

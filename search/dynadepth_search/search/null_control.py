@@ -29,11 +29,13 @@ from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
+from dynadepth_search.runners.work import Loaded
 from dynadepth_search.scoring.generating import judge_answers
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.search.null_files import REPORT, SCHEMA_VERSION
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
+from dynadepth_search.search.prompt_works import Reading
 from dynadepth_search.storage.compatibility import chat_form, check_asked, task_fields
 from dynadepth_search.storage.label_manifest import Manifest
 from dynadepth_search.storage.label_store import LabelStore
@@ -202,14 +204,7 @@ def search_null(
     _start(place, shuffled, spec, manifest)
     search_prompts(model, tokenizer, shuffled, place, spec, shortcuts=shortcuts, progress=progress)
     null = read_labels(place, model=model)
-    scorer = Scorer(
-        model,
-        tokenizer,
-        task.scoring,
-        chat=task.chat,
-        shortcuts=shortcuts,
-        max_logit_bytes=spec.max_logit_bytes,
-    )
+    scorer = Reading.of(task, spec).scorer(Loaded(model, tokenizer, shortcuts))
     control = NullControl(
         real=_fixes(scorer, found, "checking answers", report, spec.new_tokens),
         null=_fixes(scorer, null, "checking shuffled answers", report, spec.new_tokens),

@@ -31,9 +31,8 @@ class PromptSearchSpec:
 
     A finished prompt's best plans are scored again on variants of it, see `dynadepth_search.search.confirming`, since
     the best of many plans owes its reward partly to luck. By default these are the two best plans and the identity, on
-    two variants: 6 evaluations or fewer beside 40. On lettered questions two variants keep a
-    third of the labels that unseen orders of the choices refute and one variant keeps; more candidates are more chances
-    to be lucky again (benches/README.md).
+    two variants: 6 evaluations or fewer beside 40. More variants refute more, more candidates are more chances to be
+    lucky again.
 
     Args:
         config: Settings of the forest. Its `depth_penalty` is ignored, and its `probe_trees` is the number of prompts

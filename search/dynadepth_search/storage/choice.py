@@ -118,8 +118,7 @@ def choose_label(candidates: Sequence[Candidate], *, margin: float) -> Candidate
     The two questions need different evidence. Which candidate is best is answered by all there is, since the reward on
     the prompt is one more measurement of each. Whether it beats the identity is answered by the variants alone, since
     the best of many plans owes its reward on the prompt partly to luck; and by each of them, since a plan that merely
-    prefers one letter wins by far in one order of the choices and loses in the others. What was measured of this rule
-    and of others is in benches/README.md.
+    prefers one letter wins by far in one order of the choices and loses in the others.
 
     Args:
         candidates: The candidates, the identity plan among them.

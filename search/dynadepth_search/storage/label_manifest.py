@@ -14,7 +14,15 @@ from dynadepth_search.storage.compatibility import (
     stored_config,
 )
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Manifest", "Shard", "read_manifest", "shard_name"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Manifest",
+    "Shard",
+    "answers_are_generated",
+    "read_manifest",
+    "shard_name",
+]
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
@@ -76,8 +84,7 @@ class Manifest:
     @property
     def generates(self) -> bool:
         """Whether answers were generated to confirm labels."""
-        graded = self.task["kind"] == "solution" and self.objective == "reward"
-        return graded and self.confirm > 0
+        return answers_are_generated(self.task["kind"], self.objective, self.confirm)
 
     @property
     def margin(self) -> float:
@@ -104,6 +111,17 @@ class Manifest:
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"part-{number:05d}.parquet"
+
+
+def answers_are_generated(kind: str, objective: str, confirm: int) -> bool:
+    """Say whether a search confirms labels by generated answers.
+
+    Args:
+        kind: The kind of the task, see `Task`.
+        objective: What is maximised.
+        confirm: Number of plans that are confirmed, besides the identity; 0: none.
+    """
+    return kind == "solution" and objective == "reward" and confirm > 0
 
 
 def read_manifest(folder: Path) -> Manifest:
