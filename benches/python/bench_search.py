@@ -2,11 +2,12 @@
 
     python benches/python/bench_search.py --json search.json     (SmolLM2-135M, on two idle cores)
 
-64 prompts of three kinds, objective `preserve`. The search runs as `dynadepth search prompts` runs it, but for stopping
-early, so that every label takes `--evaluations` plans. The same pairs of prompt and plan are then judged without
-sweeps: the wrapped model runs batches of pairs, each under its own plan, at the batch size that is fastest, and at
-batch 1 as published code does; a part of them before the search and a part after it, so that a machine that slows down
-slows both. Setting the model up is not counted, nor the probe, which both need.
+64 prompts of three kinds, objective `preserve`. The search runs as `dynadepth search prompts` runs it, but for
+stopping early, so that every label takes `--evaluations` plans. What confirms the labels afterwards is timed by
+itself, since the others confirm nothing. The same pairs of prompt and plan are then judged without sweeps: the
+wrapped model runs batches of pairs, each under its own plan, at the batch size that is fastest, and at batch 1 as
+published code does; a part of them before the search and a part after it, so that a machine that slows down slows
+both. Setting the model up is not counted, nor the probe, which both need.
 
 The goal is 0.8 of the sharing factor (how many visits of layers a sweep saves); what is missing of it is overhead. The
 published procedure (Dr.LLM, arXiv 2510.12773) takes 240 evaluations for a label; what each finds is measured by
@@ -35,6 +36,7 @@ from dynadepth_search.data.kinds import fetch_kinds
 from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.confirming import Confirmation
 from dynadepth_search.search.per_prompt import search_prompts
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.storage.labels import Labels, read_labels
@@ -44,7 +46,7 @@ BATCHES = (1, 4, 8, 16, 32)
 
 
 class Clock:
-    """Sums the time that the forests take."""
+    """Sums the time that some functions take."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -163,7 +165,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # A first search, not measured: it warms everything up and says which pairs there are.
         counted = FlopCounterMode(display=False)
         with counted:
-            search_prompts(model, tokenizer, task, Path(scratch) / "first", spec)
+            alone = search_prompts(
+                model, tokenizer, task, Path(scratch) / "first", replace(spec, confirm=0)
+            )
         labels = read_labels(Path(scratch) / "first")
         pairs = pairs_of(scorer, labels)
         pairs.read_base()
@@ -176,24 +180,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         before, after = np.array_split(sample, 2)
         separate = [seconds_of(lambda: pairs.judge(before, best))]
         single = [seconds_of(lambda: pairs.judge(before[:64], 1))]
-        clock = Clock()
-        kept = Forest.ask, Forest.tell
+        clock, confirming = Clock(), Clock()
+        kept = Forest.ask, Forest.tell, Confirmation.choose
         Forest.ask, Forest.tell = clock.timed(Forest.ask), clock.timed(Forest.tell)
+        Confirmation.choose = confirming.timed(Confirmation.choose)
         try:
             summary = search_prompts(model, tokenizer, task, Path(scratch) / "second", spec)
         finally:
-            Forest.ask, Forest.tell = kept
+            Forest.ask, Forest.tell, Confirmation.choose = kept
         separate.append(seconds_of(lambda: pairs.judge(after, best)))
         single.append(seconds_of(lambda: pairs.judge(after[:64], 1)))
         again = read_labels(Path(scratch) / "second")
         swept = np.concatenate([each.rewards for each in labels.evaluated])
         own = pairs.judge(sample[:64], best)
     most = peak(model.dtype, options.size, options.repeats)
-    searching = summary.search_seconds
+    searching = summary.search_seconds - confirming.seconds
     per_pair = sum(separate) / len(sample)
     one_by_one = sum(single) / (len(before[:64]) + len(after[:64]))
-    probe = summary.probe_seconds / (summary.probe_seconds + searching)
     # Counted over probe and search, which do the same work per visit.
+    probe = summary.probe_seconds / (summary.probe_seconds + searching)
     operations = counted.get_total_flops() * (1 - probe)
     faster = per_pair * total / searching
     return {
@@ -203,13 +208,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "evaluations": total,
         "search_seconds": searching,
         "probe_seconds": summary.probe_seconds,
+        "confirming_seconds": confirming.seconds,
+        "confirmations": summary.confirming_evaluations,
         "prompts_per_hour": 3600 * len(labels) / searching,
+        "prompts_per_hour_confirmed": 3600 * len(labels) / (searching + confirming.seconds),
         "batch": best,
         "seconds_by_batch": {str(size): found for size, found in rates.items()},
         "prompts_per_hour_separately": 3600 * len(labels) / (per_pair * total),
         "times_faster": faster,
-        "sharing_factor": summary.sharing_factor,
-        "of_sharing": faster / summary.sharing_factor,
+        "sharing_factor": alone.sharing_factor,
+        "of_sharing": faster / alone.sharing_factor,
         "labels_per_hour_published": 3600 / (PUBLISHED * one_by_one),
         "labels_per_hour_published_batched": 3600 / (PUBLISHED * per_pair),
         "tree_share": clock.seconds / searching,
@@ -217,7 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_operations_per_second": most,
         "of_peak": operations / searching / most,
         "largest_difference": float(np.abs(swept[sample[:64]] - own).max()),
-        "same_labels": bool((labels.plans == again.plans).all()),
+        "same_labels": bool((labels.raw_plans == again.raw_plans).all()),
         "hottest": hottest(scorer, labels, min(16, len(labels))),
     }
 
@@ -231,6 +239,7 @@ def show(found: dict[str, Any]) -> None:
     print("| way | labels per hour | against the search |\n|---|---:|---:|")
     for name, rate in (
         ("search, sweeps", ours),
+        ("search, sweeps, labels confirmed", found["prompts_per_hour_confirmed"]),
         (
             f"the same plans one by one, batch {found['batch']}",
             found["prompts_per_hour_separately"],
@@ -244,8 +253,9 @@ def show(found: dict[str, Any]) -> None:
         print(f"| {name} | {rate:.0f} | {ours / rate:.2f} |")
     print(
         f"\nSharing factor {found['sharing_factor']:.2f}; of it the search is faster by {found['of_sharing']:.2f}. "
-        f"The forests take {found['tree_share']:.2%} of the time, the probe {found['probe_seconds']:.0f} s beside "
-        f"{found['search_seconds']:.0f} s. {found['operations_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"The forests take {found['tree_share']:.2%} of the time; the search takes {found['search_seconds']:.0f} s, "
+        f"the probe {found['probe_seconds']:.0f} s, {found['confirmations']} evaluations that confirm labels "
+        f"{found['confirming_seconds']:.0f} s. {found['operations_per_second'] / 1e9:.0f} GFLOP/s, "
         f"{found['of_peak']:.0%} of a large matrix product's. Rewards differ from those of single forwards by at most "
         f"{found['largest_difference']:.3g}; searched again, the labels are "
         f"{'the same' if found['same_labels'] else 'others'}.\n"

@@ -45,7 +45,8 @@ from dynadepth.wrapping.skipping import skips_of
 from dynadepth_search.cli.demo_answers import plan_of_depth
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.data.kinds import KINDS, KindsTask, fetch_kinds
-from dynadepth_search.scoring.generating import batches_of, continue_prompts
+from dynadepth_search.scoring.batching import batches_of
+from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text, score_texts
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer

@@ -101,6 +101,7 @@ class DemoConfig:
             num_screened=8,
             num_candidates=10,
             beam=5,
+            num_pooled=3,
             num_confirmed=min(120, self.prompts),
         )
         if not self.quick:
@@ -110,7 +111,7 @@ class DemoConfig:
     @property
     def shortcuts(self) -> ShortcutSpec:
         """The settings of the fit of shortcuts."""
-        full = ShortcutSpec(seed=self.seed, num_heldout=24, num_places=12)
+        full = ShortcutSpec(seed=self.seed, num_heldout=16, num_places=12)
         if not self.quick:
             return full
         return replace(full, new_tokens=12, num_heldout=6, num_places=4, ridges=(1e-2,))
@@ -118,10 +119,16 @@ class DemoConfig:
     @property
     def evaluation(self) -> EvaluationConfig:
         """The settings of the evaluation."""
-        full = EvaluationConfig(budgets=self.budgets, seed=self.seed)
+        full = EvaluationConfig(
+            budgets=self.budgets,
+            seed=self.seed,
+            random_draws=2,
+            timing_prompts=4,
+            timing_rounds=3,
+        )
         if not self.quick:
             return full
-        return replace(full, random_draws=2, timing_prompts=3, timing_rounds=2, check_prompts=4)
+        return replace(full, timing_prompts=3, timing_rounds=2, check_prompts=4)
 
     def asked(self) -> dict[str, Any]:
         """Return everything that the results depend on, as values that JSON can hold."""

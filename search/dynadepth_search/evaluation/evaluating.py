@@ -7,7 +7,7 @@ is the file `evaluation.json`.
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -224,7 +224,12 @@ def evaluate(
             policies=planned_policies,
             front=front,
             influence=mean_influence(
-                model, _batches(reader, train, settings.batch_size), shortcuts
+                model,
+                (
+                    (ids, mask)
+                    for _, ids, mask in reader.prompt_batches(train.examples, settings.batch_size)
+                ),
+                shortcuts,
             ),
             num_prompts=len(heldout.examples),
             random_draws=settings.random_draws,
@@ -471,13 +476,6 @@ def _plan(
         planned_policies.append(PlannedPolicy(name=name, kind=kind, budget=budget, plans=plans))
     progress("planning held-out prompts", len(wanted), len(wanted))
     return planned_policies, arguments, notes
-
-
-def _batches(
-    scorer: Scorer, task: Task, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for start in range(0, len(task.examples), batch_size):
-        yield scorer.encode_prompts(task.examples[start : start + batch_size])
 
 
 def _versions() -> dict[str, Any]:

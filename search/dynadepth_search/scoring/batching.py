@@ -3,7 +3,8 @@
 The layout of a sweep: which token rows and plan rows are combined, and which places are scored.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,21 @@ from dynadepth.plans import Plans
 from dynadepth_search.data.encoding import EncodedExample
 from dynadepth_search.scoring.states import PromptStates, SweptPrompt
 
-__all__ = ["Answered", "Work", "pack", "pad_left", "run_sweep"]
+__all__ = [
+    "SWEEP_COST",
+    "SWEEP_TOKENS",
+    "Answered",
+    "Work",
+    "batches_of",
+    "cheapest_groups",
+    "pack",
+    "pad_left",
+    "run_sweep",
+]
+
+# What suits a processor, measured on two cores with a model of 135M parameters: as many tokens as its caches hold, and
+# what a forward costs besides its tokens, which is mostly the reading of the weights.
+SWEEP_TOKENS, SWEEP_COST = 1536, 64
 
 # Number of rows of logits that are normalised at a time; few enough to stay in the processor's cache.
 _LOGIT_ROWS = 64
@@ -81,45 +96,109 @@ def pad_left(
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
+def batches_of(
+    lengths: Sequence[int], batch_size: int, *, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Return the indices of rows in batches of similar length, the shortest first.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: The most rows of a batch.
+        max_tokens: The most padded tokens of a batch of more than one row; None: as many as there are.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
+        grown = 1 + (len(batches[-1]) if batches else batch_size)
+        too_many = max_tokens is not None and grown * lengths[row] > max_tokens
+        if grown > batch_size or too_many:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 def pack(
-    works: Iterable[Work], *, max_scored: int, max_tokens: int, aim: int
+    works: Iterable[Work], *, max_scored: int, max_tokens: int, aim: int, sweep_cost: int
 ) -> Iterator[list[Work]]:
     """Group work, in the order given, into sweeps.
 
-    Different examples share no visits, so a sweep ends between two of them once it is large enough. Plans of one
-    example share visits, so they are split only if the example alone exceeds a bound; a single plan is never split.
+    Different examples share no visits, so a sweep may end between two of them. Plans of one example share visits, so
+    they are split only if the example alone exceeds a bound; a single plan is never split.
 
     Args:
         works: The work, ideally sorted by length.
         max_scored: Maximum number of scored places of a sweep, counted once for each plan.
         max_tokens: Maximum number of padded tokens of a sweep, counted once for each plan.
         aim: Like `max_tokens`, for sweeps of more than one example.
+        sweep_cost: What a sweep costs besides its tokens, see `cheapest_groups`.
 
     Yields:
         The work of one sweep.
     """
-    group: list[Work] = []
-    rows = scored = width = 0
-    for work in works:
-        places, num_rows = len(work.encoded.places), len(work.encoded.rows)
-        start = 0
-        while start < len(work.plans):
-            left = len(work.plans) - start
-            # When a longer row joins the group, the rows that are already in it are padded further.
-            longest = max(width, work.encoded.longest)
-            tokens = (rows + left * num_rows) * longest
-            if group and (scored + left * places > max_scored or tokens > min(aim, max_tokens)):
-                yield group
-                group, rows, scored, width = [], 0, 0, 0
-                continue
-            if not group:
-                left = max(1, min(left, max_scored // places, max_tokens // (num_rows * longest)))
-            take = slice(start, start + left)
-            group.append(Work(work.example, work.encoded, work.plans[take], work.rows[take]))
-            rows, scored, width = rows + left * num_rows, scored + left * places, longest
-            start += left
-    if group:
-        yield group
+    pieces = [piece for work in works for piece in _within_bounds(work, max_scored, max_tokens)]
+    groups = cheapest_groups(
+        [len(piece.plans) * len(piece.encoded.rows) for piece in pieces],
+        [piece.encoded.longest for piece in pieces],
+        [len(piece.plans) * len(piece.encoded.places) for piece in pieces],
+        max_scored=max_scored,
+        max_tokens=min(aim, max_tokens),
+        sweep_cost=sweep_cost,
+    )
+    for group in groups:
+        yield pieces[group]
+
+
+def _within_bounds(work: Work, max_scored: int, max_tokens: int) -> Iterator[Work]:
+    """Yield work in parts that are each within the bounds of a sweep, or are a single plan."""
+    encoded = work.encoded
+    most = min(
+        max_scored // len(encoded.places), max_tokens // (len(encoded.rows) * encoded.longest)
+    )
+    for start in range(0, len(work.plans), max(1, most)):
+        part = slice(start, start + max(1, most))
+        yield Work(work.example, encoded, work.plans[part], work.rows[part])
+
+
+def cheapest_groups(
+    rows: Sequence[int],
+    widths: Sequence[int],
+    places: Sequence[int],
+    *,
+    max_scored: int,
+    max_tokens: int,
+    sweep_cost: int,
+) -> list[slice]:
+    """Part a sequence into runs that share a sweep, so that padded tokens and sweeps cost least together.
+
+    Args:
+        rows: Number of rows of each piece.
+        widths: Number of tokens of its longest row, to which a sweep pads all of its rows.
+        places: Number of its scored places.
+        max_scored: Maximum number of scored places of a sweep of more than one piece.
+        max_tokens: Maximum number of padded tokens of a sweep of more than one piece.
+        sweep_cost: What a sweep costs besides its tokens, in tokens.
+
+    Returns:
+        The pieces of each sweep, in their order.
+    """
+    count = len(rows)
+    least, first = [0.0] * (count + 1), [0] * (count + 1)
+    for after in range(1, count + 1):
+        least[after] = math.inf
+        taken = scored = width = 0
+        for start in range(after - 1, -1, -1):
+            taken, scored = taken + rows[start], scored + places[start]
+            width = max(width, widths[start])
+            if start < after - 1 and (scored > max_scored or taken * width > max_tokens):
+                break
+            cost = least[start] + sweep_cost + taken * width
+            # Of equal costs, that of fewer sweeps.
+            if cost <= least[after]:
+                least[after], first[after] = cost, start
+    found, after = [], count
+    while after:
+        found.append(slice(first[after], after))
+        after = first[after]
+    return found[::-1]
 
 
 def run_sweep(

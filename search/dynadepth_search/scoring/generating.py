@@ -19,7 +19,7 @@ from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
 
-__all__ = ["answers_under_plans", "batches_of", "continue_prompts", "judge_answers"]
+__all__ = ["answers_under_plans", "continue_prompts", "judge_answers"]
 
 _Ids = npt.NDArray[np.int64]
 
@@ -168,14 +168,3 @@ def _plain_generation(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the indices of rows in batches of similar length, the shortest first.
-
-    Args:
-        lengths: Number of tokens of each row.
-        batch_size: Rows of a batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

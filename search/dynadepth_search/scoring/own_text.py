@@ -16,13 +16,17 @@ from dynadepth.execution.executor import Skipped
 from dynadepth.execution.sweep import Sweeper
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans, check_plans, identity_plan
-from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.batching import (
+    SWEEP_COST,
+    SWEEP_TOKENS,
+    cheapest_groups,
+    pad_left,
+)
 
 __all__ = ["Text", "TextOutcomes", "compare_models", "score_texts"]
 
 _Floats = npt.NDArray[np.float64]
-# As in `dynadepth_search.scoring.scorer`: what suits a processor's caches, and the most logits of one sweep in bytes.
-_TOKENS = 1536
+# The most logits of one sweep, in bytes.
 _LOGIT_BYTES = 400_000_000
 _LOGIT_ROWS = 64
 
@@ -94,9 +98,11 @@ def score_texts(
     found = TextOutcomes(*(np.full((len(rows), len(texts), longest), np.nan) for _ in range(2)))
     vocabulary = model.config.get_text_config().vocab_size
     most = max(1, _LOGIT_BYTES // (4 * vocabulary))
-    aim = sweep_tokens or (_TOKENS if model.device.type == "cpu" else 16 * _TOKENS)
+    on_processor = model.device.type == "cpu"
+    aim = sweep_tokens or (SWEEP_TOKENS if on_processor else 16 * SWEEP_TOKENS)
+    cost = SWEEP_COST if on_processor else aim
     with Sweeper(model, stack, skips) as sweeper:
-        for group, columns in _groups(texts, len(rows), most, aim):
+        for group, columns in _groups(texts, len(rows), most, aim, cost):
             _run(sweeper, model.device, texts, group, rows[columns], found, columns)
     return found
 
@@ -136,29 +142,25 @@ def compare_models(
 
 
 def _groups(
-    texts: Sequence[Text], num_plans: int, most: int, aim: int
+    texts: Sequence[Text], num_plans: int, most: int, aim: int, cost: int
 ) -> Iterator[tuple[list[int], slice]]:
     """Yield texts that share a sweep, shortest first, and which of the plans they run; the base runs besides."""
     order = sorted(range(len(texts)), key=lambda row: (len(texts[row].ids), row))
-    group: list[int] = []
-    scored = 0
-    for row in order:
-        text = texts[row]
-        places = (num_plans + 1) * len(text.places)
-        tokens = (len(group) + 1) * (num_plans + 1) * len(text.ids)
-        if group and (scored + places > most or tokens > aim):
-            yield group, slice(0, num_plans)
-            group, scored = [], 0
+    groups = cheapest_groups(
+        [num_plans + 1] * len(texts),
+        [len(texts[row].ids) for row in order],
+        [(num_plans + 1) * len(texts[row].places) for row in order],
+        max_scored=most,
+        max_tokens=aim,
+        sweep_cost=cost,
+    )
+    for rows in (order[group] for group in groups):
         # A text whose plans alone are too many logits runs them in parts.
-        size = max(1, most // len(text.places) - 1)
-        if not group and num_plans > size:
-            for first in range(0, num_plans, size):
-                yield [row], slice(first, min(first + size, num_plans))
-            continue
-        group.append(row)
-        scored += places
-    if group:
-        yield group, slice(0, num_plans)
+        size = num_plans
+        if len(rows) == 1:
+            size = max(1, min(num_plans, most // len(texts[rows[0]].places) - 1))
+        for first in range(0, num_plans, size):
+            yield rows, slice(first, min(first + size, num_plans))
 
 
 def _run(

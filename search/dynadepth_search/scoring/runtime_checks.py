@@ -91,23 +91,15 @@ def planned(
         model: The wrapped model.
         scorer: Encodes the prompts, left-padded.
         examples: The prompts.
-        batch_size: Number of prompts of one forward.
+        batch_size: Number of prompts of one forward, which are of similar length.
 
     Returns:
-        The plans. Shape (prompts, num_layers), uint8.
+        The plans, in the order of the prompts. Shape (prompts, num_layers), uint8.
     """
-    plans: list[Plans] = []
-    with torch.inference_mode():
-        for start in range(0, len(examples), batch_size):
-            input_ids, attention_mask = scorer.encode_prompts(examples[start : start + batch_size])
-            model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                logits_to_keep=1,
-            )
-            plans.append(model.dynadepth.last_plans)
-    return np.concatenate(plans)
+    plans = np.empty((len(examples), scorer.num_layers), dtype=np.uint8)
+    for rows, input_ids, attention_mask in scorer.prompt_batches(examples, batch_size):
+        plans[rows] = model.dynadepth.plan_prompts(input_ids, attention_mask)
+    return plans
 
 
 def check_runtime(
@@ -196,17 +188,17 @@ def time_prefill(
         scorer: Encodes the prompts.
         examples: The prompts of each round.
         policies: Arguments of `wrap_model` for each policy, by its name.
-        rounds: Number of measured rounds; they are preceded by one that is not measured.
+        rounds: Number of measured rounds; before them, the first prompt runs once with everything and is not measured.
 
     Returns:
         The ratio to the base model by name, and the base model's milliseconds for one prompt.
     """
     inputs = [scorer.encode_prompts([example]) for example in examples]
 
-    def run() -> float:
+    def run(prompts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
         _wait(model)
         start = time.perf_counter()
-        for input_ids, attention_mask in inputs:
+        for input_ids, attention_mask in prompts:
             model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1
             )
@@ -216,11 +208,11 @@ def time_prefill(
     base: list[float] = []
     taken: dict[str, list[float]] = {name: [] for name in policies}
     with torch.inference_mode():
-        for _ in range(rounds + 1):
-            base.append(run())
+        for prompts in [inputs[:1]] + [inputs] * rounds:
+            base.append(run(prompts))
             for name, arguments in policies.items():
                 with wrapped(model, **arguments):
-                    taken[name].append(run())
+                    taken[name].append(run(prompts))
     ratios = {}
     for name, seconds in taken.items():
         each = np.array(seconds[1:]) / np.array(base[1:])

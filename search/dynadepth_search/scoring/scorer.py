@@ -20,15 +20,21 @@ from dynadepth.wrapping.skipping import skips_of
 from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
 from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
-from dynadepth_search.scoring.batching import Answered, Work, pack, pad_left, run_sweep
+from dynadepth_search.scoring.batching import (
+    SWEEP_COST,
+    SWEEP_TOKENS,
+    Answered,
+    Work,
+    batches_of,
+    pack,
+    pad_left,
+    run_sweep,
+)
 from dynadepth_search.scoring.objectives import Objective
 from dynadepth_search.scoring.outcomes import OutcomeBuilder, Outcomes
 from dynadepth_search.scoring.states import PromptStates
 
 __all__ = ["Scorer"]
-
-# Timed on two cores with a model of 135M parameters: a third faster than 4,096 tokens.
-_PROCESSOR_TOKENS = 1536
 
 
 class Scorer:
@@ -48,6 +54,8 @@ class Scorer:
         max_tokens: Maximum number of padded tokens of one sweep, counted once for each plan.
         sweep_tokens: Number of padded tokens at which a sweep takes no further example; None: what suits the device,
             few on a CPU (so that states stay in its caches), `max_tokens` elsewhere.
+        sweep_cost: What a sweep costs besides its tokens, in tokens: the less, the fewer prompts of unlike length share
+            one, which pads all to the longest; None: what suits the device, `max_tokens` where it is no CPU.
         shortcuts: What states take in place of layers that a plan skips; None: nothing.
         max_base_bytes: Maximum size of the cached next-token distributions of the identity plan, in bytes.
 
@@ -68,6 +76,7 @@ class Scorer:
         max_logit_bytes: int = 400_000_000,
         max_tokens: int = 65_536,
         sweep_tokens: int | None = None,
+        sweep_cost: int | None = None,
         max_base_bytes: int = 400_000_000,
     ) -> None:
         check_tokenizer(tokenizer)
@@ -87,7 +96,8 @@ class Scorer:
         self._max_scored = max(1, max_logit_bytes // (4 * config.vocab_size))
         self._max_tokens = max_tokens
         on_processor = model.device.type == "cpu"
-        self._aim = sweep_tokens or (_PROCESSOR_TOKENS if on_processor else max_tokens)
+        self._aim = sweep_tokens or (SWEEP_TOKENS if on_processor else max_tokens)
+        self._cost = sweep_cost or (SWEEP_COST if on_processor else max_tokens)
         self._max_base_bytes = max_base_bytes
         self._encoded: dict[Example, EncodedExample] = {}
         self._bases: OrderedDict[Example, Answered] = OrderedDict()
@@ -100,6 +110,7 @@ class Scorer:
             "scored_places": self._max_scored,
             "tokens": self._max_tokens,
             "sweep_tokens": self._aim,
+            "sweep_cost": self._cost,
         }
 
     def encode(self, example: Example) -> EncodedExample:
@@ -145,6 +156,19 @@ class Scorer:
             (examples, longest), int64.
         """
         return pad_left((self.encode(item).prompt_ids for item in examples), self.model.device)
+
+    def prompt_batches(
+        self, examples: Sequence[Example], batch_size: int
+    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Yield prompts in batches of similar length: their indices, token ids and attention mask, as they are encoded.
+
+        Args:
+            examples: The examples.
+            batch_size: Prompts of a batch.
+        """
+        lengths = [len(self.encode(item).prompt_ids) for item in examples]
+        for rows in batches_of(lengths, batch_size):
+            yield rows, *self.encode_prompts([examples[row] for row in rows])
 
     def base(self, examples: Sequence[Example]) -> Outcomes:
         """Return the outcomes of the identity plan, one for each example. See `outcomes`."""
@@ -192,7 +216,11 @@ class Scorer:
         skips = skips_of(self.shortcuts, self.num_layers)
         with Sweeper(self.model, self._stack, skips) as sweeper:
             for group in pack(
-                works, max_scored=self._max_scored, max_tokens=self._max_tokens, aim=self._aim
+                works,
+                max_scored=self._max_scored,
+                max_tokens=self._max_tokens,
+                aim=self._aim,
+                sweep_cost=self._cost,
             ):
                 next_tokens = examples[group[0].example].kind != "choices"
                 answers, naive, executed = run_sweep(

@@ -34,8 +34,7 @@ from dynadepth_search.data.tasks import Task
 from dynadepth_search.files.locking import locked
 from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring.batching import pad_left
-from dynadepth_search.scoring.generating import batches_of
+from dynadepth_search.scoring.batching import batches_of, pad_left
 from dynadepth_search.scoring.own_text import Text, compare_models
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.spec import ShortcutSpec

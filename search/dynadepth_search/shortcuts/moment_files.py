@@ -13,7 +13,7 @@ from dynadepth.files import write_bytes_atomic
 from dynadepth.models.structure import LayerStack
 from dynadepth.shortcuts.moments import Moments
 from dynadepth_search.progress import Progress
-from dynadepth_search.scoring.generating import batches_of
+from dynadepth_search.scoring.batching import batches_of
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.shortcuts.collecting import MomentCollector
 

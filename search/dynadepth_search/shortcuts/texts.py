@@ -10,7 +10,8 @@ import numpy.typing as npt
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
-from dynadepth_search.scoring.generating import batches_of, continue_prompts
+from dynadepth_search.scoring.batching import batches_of
+from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 
@@ -18,6 +19,8 @@ __all__ = ["TextFile"]
 
 _Ids = npt.NDArray[np.int64]
 _ADVICE = "delete the file and fit again"
+# Padded tokens of a batch that is continued; their keys and values are kept.
+_MOST_TOKENS = 16_384
 
 
 class TextFile:
@@ -57,7 +60,9 @@ class TextFile:
         known, length = read_journal(self._path, read, advice=_ADVICE)
         answers = dict(known)
         journal = Journal(self._path, length)
-        batches = batches_of([len(prompt) for prompt in prompts], 2 * spec.batch_size)
+        # A step of decoding reads all weights for one token of each prompt, so that many prompts cost little more.
+        lengths = [len(prompt) + spec.new_tokens for prompt in prompts]
+        batches = batches_of(lengths, 8 * spec.batch_size, max_tokens=_MOST_TOKENS)
         for rows in batches:
             progress("continuing prompts", len(answers), len(prompts))
             # Which prompts share a batch decides the last bits, so a batch is made as a whole or not at all.

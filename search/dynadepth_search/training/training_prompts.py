@@ -102,13 +102,12 @@ class TrainingPrompts:
             Features as `prompt_features` returns them. Shape (rows, num_layers, num_windows + 1, hidden), float32.
         """
         examples = [self._examples[index] for index in rows]
-        order = self._by_length(examples)
-        found: list[Tensor] = []
-        self.progress(stage, 0, len(order))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            input_ids, attention_mask = self._scorer.encode_prompts([examples[i] for i in batch])
-            found += prompt_features(
+        found: dict[int, Tensor] = {}
+        self.progress(stage, 0, len(examples))
+        for batch, input_ids, attention_mask in self._scorer.prompt_batches(
+            examples, self.batch_size
+        ):
+            features = prompt_features(
                 self._model,
                 input_ids,
                 attention_mask,
@@ -116,8 +115,9 @@ class TrainingPrompts:
                 num_windows=config.num_windows,
                 shortcuts=self._shortcuts,
             )
-            self.progress(stage, len(found), len(order))
-        return torch.stack([found[i] for i in np.argsort(order)])
+            found.update(zip(batch, features, strict=True))
+            self.progress(stage, len(found), len(examples))
+        return torch.stack([found[i] for i in range(len(examples))])
 
     def values(
         self,
@@ -174,7 +174,6 @@ class TrainingPrompts:
             The table from budget to penalty.
         """
         examples = [self._examples[index] for index in rows]
-        examples = [examples[i] for i in self._by_length(examples)]
         passes = 0
 
         def mean_depth_at(penalty: float) -> float:
@@ -195,8 +194,3 @@ class TrainingPrompts:
         )
         self.progress("calibrating", _CALIBRATION_PASSES, _CALIBRATION_PASSES)
         return table
-
-    def _by_length(self, examples: Sequence[Example]) -> npt.NDArray[np.int64]:
-        """Return an order by length, in which batches have little padding."""
-        lengths = [len(self._scorer.encode(example).prompt_ids) for example in examples]
-        return np.argsort(lengths, kind="stable")

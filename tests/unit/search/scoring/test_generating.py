@@ -9,7 +9,6 @@ from dynadepth.plans import identity_plan
 from dynadepth.wrapping.bake import bake
 from dynadepth_search.scoring.generating import (
     answers_under_plans,
-    batches_of,
     continue_prompts,
     judge_answers,
 )
@@ -105,13 +104,6 @@ class TestContinuations:
         with pytest.raises(IndexError):
             continue_prompts(model, [np.array([VOCAB_SIZE])], new_tokens=2)
         assert model.generation_config is own
-
-
-class TestBatches:
-    def test_rows_of_similar_length_share_one(self):
-        assert batches_of([5, 2, 9, 3, 1], 2) == [[4, 1], [3, 0], [2]]
-        assert batches_of([3, 3, 3], 2) == [[0, 1], [2]]
-        assert batches_of([], 2) == []
 
 
 class TestUnderPlans:

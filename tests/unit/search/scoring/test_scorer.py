@@ -1,16 +1,19 @@
 """How examples become tokens and sweeps; that the numbers are right is `tests/parity/test_scoring.py`."""
 
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynadepth.errors import ConfigError, PlanError, TaskError, UnsupportedModelError, WrapError
 from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from dynadepth_search.data.encoding import encode_example, prompt_text
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.scoring.batching import Work, pack
+from dynadepth_search.scoring.batching import Work, batches_of, cheapest_groups, pack
 from dynadepth_search.scoring.objectives import check_objective, plan_values
 from dynadepth_search.scoring.scorer import Scorer
 from tests.tiny import tiny_model
@@ -135,8 +138,16 @@ def work(lengths, *, plans, number=0):
 
 
 class TestPacking:
-    def check(self, works, *, max_scored, max_tokens, aim=10**9):
-        groups = list(pack(works, max_scored=max_scored, max_tokens=max_tokens, aim=aim))
+    def check(self, works, *, max_scored, max_tokens, aim=10**9, sweep_cost=10**9):
+        groups = list(
+            pack(
+                works,
+                max_scored=max_scored,
+                max_tokens=max_tokens,
+                aim=aim,
+                sweep_cost=sweep_cost,
+            )
+        )
         flat = [
             (piece.example, row)
             for group in groups
@@ -193,15 +204,69 @@ class TestPacking:
             ]
             limits = dict(
                 zip(
-                    ("max_scored", "max_tokens", "aim"),
-                    generator.integers(1, (60, 200, 200)),
+                    ("max_scored", "max_tokens", "aim", "sweep_cost"),
+                    generator.integers(1, (60, 200, 200, 90)),
                     strict=True,
                 )
             )
             self.check(works, **limits)
 
     def test_nothing(self):
-        assert list(pack([], max_scored=1, max_tokens=1, aim=1)) == []
+        assert list(pack([], max_scored=1, max_tokens=1, aim=1, sweep_cost=1)) == []
+
+    def test_unlike_lengths_part_where_padding_costs_more_than_a_sweep(self):
+        works = [work([4], plans=2, number=0), work([10], plans=2, number=1)]
+        # Together, 12 of the 40 tokens are padding.
+        assert len(self.check(works, max_scored=99, max_tokens=99, sweep_cost=12)) == 1
+        assert len(self.check(works, max_scored=99, max_tokens=99, sweep_cost=11)) == 2
+
+    @given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), max_size=7), st.data())
+    def test_no_other_groups_cost_less(self, pieces, data):
+        rows, widths, places = ([piece[column] for piece in pieces] for column in range(3))
+        limits = {
+            "max_scored": data.draw(st.integers(1, 40)),
+            "max_tokens": data.draw(st.integers(1, 200)),
+        }
+        sweep_cost = data.draw(st.integers(1, 60))
+
+        def cost(group):
+            tokens = sum(rows[group]) * max(widths[group])
+            alone = group.stop - group.start == 1
+            fits = sum(places[group]) <= limits["max_scored"] and tokens <= limits["max_tokens"]
+            return tokens + sweep_cost if alone or fits else np.inf
+
+        def costs(cuts):
+            bounds = pairwise([0, *cuts, len(pieces)])
+            return sum(cost(slice(*each)) for each in bounds)
+
+        found = cheapest_groups(rows, widths, places, sweep_cost=sweep_cost, **limits)
+        assert [row for group in found for row in range(group.start, group.stop)] == list(
+            range(len(pieces))
+        )
+        inner = range(1, len(pieces))
+        ways = [cuts for count in range(len(pieces)) for cuts in combinations(inner, count)]
+        if pieces:
+            assert sum(map(cost, found)) == min(map(costs, ways))
+
+
+class TestBatches:
+    def test_rows_of_similar_length_share_one(self):
+        assert batches_of([5, 2, 9, 3, 1], 2) == [[4, 1], [3, 0], [2]]
+        assert batches_of([3, 3, 3], 2) == [[0, 1], [2]]
+        assert batches_of([], 2) == []
+
+    def test_no_more_padded_tokens_than_asked_for_but_in_a_single_row(self):
+        assert batches_of([5, 2, 9, 3, 1], 9, max_tokens=9) == [[4, 1, 3], [0], [2]]
+        assert batches_of([5, 2, 9, 3, 1], 2, max_tokens=100) == [[4, 1], [3, 0], [2]]
+        assert batches_of([7, 8], 9, max_tokens=1) == [[0], [1]]
+
+    def test_prompts_come_with_their_indices(self, scorer):
+        examples = [Example("Is it so"), Example("Is"), Example("Is it")]
+        batches = list(scorer.prompt_batches(examples, 2))
+        assert [rows for rows, _, _ in batches] == [[1, 2], [0]]
+        for rows, *encoded in batches:
+            expected = scorer.encode_prompts([examples[row] for row in rows])
+            assert all(map(torch.equal, encoded, expected))
 
 
 class TestScorer:

@@ -151,6 +151,15 @@ class TestFound:
         assert result.objective == objective
         assert result.asked["search"]["num_candidates"] == 4
 
+    def test_the_pool_has_the_best_of_each_depth_and_the_front(self, model, tmp_path, found):
+        every = json.loads((found / "menu.json").read_text())
+        (tmp_path / "plans").mkdir()
+        result = search(model, tmp_path / "plans", num_pooled=1)
+        best = [frozenset(level[0]["skips"]) for level in every["levels"]]
+        front = [skips(plan) for plan in read_static(found).front]
+        assert {skips(plan) for plan in result.pool} == {frozenset(), *best, *front}
+        np.testing.assert_array_equal(result.front, read_static(found).front)
+
     @pytest.mark.parametrize("num_screened", [2, 6])
     def test_a_beam_that_holds_everything_finds_the_best_of_each_depth(
         self, model, tmp_path, monkeypatch, num_screened
