@@ -165,7 +165,9 @@ class TestFound:
         self, model, tmp_path, monkeypatch, num_screened
     ):
         seen = Seen(monkeypatch)
-        result = search(model, tmp_path, beam=20, num_candidates=6, num_screened=num_screened)
+        result = search(
+            model, tmp_path, beam=20, num_candidates=6, num_screened=num_screened, num_pooled=20
+        )
         content = json.loads((tmp_path / MENU).read_text())
         examples = list({example: None for each in seen.prompts for example in each})
         assert len(examples) == 6
