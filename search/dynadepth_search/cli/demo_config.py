@@ -101,7 +101,6 @@ class DemoConfig:
             num_screened=8,
             num_candidates=10,
             beam=5,
-            num_pooled=3,
             num_confirmed=min(120, self.prompts),
         )
         if not self.quick:
@@ -111,7 +110,7 @@ class DemoConfig:
     @property
     def shortcuts(self) -> ShortcutSpec:
         """The settings of the fit of shortcuts."""
-        full = ShortcutSpec(seed=self.seed, num_heldout=16, num_places=12)
+        full = ShortcutSpec(seed=self.seed, num_heldout=24, num_places=12)
         if not self.quick:
             return full
         return replace(full, new_tokens=12, num_heldout=6, num_places=4, ridges=(1e-2,))

@@ -96,24 +96,15 @@ def pad_left(
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def batches_of(
-    lengths: Sequence[int], batch_size: int, *, max_tokens: int | None = None
-) -> list[list[int]]:
+def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return the indices of rows in batches of similar length, the shortest first.
 
     Args:
         lengths: Number of tokens of each row.
-        batch_size: The most rows of a batch.
-        max_tokens: The most padded tokens of a batch of more than one row; None: as many as there are.
+        batch_size: Rows of a batch.
     """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
-        grown = 1 + (len(batches[-1]) if batches else batch_size)
-        too_many = max_tokens is not None and grown * lengths[row] > max_tokens
-        if grown > batch_size or too_many:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def pack(

@@ -71,9 +71,9 @@ def search_static(
     """Search for plans that suit all prompts of a task, or continue a search that was interrupted.
 
     First, every layer is removed on its own. From the layers whose removal costs least, sets are grown by one layer at
-    a time; the best few sets of each size are extended further. The best of these plans form the pool. Other prompts
-    measure the pool and, by cross-fitting, choose the menu. The front is the chain of nested plans within the pool with
-    the highest sum of means on the first prompts.
+    a time; the best few sets of each size are extended further. All of these plans form the pool. Other prompts measure
+    the pool and, by cross-fitting, choose the menu. The front is the chain of nested plans within the pool with the
+    highest sum of means on the first prompts.
 
     Args:
         model: The unwrapped base model; not changed.
@@ -261,14 +261,8 @@ class _StaticSearch:
     def _measure(self) -> None:
         """Measure the pool on other prompts, and choose the front and the menu."""
         spec, content = self._spec, self._content
-        chain = self._chain()
         pool: list[frozenset[int]] = [frozenset()]
-        for level in content["levels"]:
-            sets = [frozenset(item["skips"]) for item in level]
-            # The best come first; the front is measured wherever it passes.
-            pool += [
-                each for rank, each in enumerate(sets) if rank < spec.num_pooled or each in chain
-            ]
+        pool += [frozenset(item["skips"]) for level in content["levels"] for item in level]
         plans = np.stack([self._plan(skips) for skips in pool])
         first = int(np.flatnonzero((plans != 1).any(axis=0))[0])
         task = replace(self._task, name=f"{self._task.name}, pool", examples=tuple(self._others))
@@ -298,12 +292,12 @@ class _StaticSearch:
             )
         ]
         content["confirmed"] = len(self._others)
-        content["front"] = [pool.index(skips) for skips in chain]
+        content["front"] = self._chain(pool)
         content["menu"] = choose_plans(
             menu_data(table), spec.size, objective=spec.objective, seed=spec.seed
         ).tolist()
 
-    def _chain(self) -> list[frozenset[int]]:
+    def _chain(self, pool: list[frozenset[int]]) -> list[int]:
         """Return the nested plans with the highest sum of values on the prompts that grew them."""
         total: dict[frozenset[int], float] = {frozenset(): 0.0}
         before: dict[frozenset[int], frozenset[int]] = {}
@@ -319,7 +313,7 @@ class _StaticSearch:
         while at:
             at = before[at]
             chain.append(at)
-        return chain[::-1]
+        return [pool.index(skips) for skips in reversed(chain)]
 
     def _values(self, skips: list[frozenset[int]], prompts: Iterable[int]) -> _Floats:
         """Return the values of plans on some of the first prompts, see `plan_values`. Shape (plans, prompts)."""

@@ -196,18 +196,15 @@ def _check_pool(
     bounds = (0.0, 1.0) if objective == "preserve" else (None, 1e-4)
     rows = [
         row.fields(["plan", "value", "standard_error", "agreement"])
-        for row in found["pool"].entries(least=1)
+        for row in found["pool"].entries(len(levels) + 1)
     ]
     width = len(rows[0]["plan"].text()) if num_layers is None else num_layers
-    grown = ["".join("0" if layer in skips else "1" for layer in range(width)) for skips in levels]
-    identity = "1" * width
-    left = iter([identity, *grown])
-    plans: list[str] = []
-    for row in rows:
+    plans = []
+    for skips, row in zip([[], *levels], rows, strict=True):
         plan = row["plan"].plan(width)
-        # What is skipped here does not come back.
-        if (not plans and plan != identity) or plan not in left:
-            row["plan"].wrong("the identity, then plans of the levels in their order")
+        wanted = "".join("0" if layer in skips else "1" for layer in range(width))
+        if plan != wanted:
+            row["plan"].wrong(f"{wanted}, as the levels say")
         row["value"].number(*bounds)
         row["standard_error"].number(0.0)
         row["agreement"].number(0.0, 1.0)

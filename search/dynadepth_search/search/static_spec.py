@@ -23,8 +23,6 @@ class StaticSpec:
         num_prompts: Number of prompts on which the plans of a depth are compared.
         num_screened: Number of these prompts on which all plans are compared; only the best one and a half times
             `beam` plans are evaluated on the rest.
-        num_pooled: Number of plans of each depth that go into the pool, from which the menu is chosen; those of the
-            front do in any case.
         num_confirmed: Number of other prompts, on which the pool of plans is measured and the menu is chosen.
         protect: Layers that are never removed.
         seed: Seed of the choice of prompts.
@@ -41,7 +39,6 @@ class StaticSpec:
     num_candidates: int = 12
     num_prompts: int = 48
     num_screened: int = 16
-    num_pooled: int = 6
     num_confirmed: int = 200
     protect: tuple[int, ...] = ()
     seed: int = 0
@@ -60,7 +57,6 @@ class StaticSpec:
             "num_candidates": 1,
             "num_prompts": 1,
             "num_screened": 1,
-            "num_pooled": 1,
             "num_confirmed": 20,
             "seed": 0,
         }

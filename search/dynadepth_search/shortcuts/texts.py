@@ -19,8 +19,6 @@ __all__ = ["TextFile"]
 
 _Ids = npt.NDArray[np.int64]
 _ADVICE = "delete the file and fit again"
-# Padded tokens of a batch that is continued; their keys and values are kept.
-_MOST_TOKENS = 16_384
 
 
 class TextFile:
@@ -60,9 +58,7 @@ class TextFile:
         known, length = read_journal(self._path, read, advice=_ADVICE)
         answers = dict(known)
         journal = Journal(self._path, length)
-        # A step of decoding reads all weights for one token of each prompt, so that many prompts cost little more.
-        lengths = [len(prompt) + spec.new_tokens for prompt in prompts]
-        batches = batches_of(lengths, 8 * spec.batch_size, max_tokens=_MOST_TOKENS)
+        batches = batches_of([len(prompt) for prompt in prompts], 2 * spec.batch_size)
         for rows in batches:
             progress("continuing prompts", len(answers), len(prompts))
             # Which prompts share a batch decides the last bits, so a batch is made as a whole or not at all.

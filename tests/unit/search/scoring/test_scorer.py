@@ -255,11 +255,6 @@ class TestBatches:
         assert batches_of([3, 3, 3], 2) == [[0, 1], [2]]
         assert batches_of([], 2) == []
 
-    def test_no_more_padded_tokens_than_asked_for_but_in_a_single_row(self):
-        assert batches_of([5, 2, 9, 3, 1], 9, max_tokens=9) == [[4, 1, 3], [0], [2]]
-        assert batches_of([5, 2, 9, 3, 1], 2, max_tokens=100) == [[4, 1], [3, 0], [2]]
-        assert batches_of([7, 8], 9, max_tokens=1) == [[0], [1]]
-
     def test_prompts_come_with_their_indices(self, scorer):
         examples = [Example("Is it so"), Example("Is"), Example("Is it")]
         batches = list(scorer.prompt_batches(examples, 2))

@@ -151,23 +151,12 @@ class TestFound:
         assert result.objective == objective
         assert result.asked["search"]["num_candidates"] == 4
 
-    def test_the_pool_has_the_best_of_each_depth_and_the_front(self, model, tmp_path, found):
-        every = json.loads((found / "menu.json").read_text())
-        (tmp_path / "plans").mkdir()
-        result = search(model, tmp_path / "plans", num_pooled=1)
-        best = [frozenset(level[0]["skips"]) for level in every["levels"]]
-        front = [skips(plan) for plan in read_static(found).front]
-        assert {skips(plan) for plan in result.pool} == {frozenset(), *best, *front}
-        np.testing.assert_array_equal(result.front, read_static(found).front)
-
     @pytest.mark.parametrize("num_screened", [2, 6])
     def test_a_beam_that_holds_everything_finds_the_best_of_each_depth(
         self, model, tmp_path, monkeypatch, num_screened
     ):
         seen = Seen(monkeypatch)
-        result = search(
-            model, tmp_path, beam=20, num_candidates=6, num_screened=num_screened, num_pooled=20
-        )
+        result = search(model, tmp_path, beam=20, num_candidates=6, num_screened=num_screened)
         content = json.loads((tmp_path / MENU).read_text())
         examples = list({example: None for each in seen.prompts for example in each})
         assert len(examples) == 6
