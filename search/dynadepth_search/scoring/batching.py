@@ -17,8 +17,6 @@ from dynadepth_search.data.encoding import EncodedExample
 from dynadepth_search.scoring.states import PromptStates, SweptPrompt
 
 __all__ = [
-    "SWEEP_COST",
-    "SWEEP_TOKENS",
     "Answered",
     "Work",
     "batches_of",
@@ -26,14 +24,25 @@ __all__ = [
     "pack",
     "pad_left",
     "run_sweep",
+    "sweep_size",
 ]
 
 # What suits a processor, measured on two cores with a model of 135M parameters: as many tokens as its caches hold, and
 # what a forward costs besides its tokens, which is mostly the reading of the weights.
-SWEEP_TOKENS, SWEEP_COST = 1536, 64
+_CPU_SIZE = (1536, 64)
 
 # Number of rows of logits that are normalised at a time; few enough to stay in the processor's cache.
 _LOGIT_ROWS = 64
+
+
+def sweep_size(device: torch.device, max_tokens: int) -> tuple[int, int]:
+    """Return the padded tokens of a sweep that suit a device, and what a sweep costs besides them, in tokens.
+
+    Args:
+        device: Where the model is.
+        max_tokens: Most tokens of a sweep. Devices other than processors take as many, however much of it is padding.
+    """
+    return _CPU_SIZE if device.type == "cpu" else (max_tokens, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

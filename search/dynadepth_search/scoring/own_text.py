@@ -16,18 +16,13 @@ from dynadepth.execution.executor import Skipped
 from dynadepth.execution.sweep import Sweeper
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans, check_plans, identity_plan
-from dynadepth_search.scoring.batching import (
-    SWEEP_COST,
-    SWEEP_TOKENS,
-    cheapest_groups,
-    pad_left,
-)
+from dynadepth_search.scoring.batching import cheapest_groups, pad_left, sweep_size
 
 __all__ = ["Text", "TextOutcomes", "compare_models", "score_texts"]
 
 _Floats = npt.NDArray[np.float64]
-# The most logits of one sweep, in bytes.
-_LOGIT_BYTES = 400_000_000
+# The most logits of one sweep, in bytes, and its most tokens.
+_LOGIT_BYTES, _MAX_TOKENS = 400_000_000, 24_576
 _LOGIT_ROWS = 64
 
 
@@ -98,9 +93,8 @@ def score_texts(
     found = TextOutcomes(*(np.full((len(rows), len(texts), longest), np.nan) for _ in range(2)))
     vocabulary = model.config.get_text_config().vocab_size
     most = max(1, _LOGIT_BYTES // (4 * vocabulary))
-    on_processor = model.device.type == "cpu"
-    aim = sweep_tokens or (SWEEP_TOKENS if on_processor else 16 * SWEEP_TOKENS)
-    cost = SWEEP_COST if on_processor else aim
+    aim, cost = sweep_size(model.device, _MAX_TOKENS)
+    aim = sweep_tokens or aim
     with Sweeper(model, stack, skips) as sweeper:
         for group, columns in _groups(texts, len(rows), most, aim, cost):
             _run(sweeper, model.device, texts, group, rows[columns], found, columns)

@@ -21,14 +21,13 @@ from dynadepth_search.data.chat_template import check_template
 from dynadepth_search.data.encoding import EncodedExample, check_tokenizer, encode_example
 from dynadepth_search.data.tasks import ChatForm, Example, Scoring, check_scoring, located
 from dynadepth_search.scoring.batching import (
-    SWEEP_COST,
-    SWEEP_TOKENS,
     Answered,
     Work,
     batches_of,
     pack,
     pad_left,
     run_sweep,
+    sweep_size,
 )
 from dynadepth_search.scoring.objectives import Objective
 from dynadepth_search.scoring.outcomes import OutcomeBuilder, Outcomes
@@ -95,9 +94,8 @@ class Scorer:
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._max_scored = max(1, max_logit_bytes // (4 * config.vocab_size))
         self._max_tokens = max_tokens
-        on_processor = model.device.type == "cpu"
-        self._aim = sweep_tokens or (SWEEP_TOKENS if on_processor else max_tokens)
-        self._cost = sweep_cost or (SWEEP_COST if on_processor else max_tokens)
+        aim, cost = sweep_size(model.device, max_tokens)
+        self._aim, self._cost = sweep_tokens or aim, sweep_cost or cost
         self._max_base_bytes = max_base_bytes
         self._encoded: dict[Example, EncodedExample] = {}
         self._bases: OrderedDict[Example, Answered] = OrderedDict()

@@ -156,7 +156,7 @@ def test_the_token_limit_decides_how_many_texts_share_a_sweep(model, stack, monk
     score_texts(model, stack, TEXTS, PLANS, sweep_tokens=1)
     assert len(sizes) == len(TEXTS)
     sizes.clear()
-    monkeypatch.setattr(own_text, "SWEEP_COST", 100_000)
+    monkeypatch.setattr(own_text, "sweep_size", lambda device, most: (most, 100_000))
     score_texts(model, stack, TEXTS, PLANS, sweep_tokens=100_000)
     assert len(sizes) == 1
     assert sizes[0][0] == (len(PLANS) + 1) * sum(len(text.places) for text in TEXTS)
