@@ -2,6 +2,7 @@
 
     python benches/python/bench_forest.py --make-table          (once; SmolLM2, ten minutes; goes on when killed)
     python benches/python/bench_forest.py --json forest.json    (no model; a few minutes)
+    python benches/python/bench_forest.py --also exploration=2.5,interaction=0.1    (other settings beside ours)
 
 Synthetic oracles (see forest/oracles.py) and a replay of the table that `--make-table` keeps in the cache: the rewards
 of all 1,024 sets of skips of ten layers of SmolLM2-135M for 64 prompts. Every search evaluates the identity plan first;
@@ -24,7 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forest.figures import BUDGETS, OURS, Column, at_budgets, found, measured, rows_of, shown
+from forest.figures import (
+    BUDGETS,
+    METHODS,
+    OURS,
+    Column,
+    Method,
+    at_budgets,
+    found,
+    measured,
+    other_settings,
+    rows_of,
+    shown,
+    verdicts,
+)
 from forest.methods import by_forest
 from forest.oracles import KINDS, Oracle, Replay, draw
 from forest.table import Table, default_folder, make_table
@@ -41,10 +55,12 @@ _SPEC = PromptSearchSpec().config
 LABELS = {"max_evaluations": _SPEC.max_evaluations, "stop_at": _SPEC.stop_at}
 
 
-def synthetic(kind: str, num_layers: int, options: argparse.Namespace) -> Column:
+def synthetic(
+    kind: str, num_layers: int, options: argparse.Namespace, methods: dict[str, Method]
+) -> Column:
     """Measure one column over several draws of the shared effects."""
     columns = [
-        measured(draw(kind, num_layers, options.prompts, seed), kind, seed)
+        measured(draw(kind, num_layers, options.prompts, seed), kind, seed, methods)
         for seed in range(options.seed, options.seed + options.draws)
     ]
     return reduce(Column.joined, columns)
@@ -152,6 +168,13 @@ def main() -> None:
         "--table", type=Path, help="folder of the table to replay; by default that in the cache"
     )
     parser.add_argument("--make-table", action="store_true", help="score the table, and end")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER,...",
+        help="the forest with these settings too, compared with ours; may be given more than once",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--quick", action="store_true", help="a small run that only shows that the bench works"
@@ -166,15 +189,19 @@ def main() -> None:
     if options.table is not None and not options.table.exists():
         parser.error(f"there is no table {options.table}")
     table = Table.load(path) if path is not None and path.exists() else None
+    others = dict(map(other_settings, options.also))
+    methods = METHODS | others
     columns = []
     for kind, layers in columns_of(options):
-        columns.append(synthetic(kind, layers, options))
+        columns.append(synthetic(kind, layers, options, methods))
         print(shown(columns[-1]), flush=True)
     if table is not None:
-        columns.append(measured(Replay.of(table), "replay", options.seed))
+        columns.append(measured(Replay.of(table), "replay", options.seed, methods))
         print(shown(columns[-1]), flush=True)
     elif not options.quick:
         sys.stderr.write(f"no replay: there is no table {path}; make it with --make-table\n")
+    for other in others:
+        print(verdicts(columns, other), flush=True)
     figures = learning(table, options)
     show_learning(figures)
     report = {

@@ -121,11 +121,21 @@ METHODS: dict[str, Method] = {
 BASELINES = [name for name in METHODS if not name.startswith("forest")]
 
 
-def measured(oracle: Oracle, name: str, seed: int) -> Column:
-    """Run all methods on an oracle."""
+def other_settings(given: str) -> tuple[str, Method]:
+    """Return the forest with other settings, and its name; `given` is like "exploration=2.5,interaction=0.1"."""
+    settings = {
+        name: float(number) for name, number in (pair.split("=") for pair in given.split(","))
+    }
+    return f"forest, {given.replace('=', ' ').replace(',', ', ')}", forest_method(
+        with_prior=True, **settings
+    )
+
+
+def measured(oracle: Oracle, name: str, seed: int, methods: dict[str, Method]) -> Column:
+    """Run methods on an oracle."""
     column = Column(name, oracle.num_layers)
     prior = oracle.prior(seed)
-    for method, run in METHODS.items():
+    for method, run in methods.items():
         column.gains[method] = run(oracle, prior, seed)
     known = np.max([gains.max(axis=1) for gains in column.gains.values()], axis=0)
     bests = [oracle.best_gain(prompt, max(0.0, each)) for prompt, each in enumerate(known)]
@@ -156,7 +166,7 @@ def losses(column: Column) -> list[str]:
 def rows_of(column: Column) -> list[dict[str, Any]]:
     """Return one row for each method and budget."""
     rows = []
-    for name in METHODS:
+    for name in column.gains:
         regret, hits = column.regret(name), column.hits(name)
         more = column.regret(OURS) - regret
         for index, count in enumerate(BUDGETS):
@@ -182,7 +192,7 @@ def shown(column: Column) -> str:
     )
     heads = " | ".join(str(count) for count in BUDGETS)
     lines = [title, "", f"| method | {heads} |", f"|---|{'---:|' * len(BUDGETS)}"]
-    for name in METHODS:
+    for name in column.gains:
         regret, hits = column.regret(name).mean(axis=0), column.hits(name).mean(axis=0)
         cells = [f"{miss:.3f}, {hit:.0%}" for miss, hit in zip(regret, hits, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -192,3 +202,24 @@ def shown(column: Column) -> str:
     mean, low, high = interval(ours - walk)
     lines += [f"ours at 40 minus the walk at 240: {mean:+.3f} [{low:+.3f}, {high:+.3f}]", ""]
     return "\n".join(lines)
+
+
+def verdicts(columns: list[Column], other: str) -> str:
+    """Return, for each budget, the mean regret of ours and of another method, and on how many columns each is worse."""
+    lines = [f"{OURS} against {other}, {len(columns)} columns", ""]
+    lines += ["| evaluations | mean regret | of the other | ours is surely worse | better |"]
+    lines += ["|---:|---:|---:|---:|---:|"]
+    for index, count in enumerate(BUDGETS):
+        more = [
+            column.regret(OURS)[:, index] - column.regret(other)[:, index] for column in columns
+        ]
+        ends = [interval(each) for each in more]
+        means = (
+            np.mean([column.regret(name)[:, index].mean() for column in columns])
+            for name in (OURS, other)
+        )
+        worse, better = sum(low > 0 for _, low, _ in ends), sum(high < 0 for *_, high in ends)
+        lines.append(
+            f"| {count} | {' | '.join(f'{mean:.4f}' for mean in means)} | {worse} | {better} |"
+        )
+    return "\n".join([*lines, ""])
