@@ -86,7 +86,7 @@ class SearchConfig:
     temperature: float = 4.0
     prior_weight: float = 0.5
     random_child: float = 0.0
-    interaction: float = 0.03
+    interaction: float = 0.1
     noise: float = 0.01
     stop_at: float = 0.0
 

@@ -81,7 +81,7 @@ impl Default for SearchConfig {
             temperature: 4.0,
             prior_weight: 0.5,
             random_child: 0.0,
-            interaction: 0.03,
+            interaction: 0.1,
             noise: 0.01,
             stop_at: 0.0,
         }
