@@ -50,24 +50,35 @@ def time_runs(
     compared: Sequence[ComparedRun],
     arguments: Mapping[str, Mapping[str, Any]],
     *,
+    prompts: int,
     rounds: int,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Time the policies and the plans of their baselines; the time of a mixture is that of its parts.
 
+    A policy under test is timed on prompts that stand for all: shallow and deep plans are as frequent among them.
+
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
         scorer: Encodes the prompts, and knows the shortcuts.
-        examples: The prompts of each round.
+        examples: All prompts.
         compared: The runs of the evaluation.
         arguments: Arguments of `wrap_model` for each policy under test, by its name.
+        prompts: Number of prompts that each is timed on.
         rounds: Number of measured rounds.
         progress: Called with the stage, the number of finished steps and the number of all steps.
 
     Returns:
         What was measured, by the run's name, and the base model's milliseconds for one prompt.
     """
-    policies: dict[str, Mapping[str, Any]] = dict(arguments)
+    policies: dict[str, tuple[Mapping[str, Any], Sequence[Example]]] = {
+        item.run.name: (
+            arguments[item.run.name],
+            [examples[row] for row in _spread(item.run.plans, prompts)],
+        )
+        for item in compared
+        if item.run.name in arguments
+    }
     mixtures = {
         item.run.name: _timed_parts(item.run)
         for item in compared
@@ -80,9 +91,12 @@ def time_runs(
 
     for name, (plans, _) in mixtures.items():
         maps = False if name in plain else scorer.shortcuts
-        policies |= {named(name, plan): {"plan": plan, "shortcuts": maps} for plan in plans}
+        policies |= {
+            named(name, plan): ({"plan": plan, "shortcuts": maps}, examples[:prompts])
+            for plan in plans
+        }
     progress("timing prefills", 0, 1)
-    ratios, base_milliseconds = time_prefill(model, scorer, examples, policies, rounds=rounds)
+    ratios, base_milliseconds = time_prefill(model, scorer, policies, rounds=rounds)
     progress("timing prefills", 1, 1)
     times = {name: ratios[name].to_dict() for name in arguments}
     for name, (plans, weights) in mixtures.items():
@@ -93,6 +107,14 @@ def time_runs(
         }
         times[name] = parts[0] | mixed
     return times, base_milliseconds
+
+
+def _spread(plans: Plans, count: int) -> list[int]:
+    """Return prompts at even steps among all, from the shallowest plan to the deepest."""
+    order = np.argsort(plans.sum(axis=1), kind="stable")
+    count = min(count, len(order))
+    chosen: list[int] = order[(2 * np.arange(count) + 1) * len(order) // (2 * count)].tolist()
+    return chosen
 
 
 def _timed_parts(run: PolicyRun) -> tuple[Plans, list[float]]:

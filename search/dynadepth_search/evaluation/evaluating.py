@@ -265,9 +265,10 @@ def evaluate(
         times, base_milliseconds = time_runs(
             model,
             scorer,
-            heldout.examples[: settings.timing_prompts],
+            heldout.examples,
             compared,
             tested,
+            prompts=settings.timing_prompts,
             rounds=settings.timing_rounds,
             progress=progress,
         )

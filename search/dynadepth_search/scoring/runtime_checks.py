@@ -49,7 +49,7 @@ class RuntimeCheck:
 
 @dataclass(frozen=True, slots=True)
 class TimeRatio:
-    """Wall time of a prefill as a fraction of the base model's, over rounds in which they take turns.
+    """Wall time of a prefill as a fraction of the base model's on the same prompts, right before or after it.
 
     Args:
         median: Median ratio over the rounds.
@@ -173,27 +173,28 @@ def _scores(item: EncodedExample, logits: torch.Tensor) -> npt.NDArray[np.float6
 def time_prefill(
     model: Any,
     scorer: Scorer,
-    examples: Sequence[Example],
-    policies: Mapping[str, Mapping[str, Any]],
+    policies: Mapping[str, tuple[Mapping[str, Any], Sequence[Example]]],
     *,
     rounds: int = 5,
 ) -> tuple[dict[str, TimeRatio], float]:
     """Time the prefill of prompts, one at a time and with a cache, against the base model.
 
-    Base and policies take turns within every round, so that a slowdown of the machine affects all of
-    them.
+    In every round the base model runs the same prompts right before a policy or right after it, in turns, so that a
+    slowdown of the machine affects both.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
         scorer: Encodes the prompts.
-        examples: The prompts of each round.
-        policies: Arguments of `wrap_model` for each policy, by its name.
-        rounds: Number of measured rounds; before them, the first prompt runs once with everything and is not measured.
+        policies: Arguments of `wrap_model` for each policy, by its name, and the prompts that it is timed on.
+        rounds: Number of measured rounds; before them, a prompt of each policy runs once and is not measured.
 
     Returns:
         The ratio to the base model by name, and the base model's milliseconds for one prompt.
     """
-    inputs = [scorer.encode_prompts([example]) for example in examples]
+    inputs = {
+        name: [scorer.encode_prompts([example]) for example in examples]
+        for name, (_, examples) in policies.items()
+    }
 
     def run(prompts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
         _wait(model)
@@ -203,28 +204,32 @@ def time_prefill(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1
             )
         _wait(model)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / len(prompts)
 
-    base: list[float] = []
+    base: dict[str, list[float]] = {name: [] for name in policies}
     taken: dict[str, list[float]] = {name: [] for name in policies}
     with torch.inference_mode():
-        for prompts in [inputs[:1]] + [inputs] * rounds:
-            base.append(run(prompts))
-            for name, arguments in policies.items():
+        for number in range(rounds + 1):
+            for name, (arguments, _) in policies.items():
+                prompts = inputs[name] if number else inputs[name][:1]
+                if number % 2 == 0:
+                    base[name].append(run(prompts))
                 with wrapped(model, **arguments):
                     taken[name].append(run(prompts))
+                if number % 2 == 1:
+                    base[name].append(run(prompts))
     ratios = {}
     for name, seconds in taken.items():
-        each = np.array(seconds[1:]) / np.array(base[1:])
+        each = np.array(seconds[1:]) / np.array(base[name][1:])
         ratios[name] = TimeRatio(
             median=float(np.median(each)),
             low=float(each.min()),
             high=float(each.max()),
             rounds=rounds,
-            prompts=len(examples),
-            milliseconds=float(np.median(seconds[1:])) * 1e3 / len(examples),
+            prompts=len(inputs[name]),
+            milliseconds=float(np.median(seconds[1:])) * 1e3,
         )
-    return ratios, float(np.median(base[1:])) * 1e3 / len(examples)
+    return ratios, float(np.median([seconds[1:] for seconds in base.values()])) * 1e3
 
 
 def _wait(model: Any) -> None:
