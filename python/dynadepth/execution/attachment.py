@@ -20,6 +20,7 @@ from dynadepth.execution.executor import (
     obeys,
     remove_executor,
 )
+from dynadepth.execution.exit_forward import ExitScope
 from dynadepth.execution.plan_forward import Planner, PlanScope
 from dynadepth.models.structure import LayerStack, forward_parameters
 
@@ -60,6 +61,11 @@ class Attachment:
     def stack(self) -> nn.Module | None:
         """The module whose forward runs the layers; None while nothing is attached."""
         return None if self._stack is None else self._stack()
+
+    def layers(self) -> list[nn.Module]:
+        """Return the decoder layers as they stand now; none while nothing is attached."""
+        stack = self.stack
+        return [] if stack is None else list(stack.get_submodule(self._list_name).children())
 
     def attach(self, planner: _AttachedPlanner, model: nn.Module, stack: LayerStack) -> None:
         """Put the executor and the hooks on a model; if it raises, nothing is changed.
@@ -153,8 +159,9 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
+    scope = PlanScope if planner.exits is None else ExitScope
     enter_scope(
-        PlanScope(
+        scope(
             planner,
             mask,
             tokens,

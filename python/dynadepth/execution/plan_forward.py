@@ -27,6 +27,9 @@ class Planner(Protocol):
     """Makes the plans of a forward pass."""
 
     num_layers: int
+    # Where new tokens may leave early; None: nowhere.
+    exits: Any
+    attachment: Any
 
     @property
     def skips(self) -> Sequence[Skipped]:

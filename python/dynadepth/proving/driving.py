@@ -12,6 +12,7 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.executor import NOTHING, Skipped
+from dynadepth.execution.exit_forward import Exits
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -152,6 +153,7 @@ class FixedPlans:
         self.skips = (NOTHING,) * stack.num_layers if skips is None else tuple(skips)
         self.plans = plans
         self.attachment = Attachment()
+        self.exits: Exits | None = None
         self._model, self._stack = model, stack
 
     def __enter__(self) -> "FixedPlans":

@@ -19,6 +19,7 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
+from dynadepth.execution.exit_forward import Exits
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -81,6 +82,7 @@ class Controller(ContextMethods):
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
         self.attachment = Attachment()
+        self.exits: Exits | None = None
         self.shortcuts = shortcuts
         self.skips = skips_of(shortcuts, num_layers)
 
