@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynadepth.caching.depth_cache import DepthCache
-from dynadepth.execution.exit_forward import Exits
+from dynadepth.exits.exit_forward import Exits
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import identity_plan
 from dynadepth.proving.driving import FixedPlans
@@ -135,9 +135,8 @@ def made(family, attention=None, num_layers=4):
 
 
 def leaving(model, stack, heads, window=8):
-    planner = FixedPlans(model, stack, identity_plan(stack.num_layers)[None])
-    planner.exits = Exits(tuple(heads), window)
-    return planner
+    plan = identity_plan(stack.num_layers)[None]
+    return FixedPlans(model, stack, plan, exits=Exits(tuple(heads), window))
 
 
 def test_what_goes_on_and_all_states_are_the_base_models(kind):

@@ -20,7 +20,6 @@ from dynadepth.execution.executor import (
     obeys,
     remove_executor,
 )
-from dynadepth.execution.exit_forward import ExitScope
 from dynadepth.execution.plan_forward import Planner, PlanScope
 from dynadepth.models.structure import LayerStack, forward_parameters
 
@@ -36,6 +35,8 @@ class _AttachedPlanner(Planner, Protocol):
     """A planner that remembers what it has put on its model."""
 
     attachment: "Attachment"
+    # What a forward of the model runs in.
+    scope_class: type[PlanScope]
 
 
 class Attachment:
@@ -159,15 +160,18 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    scope = PlanScope if planner.exits is None else ExitScope
     enter_scope(
-        scope(
+        planner.scope_class(
             planner,
             mask,
             tokens,
             config=module.config,
             mask_given=given is not None,
             router_logits=kwargs.get("output_router_logits"),
+            states_asked=any(
+                kwargs.get(name, getattr(module.config, name, False))
+                for name in ("output_hidden_states", "output_attentions")
+            ),
         )
     )
 

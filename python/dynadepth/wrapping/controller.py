@@ -19,7 +19,9 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
-from dynadepth.execution.exit_forward import Exits
+from dynadepth.execution.plan_forward import PlanScope
+from dynadepth.exits.exit_forward import Exits, ExitScope
+from dynadepth.exits.exit_stats import ExitStats, ExitTotals
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -47,6 +49,9 @@ class Controller(ContextMethods):
         attachment: What it has put on the model.
         shortcuts: The maps that rows take in place of layers that they skip; None: nothing is in their place.
         skips: What rows go through in place of each layer that they skip.
+        exits: Where new tokens may leave early; None: nowhere.
+        exit_stats: What `exit_totals` are read from.
+        scope_class: What a forward of the model runs in.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,12 +82,14 @@ class Controller(ContextMethods):
         budget: float | None = None,
         budgets: Budgets | None = None,
         shortcuts: Shortcuts | None = None,
+        exits: Exits | None = None,
     ) -> None:
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
         self.attachment = Attachment()
-        self.exits: Exits | None = None
+        self.exits, self.exit_stats = exits, ExitStats(num_layers)
+        self.scope_class = PlanScope if exits is None else ExitScope
         self.shortcuts = shortcuts
         self.skips = skips_of(shortcuts, num_layers)
 
@@ -218,8 +225,14 @@ class Controller(ContextMethods):
         return self._stats.totals
 
     def reset_totals(self) -> None:
-        """Set `totals` back to zero; what is known of the last batch is kept."""
+        """Set `totals` and `exit_totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
+        self.exit_stats.reset()
+
+    @property
+    def exit_totals(self) -> ExitTotals:
+        """How many new tokens left early, and what decoding cost, since wrapping or since `reset_totals`."""
+        return self.exit_stats.totals
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new.

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_policy
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.execution.attachment import check_text_only
 from dynadepth.execution.executor import is_installed
+from dynadepth.exits.exit_forward import Exits
 from dynadepth.models.structure import LayerStack, check_not_parallel
-from dynadepth.plans import check_plans
+from dynadepth.plans import check_plans, identity_plan
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.proving.prove import Unlisted, proved_stack
 from dynadepth.wrapping.budgets import Budgets
@@ -32,6 +34,7 @@ def wrap_model(
     routers: Any = None,
     plan: Any = None,
     policy: Policy | None = None,
+    exits: Exits | None = None,
     max_depth: float | None = None,
     protect: Iterable[int] = (),
     router_backend: Literal["torch", "onnx"] = "torch",
@@ -51,6 +54,9 @@ def wrap_model(
         routers: A routers folder, a hub id, or what `load_policy` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
         policy: Any other policy, made for a model of as many layers.
+        exits: Where new tokens may leave early, with heads of your own. A token that leaves owes its later layers,
+            which run in one call with a later token, so all keys and values are the base model's own. Prompts are read
+            in full.
         max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
             removed. A layer is decided before the later ones are known, so a repeat is kept only if the remaining
             layers, each run once, still fit.
@@ -87,13 +93,18 @@ def wrap_model(
     """
     given = [
         name
-        for name, value in (("budget", budget), ("plan", plan), ("policy", policy))
+        for name, value in (
+            ("budget", budget),
+            ("plan", plan),
+            ("policy", policy),
+            ("exits", exits),
+        )
         if value is not None
     ]
     if len(given) != 1:
         raise ConfigError(
-            f"wrap_model was given {' and '.join(given) or 'none of budget, plan and policy'}; "
-            "expected exactly one of budget, plan and policy"
+            f"wrap_model was given {' and '.join(given) or 'none of budget, plan, policy and exits'}; "
+            "expected exactly one of them"
         )
     if router_backend not in ("torch", "onnx"):
         raise ConfigError(f"router_backend is {router_backend!r}; expected 'torch' or 'onnx'")
@@ -131,13 +142,19 @@ def wrap_model(
         chosen = (
             policy
             if policy is not None
-            else StaticPolicy(check_plans(plan, stack.num_layers, num_rows=1)[0])
+            else StaticPolicy(
+                identity_plan(stack.num_layers)
+                if plan is None
+                else check_plans(plan, stack.num_layers, num_rows=1)[0]
+            )
         )
     if chosen.num_layers != stack.num_layers:
         raise PlanError(
             f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
             "use a policy made for this model"
         )
+    if exits is not None:
+        _check_exits(exits, stack, shortcuts)
     maps = resolve_shortcuts(shortcuts, inner, loaded)
     controller = Controller(
         stack.num_layers,
@@ -147,6 +164,7 @@ def wrap_model(
         budget=None if budget is None else float(budget),
         budgets=budgets,
         shortcuts=maps,
+        exits=exits,
     )
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
@@ -221,7 +239,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             "assistant_early_exit changes the number of layers that the plan was made for; use assistant_model= or no "
             "assistant"
         )
-    if setting("prefill_chunk_size") and controller.policy.decision_layers:
+    reads_prompts = controller.policy.decision_layers or controller.exits is not None
+    if setting("prefill_chunk_size") and reads_prompts:
         raise UnsupportedModelError(
             f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy only a part of the prompt; "
             "leave it out, or wrap with plan="
@@ -268,7 +287,11 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             prompt = candidate
     width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
     with controller.generation(width):
-        return type(model).generate(model, *args, **kwargs)
+        output = type(model).generate(model, *args, **kwargs)
+    cache = output.get("past_key_values") if isinstance(output, dict) else None
+    if isinstance(cache, DepthCache):
+        cache.settle()
+    return output
 
 
 def _check_max_depth(given: Any) -> float | None:
@@ -290,6 +313,28 @@ def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]
                 f"protect names layer {layer!r}; expected layer numbers from 0 to {stack.num_layers - 1}"
             )
     return layers
+
+
+def _check_exits(exits: Any, stack: LayerStack, shortcuts: GivenShortcuts) -> None:
+    """Refuse what new tokens cannot leave by."""
+    if not isinstance(exits, Exits):
+        raise ConfigError(
+            f"exits is a {type(exits).__name__}; expected Exits((head, ...)) with heads of your own"
+        )
+    reason = None if stack.traits is None else stack.traits.no_exits
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"no token of this {stack.model_type} may leave early: {reason}. Wrap it without exits"
+        )
+    last = exits.heads[-1].layer_idx
+    if last >= stack.num_layers:
+        raise ConfigError(
+            f"exits have a head before layer {last}; the model's layers are 0 to {stack.num_layers - 1}"
+        )
+    if shortcuts:
+        raise ConfigError(
+            "shortcuts go with plans that skip layers, and exits skip none; leave shortcuts out"
+        )
 
 
 def _resolve_routers(model: nn.Module, routers: Any) -> TrainedPolicy:

@@ -15,12 +15,17 @@ from torch import nn
 from transformers.cache_utils import StaticLayer
 
 from dynadepth.caching.depth_cache import DepthCache
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.config import plain_number
+from dynadepth.errors import ConfigError, UnsupportedModelError
+from dynadepth.execution.attachment import Attachment
+from dynadepth.execution.callbacks import VisitEvent
 from dynadepth.execution.executor import PER_ROW, Scope, enter_scope, leave_scope
 from dynadepth.execution.layer_call import LayerCall
-from dynadepth.execution.owed import OwedPiece, PieceQueue, merge_arguments
 from dynadepth.execution.plan_forward import Planner, PlanScope
+from dynadepth.exits.exit_stats import ExitStats
+from dynadepth.exits.owed import OwedPiece, PieceQueue, merge_arguments
 from dynadepth.models.structure import layer_signature
+from dynadepth.plans import EXECUTE
 
 __all__ = ["ExitHead", "ExitScope", "Exits"]
 
@@ -46,105 +51,182 @@ class Exits:
     Args:
         heads: One for each exit layer, ascending.
         window: Most tokens of a row that later layers run for in one call of decoding.
+
+    Raises:
+        ConfigError: There are no heads, two are before one layer, one is before layer 0, they are not ascending, or the
+            window is no number of tokens.
     """
 
     heads: tuple[ExitHead, ...]
     window: int = 8
 
+    def __post_init__(self) -> None:
+        at = [head.layer_idx for head in self.heads]
+        if not at or at[0] < 1 or at != sorted(set(at)):
+            raise ConfigError(
+                f"exits were given heads before layers {at}; expected one or more, each before another layer, "
+                "ascending and from layer 1 on"
+            )
+        window = plain_number(self.window)
+        if type(window) is not int or window < 1:
+            raise ConfigError(
+                f"the window of exits is {self.window!r}; expected a number of tokens of at least 1 (1: no call is "
+                "saved)"
+            )
+
+
+class ExitPlanner(Planner, Protocol):
+    """A planner whose new tokens may leave early."""
+
+    exits: Exits | None
+    exit_stats: ExitStats
+    attachment: Attachment
+
 
 class ExitScope(PlanScope):
     """One forward pass of a model whose new tokens may leave early; the arguments are those of `PlanScope`."""
 
-    # Set before the first layer runs, see `_begin`.
-    _queue: PieceQueue | None = None
+    _planner: ExitPlanner
+    # What the cache owes; None before the first layer, and where no token may leave.
+    _owed: "Owed | None" = None
 
     def run(self, call: LayerCall) -> torch.Tensor:
-        """Run a layer for the tokens of this forward and those that settle, or note what it owes."""
+        """Run a layer for the tokens of this forward and those that settle, or note what it owes.
+
+        Raises:
+            UnsupportedModelError: As `PlanScope.run`; or a mask cannot be put together for several tokens.
+            PlanError: The batch does not fit the plans.
+        """
         if self._plans is None:
             self._plans = self._begin(call)
-            self._begin_exits(call)
-        cache = self._cache
-        if cache is None or self._queue is None:
+            self._begin_exits(call.hidden_states)
+        cache, owed = self._cache, self._owed
+        if cache is None or owed is None:
             return super().run(call)
         layer_idx, states = call.layer_idx, call.hidden_states
         head = self._heads.get(layer_idx)
         if head is not None and self._left is None:
-            states = self._arrive(head, states)
-        last = layer_idx == len(self.dispatch) - 1
+            states = self._arrive(head, states, owed, cache)
+        last = layer_idx == self._planner.num_layers - 1
         if self._left is not None:
             self._left.arguments[layer_idx] = without_cache(call)
-            return self._given_out(states[:, -self._num_tokens :]) if last else states
-        if self._joined:
-            here = OwedPiece(states[:, -self._num_tokens :], self._end, {layer_idx: call.arguments})
-            call.arguments = arguments_of([*self._joined, here], call, cache)
-        states = call.visit(states, cache=cache.view(layer_idx, 0))
+        else:
+            if self._joined:
+                current = states[:, -self._num_tokens :]
+                here = OwedPiece(current, self._end, {layer_idx: call.arguments})
+                pieces = [*self._joined, here]
+                call.arguments = merged_arguments(
+                    pieces, layer_idx, cache, call.signature.mask_name
+                )
+            states = self._visit(call, states, cache)
         return self._given_out(states[:, -self._num_tokens :]) if last else states
 
-    def _begin_exits(self, call: LayerCall) -> None:
-        cache, exits = self._cache, self._planner.exits
-        if cache is None or exits is None or not self._plans_are_identity():
+    def _visit(self, call: LayerCall, states: torch.Tensor, cache: DepthCache) -> torch.Tensor:
+        event = None
+        self._layer_calls += 1
+        if self._callbacks is not None:
+            event = VisitEvent(call.layer_idx, 0, tuple(range(len(states))), states.shape[1])
+            self._callbacks.before(event)
+        states = call.visit(states, cache=cache.view(call.layer_idx, 0))
+        if self._callbacks is not None and event is not None:
+            self._callbacks.after(event)
+        return states
+
+    def finish(self) -> None:
+        """Record that the forward has completed."""
+        super().finish()
+        if self._owed is not None and not self._is_prefill and self._num_tokens == 1:
+            self._planner.exit_stats.step(self._leaving, self._num_rows, self._layer_calls)
+
+    def _begin_exits(self, states: torch.Tensor) -> None:
+        cache, exits, plans = self._cache, self._planner.exits, self._plans
+        if exits is None or cache is None or plans is None or self._only_plans:
             return
+        if (plans.plans != int(EXECUTE)).any():
+            raise ConfigError(
+                "new tokens leave early only under the plan of every layer once, and this batch has another; wrap with "
+                "exits= alone, and leave plans(...) out"
+            )
         if cache.owed is None:
             cache.owed = Owed(self._planner, exits)
-        self._owed: Owed = cache.owed
-        self._queue = self._owed.queue
+        elif self._states_asked:
+            cache.settle()
+            cache.in_forward = True
+        self._owed = cache.owed
         self._heads = {head.layer_idx: head for head in exits.heads}
+        self._num_rows = len(states)
         self._end = cache.get_seq_length() + self._num_tokens
         self._window = exits.window
-        self._may_leave = self._num_tokens == 1 and self._end > 1
+        self._may_leave = self._num_tokens == 1 and self._end > 1 and not self._states_asked
         self._joined: list[OwedPiece] = []
         self._left: OwedPiece | None = None
-        # Which rows have been decided early, and what is given out for them.
-        self._early = torch.zeros(
-            call.hidden_states.shape[0], dtype=torch.bool, device=call.hidden_states.device
-        )
-        self._any_early = False
+        # How many rows each head has let go, and how many layers ran.
+        self._leaving: dict[int, int] = {}
+        self._layer_calls = 0
+        # Rows that have been decided early, and what is given out for them.
+        self._early: torch.Tensor | None = None
         self._final: torch.Tensor | None = None
-        self._ask_at(exits)
+        self.dispatch = [PER_ROW] * self._planner.num_layers
+        # The layer that asks has been called already.
+        self._run_directly(1, exits.heads[0].layer_idx, cache)
 
-    def _plans_are_identity(self) -> bool:
-        return self._plans is not None and bool((self._plans.plans == 1).all())
+    def _run_directly(self, first: int, end: int, cache: DepthCache) -> None:
+        """Let layers run without asking, if nobody watches them."""
+        if self._callbacks is None and first < end:
+            dispatch = list(self.dispatch)
+            dispatch[first:end] = cache.first_views[first:end]
+            self.dispatch = dispatch
+            self._layer_calls += end - first
 
-    def _ask_at(self, exits: Exits) -> None:
-        """Let the layers from the first exit on call `run`, as far as that is needed."""
-        first = exits.heads[0].layer_idx
-        self.dispatch = [*self.dispatch[:first], *[PER_ROW] * (len(self.dispatch) - first)]
-
-    def _arrive(self, head: ExitHead, states: torch.Tensor) -> torch.Tensor:
+    def _arrive(
+        self, head: ExitHead, states: torch.Tensor, owed: "Owed", cache: DepthCache
+    ) -> torch.Tensor:
         """Let tokens leave before a layer, or take those along that wait there."""
-        queue = self._owed.queue
-        if self._may_leave and self._leave(head, states):
+        if self._may_leave and self._leave(head, states, owed):
             here = OwedPiece(states[:, -1:], self._end)
             first = 0
             for piece in self._joined:
                 piece.states = states[:, first : first + piece.num_tokens]
                 first += piece.num_tokens
-            queue.add(head.layer_idx, [*self._joined, here])
+            owed.queue.add(head.layer_idx, [*self._joined, here])
             self._left, self._joined = here, []
             return states
-        waiting = queue.take(head.layer_idx)
-        self._joined = [*waiting, *self._joined]
-        return (
-            torch.cat([*(piece.states for piece in waiting), states], dim=1) if waiting else states
-        )
+        waiting = owed.queue.take(head.layer_idx)
+        if waiting:
+            states = torch.cat([*(piece.states for piece in waiting), states], dim=1)
+            self._joined = [*waiting, *self._joined]
+        elif not self._joined:
+            # The last layer gives out what was decided early.
+            end = self._planner.num_layers - (self._early is not None)
+            later = (layer for layer in self._heads if layer > head.layer_idx)
+            self._run_directly(head.layer_idx + 1, min(later, default=end), cache)
+        return states
 
-    def _leave(self, head: ExitHead, states: torch.Tensor) -> bool:
+    def _leave(self, head: ExitHead, states: torch.Tensor, owed: "Owed") -> bool:
         """Ask a head about the rows that have not left; say whether no layer after it need run now."""
         here = states[:, -1]
-        leaving = head.leaves(here) & ~self._early
-        if bool(leaving.any()):
+        leaving = head.leaves(here)
+        if self._early is not None:
+            known = self._early.to(leaving.device)
+            leaving, early = leaving & ~known, leaving | known
+        else:
+            early = leaving
+        # The one wait for the device.
+        count, together = torch.stack([leaving.sum(), early.sum()]).tolist()
+        if count:
+            self._leaving[head.layer_idx] = count
             final = head.final(here)
-            known = final if self._final is None else self._final
-            self._final = torch.where(leaving[:, None], final, known)
-            self._early = self._early | leaving
-            self._any_early = True
-        tokens = len(self._owed) + sum(piece.num_tokens for piece in self._joined) + 1
-        return self._any_early and tokens < self._window and bool(self._early.all())
+            if self._final is not None:
+                final = torch.where(leaving[:, None], final, self._final.to(final))
+            self._final, self._early = final, early
+        tokens = len(owed) + sum(piece.num_tokens for piece in self._joined) + 1
+        return bool(together == self._num_rows and tokens < self._window)
 
     def _given_out(self, states: torch.Tensor) -> torch.Tensor:
-        if self._final is None:
+        if self._final is None or self._early is None:
             return states
-        return torch.where(self._early[:, None, None], self._final[:, None], states)
+        early = self._early.to(states.device)[:, None, None]
+        return torch.where(early, self._final.to(states)[:, None], states)
 
 
 class Owed:
@@ -155,7 +237,7 @@ class Owed:
         exits: Where tokens leave.
     """
 
-    def __init__(self, planner: Planner, exits: Exits) -> None:
+    def __init__(self, planner: ExitPlanner, exits: Exits) -> None:
         # A copy of the cache settles with the same layers.
         self._planner = weakref.ref(planner)
         self.queue = PieceQueue([head.layer_idx for head in exits.heads])
@@ -188,12 +270,15 @@ class Owed:
         enter_scope(scope)
         try:
             with torch.no_grad():
-                self._run(planner.attachment.layers(), cache)
+                layer_calls = self._run(planner.attachment.layers(), cache)
         finally:
             leave_scope(planner)
         cache.in_forward = False
+        planner.exit_stats.settled(layer_calls)
 
-    def _run(self, layers: Sequence[nn.Module], cache: DepthCache) -> None:
+    def _run(self, layers: Sequence[nn.Module], cache: DepthCache) -> int:
+        """Return how many layers ran."""
+        layer_calls = 0
         pieces: list[OwedPiece] = []
         states: torch.Tensor | None = None
         for layer_idx in range(min(self.queue.by_exit), len(layers)):
@@ -210,6 +295,8 @@ class Owed:
                 arguments[signature.cache_name] = cache
             output = layer(states, **arguments)
             states = output[0] if isinstance(output, (tuple, list)) else output
+            layer_calls += 1
+        return layer_calls
 
 
 class _SettleScope:
@@ -229,11 +316,6 @@ def without_cache(call: LayerCall) -> dict[str, Any]:
     """Return what a layer was given besides its states and its cache, which would keep itself alive."""
     name = call.signature.cache_name
     return {key: value for key, value in call.arguments.items() if key != name}
-
-
-def arguments_of(pieces: Sequence[OwedPiece], call: LayerCall, cache: DepthCache) -> dict[str, Any]:
-    """Return what the layer of a call is given for several pieces."""
-    return merged_arguments(pieces, call.layer_idx, cache, call.signature.mask_name)
 
 
 def merged_arguments(
