@@ -25,7 +25,8 @@ class Head:
     share: float = 0.5
 
     def leaves(self, states):
-        return (states.sum(dim=-1) * 7.0).frac().abs() < self.share
+        weights = torch.linspace(-1.0, 1.0, states.shape[-1], dtype=states.dtype)
+        return (states @ weights * 7.0).frac().abs() < self.share
 
     def final(self, states):
         return 0.5 * states.flip(-1)

@@ -12,8 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import (
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
+from dynadepth.caching.cache_layers import Slot
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, UnsupportedModelError
@@ -334,21 +339,30 @@ def merged_arguments(
     """
     slot, counted = cache.slots.get((layer_idx, 0)), cache.layers[layer_idx]
     new, end = sum(piece.num_tokens for piece in pieces), pieces[-1].end
-    if isinstance(slot, StaticLayer):
-        num_keys, first_key = slot.max_cache_len, 0
-    else:
-        held = (
-            0 if slot is None or slot.keys is None or not slot.keys.numel() else slot.keys.shape[-2]
-        )
-        num_keys = held + new
-        if getattr(slot, "record_past", False):
-            num_keys = min(num_keys, counted.sliding_window - 1 + new)
-        first_key = end - num_keys
+    num_keys = _num_keys(slot, new)
+    # A static cache begins with the first token, until its window is exceeded.
+    first_key = max(0, end - num_keys)
     return merge_arguments(
         pieces,
         layer_idx,
         mask_name=mask_name,
         num_keys=num_keys,
         first_key=first_key,
-        window=counted.sliding_window if getattr(counted, "is_sliding", False) else None,
+        window=counted.get_max_length() if counted.is_sliding else None,
     )
+
+
+def _num_keys(slot: Slot | None, new: int) -> int:
+    """Return how many keys a slot gives a layer together with so many new ones."""
+    if isinstance(slot, StaticSlidingWindowLayer):
+        held, size = slot.cumulative_length_int, slot.max_cache_len
+        if held >= size:
+            return size - 1 + new
+        return max(size, held + new)
+    if isinstance(slot, StaticLayer):
+        return slot.max_cache_len
+    if slot is None or slot.keys is None or not slot.keys.numel():
+        return new
+    if isinstance(slot, DynamicSlidingWindowLayer) and slot.record_past:
+        return min(slot.keys.shape[-2], slot.sliding_window - 1) + new
+    return int(slot.keys.shape[-2]) + new
