@@ -354,15 +354,15 @@ def merged_arguments(
 
 def _num_keys(slot: Slot | None, new: int) -> int:
     """Return how many keys a slot gives a layer together with so many new ones."""
-    if isinstance(slot, StaticSlidingWindowLayer):
-        held, size = slot.cumulative_length_int, slot.max_cache_len
-        if held >= size:
-            return size - 1 + new
-        return max(size, held + new)
     if isinstance(slot, StaticLayer):
-        return slot.max_cache_len
+        size = int(slot.max_cache_len)
+        if not isinstance(slot, StaticSlidingWindowLayer):
+            return size
+        held = int(slot.cumulative_length_int)
+        return size - 1 + new if held >= size else max(size, held + new)
     if slot is None or slot.keys is None or not slot.keys.numel():
         return new
+    held = int(slot.keys.shape[-2])
     if isinstance(slot, DynamicSlidingWindowLayer) and slot.record_past:
-        return min(slot.keys.shape[-2], slot.sliding_window - 1) + new
-    return int(slot.keys.shape[-2]) + new
+        held = min(held, int(slot.sliding_window) - 1)
+    return held + new
