@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--make-table", action="store_true", help="score the table, and end")
     parser.add_argument(
         "--also",
+        type=other_settings,
         action="append",
         default=[],
         metavar="NAME=NUMBER,...",
@@ -189,7 +190,7 @@ def main() -> None:
     if options.table is not None and not options.table.exists():
         parser.error(f"there is no table {options.table}")
     table = Table.load(path) if path is not None and path.exists() else None
-    others = dict(map(other_settings, options.also))
+    others = dict(options.also)
     methods = METHODS | others
     columns = []
     for kind, layers in columns_of(options):

@@ -45,6 +45,10 @@ class Column:
         """Return what is missed, in shares of the mean achievable gain. Shape (prompts, budgets)."""
         return np.asarray((self.achievable[:, None] - self.gains[method]) / self.achievable.mean())
 
+    def more_than(self, method: str) -> np.ndarray:
+        """Return the regret of ours beyond that of a method. Shape (prompts, budgets)."""
+        return np.asarray(self.regret(OURS) - self.regret(method))
+
     def hits(self, method: str) -> np.ndarray:
         """Return where 95 % of the gain are found. Shape (prompts, budgets)."""
         return np.asarray(self.gains[method] >= 0.95 * self.achievable[:, None] - 1e-12)
@@ -155,7 +159,7 @@ def losses(column: Column) -> list[str]:
     """Name the baselines and budgets where ours has more regret beyond the paired interval."""
     lost = []
     for name in BASELINES:
-        more = column.regret(OURS) - column.regret(name)
+        more = column.more_than(name)
         for index, count in enumerate(BUDGETS):
             mean, low, high = interval(more[:, index])
             if low > 0:
@@ -168,7 +172,7 @@ def rows_of(column: Column) -> list[dict[str, Any]]:
     rows = []
     for name in column.gains:
         regret, hits = column.regret(name), column.hits(name)
-        more = column.regret(OURS) - regret
+        more = column.more_than(name)
         for index, count in enumerate(BUDGETS):
             mean, low, high = interval(more[:, index])
             rows.append(
@@ -210,10 +214,7 @@ def verdicts(columns: list[Column], other: str) -> str:
     lines += ["| evaluations | mean regret | of the other | ours is surely worse | better |"]
     lines += ["|---:|---:|---:|---:|---:|"]
     for index, count in enumerate(BUDGETS):
-        more = [
-            column.regret(OURS)[:, index] - column.regret(other)[:, index] for column in columns
-        ]
-        ends = [interval(each) for each in more]
+        ends = [interval(column.more_than(other)[:, index]) for column in columns]
         means = (
             np.mean([column.regret(name)[:, index].mean() for column in columns])
             for name in (OURS, other)

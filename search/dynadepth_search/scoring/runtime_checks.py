@@ -186,7 +186,8 @@ def time_prefill(
         model: The unwrapped base model; it is unwrapped again afterwards.
         scorer: Encodes the prompts.
         policies: Arguments of `wrap_model` for each policy, by its name, and the prompts that it is timed on.
-        rounds: Number of measured rounds; before them, a prompt of each policy runs once and is not measured.
+        rounds: Number of rounds. Before each measurement one prompt runs that does not count: what a policy or the base
+            model sets up at its first prompt is not what a prefill costs.
 
     Returns:
         The ratio to the base model by name, and the base model's milliseconds for one prompt.
@@ -196,40 +197,41 @@ def time_prefill(
         for name, (_, examples) in policies.items()
     }
 
+    def prefill(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
+
     def run(prompts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        prefill(*prompts[0])
         _wait(model)
         start = time.perf_counter()
-        for input_ids, attention_mask in prompts:
-            model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1
-            )
+        for each in prompts:
+            prefill(*each)
         _wait(model)
         return (time.perf_counter() - start) / len(prompts)
 
     base: dict[str, list[float]] = {name: [] for name in policies}
     taken: dict[str, list[float]] = {name: [] for name in policies}
     with torch.inference_mode():
-        for number in range(rounds + 1):
+        for number in range(rounds):
             for name, (arguments, _) in policies.items():
-                prompts = inputs[name] if number else inputs[name][:1]
                 if number % 2 == 0:
-                    base[name].append(run(prompts))
+                    base[name].append(run(inputs[name]))
                 with wrapped(model, **arguments):
-                    taken[name].append(run(prompts))
+                    taken[name].append(run(inputs[name]))
                 if number % 2 == 1:
-                    base[name].append(run(prompts))
+                    base[name].append(run(inputs[name]))
     ratios = {}
     for name, seconds in taken.items():
-        each = np.array(seconds[1:]) / np.array(base[name][1:])
+        each = np.array(seconds) / np.array(base[name])
         ratios[name] = TimeRatio(
             median=float(np.median(each)),
             low=float(each.min()),
             high=float(each.max()),
             rounds=rounds,
             prompts=len(inputs[name]),
-            milliseconds=float(np.median(seconds[1:])) * 1e3,
+            milliseconds=float(np.median(seconds)) * 1e3,
         )
-    return ratios, float(np.median([seconds[1:] for seconds in base.values()])) * 1e3
+    return ratios, float(np.median(list(base.values()))) * 1e3
 
 
 def _wait(model: Any) -> None:

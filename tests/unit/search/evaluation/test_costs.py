@@ -61,17 +61,34 @@ def test_ratios_are_to_the_base_model_on_the_same_prompts(machine):
 
 def test_each_run_is_beside_one_of_the_base_model(machine):
     time_prefill(machine, machine, {"one": ({"pace": 0.5}, [3.0])}, rounds=2)
-    warm_up, *measured = [machine.ran[at : at + 2] for at in range(0, 6, 2)]
-    assert all({pace for pace, _ in pair} == {1.0, 0.5} for pair in (warm_up, *measured))
-    # In turns, so that neither is always the second.
-    assert [pair[0][0] for pair in measured] == [0.5, 1.0]
+    # Each measurement is one prompt that does not count, and the prompt; neither is always the second.
+    assert [pace for pace, _ in machine.ran] == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_is_set_up_at_the_first_prompt_does_not_count(monkeypatch):
+    class SetUp(Machine):
+        def __call__(self, **given):
+            super().__call__(**given)
+            self.now += 1000.0 * (self.pace != self.paced)
+            self.paced = self.pace
+
+        paced = None
+
+    slow = SetUp()
+    monkeypatch.setattr(runtime_checks, "time", slow)
+    found, _ = time_prefill(slow, slow, {"half": ({"pace": 0.5}, [3.0, 5.0])}, rounds=2)
+    assert found["half"].median == 0.5
 
 
 def test_a_machine_that_slows_down_slows_both(machine):
     machine.slowdown = 1.01
     policies = {f"policy {number}": ({"pace": 0.5}, [1.0]) for number in range(30)}
     found, _ = time_prefill(machine, machine, policies, rounds=2)
-    assert all(0.49 < each.low < each.high < 0.51 for each in found.values())
+    # A run is two prompts away from the one beside it, however many policies there are.
+    drift = 1.01**2
+    for each in found.values():
+        assert (each.low, each.high) == pytest.approx((0.5 / drift, 0.5 * drift))
 
 
 def test_a_policy_is_timed_on_shallow_and_deep_plans(monkeypatch):
