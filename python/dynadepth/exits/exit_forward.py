@@ -8,6 +8,7 @@ keys and values are the base model's own.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,18 @@ from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.callbacks import VisitEvent
-from dynadepth.execution.executor import PER_ROW, Scope, enter_scope, leave_scope
+from dynadepth.execution.context_stack import contexts_of
+from dynadepth.execution.executor import (
+    PER_ROW,
+    Scope,
+    enter_scope,
+    leave_scope,
+    scope_paused,
+)
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.execution.plan_forward import Planner, PlanScope
+from dynadepth.exits.audit import Audit
+from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_stats import ExitStats
 from dynadepth.exits.owed import OwedPiece, PieceQueue, merge_arguments
 from dynadepth.models.structure import layer_signature
@@ -56,14 +66,18 @@ class Exits:
     Args:
         heads: One for each exit layer, ascending.
         window: Most tokens of a row that later layers run for in one call of decoding.
+        audit: Share of early tokens whose true reading is looked at when their layers have run, from 0 to 1.
+        dial: What audits move; None: nothing.
 
     Raises:
-        ConfigError: There are no heads, two are before one layer, one is before layer 0, they are not ascending, or the
-            window is no number of tokens.
+        ConfigError: There are no heads, two are before one layer, one is before layer 0, they are not ascending, the
+            window is no number of tokens, or the share no share.
     """
 
     heads: tuple[ExitHead, ...]
     window: int = 8
+    audit: float = 1.0
+    dial: Dial | None = None
 
     def __post_init__(self) -> None:
         at = [head.layer_idx for head in self.heads]
@@ -78,6 +92,11 @@ class Exits:
                 f"the window of exits is {self.window!r}; expected a number of tokens of at least 1 (1: no call is "
                 "saved)"
             )
+        share = plain_number(self.audit)
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise ConfigError(
+                f"audit is {self.audit!r}; expected the share of early tokens that are audited, from 0 to 1"
+            )
 
 
 class ExitPlanner(Planner, Protocol):
@@ -85,6 +104,8 @@ class ExitPlanner(Planner, Protocol):
 
     exits: Exits | None
     exit_stats: ExitStats
+    # None: nothing is audited.
+    exit_audit: Audit | None
     attachment: Attachment
 
 
@@ -124,7 +145,11 @@ class ExitScope(PlanScope):
                     pieces, layer_idx, cache, call.signature.mask_name
                 )
             states = self._visit(call, states, cache)
-        return self._given_out(states[:, -self._num_tokens :]) if last else states
+        if not last:
+            return states
+        if self._left is None and self._may_leave:
+            self._note(states, owed)
+        return self._given_out(states[:, -self._num_tokens :])
 
     def _visit(self, call: LayerCall, states: torch.Tensor, cache: DepthCache) -> torch.Tensor:
         event = None
@@ -140,8 +165,14 @@ class ExitScope(PlanScope):
     def finish(self) -> None:
         """Record that the forward has completed."""
         super().finish()
-        if self._owed is not None and not self._is_prefill and self._num_tokens == 1:
-            self._planner.exit_stats.step(self._leaving, self._num_rows, self._layer_calls)
+        if self._owed is None or self._is_prefill or self._num_tokens != 1:
+            return
+        planner = self._planner
+        if self._run_before is not None:
+            self._owed.steps.append(self._run_before)
+        planner.exit_stats.step(self._leaving, self._num_writing, self._layer_calls)
+        if planner.exit_audit is not None and planner.exit_audit.is_due:
+            planner.exit_audit.look(partial(planner.attachment.read, planner))
 
     def _begin_exits(self, states: torch.Tensor) -> None:
         cache, exits, plans = self._cache, self._planner.exits, self._plans
@@ -159,10 +190,11 @@ class ExitScope(PlanScope):
             cache.in_forward = True
         self._owed = cache.owed
         self._heads = {head.layer_idx: head for head in exits.heads}
-        self._num_rows = len(states)
+        self._num_rows = self._num_writing = len(states)
         self._end = cache.get_seq_length() + self._num_tokens
         self._window = exits.window
         self._may_leave = self._num_tokens == 1 and self._end > 1 and not self._states_asked
+        self._counts = self._owed.still_writing(self._tokens, states)
         self._joined: list[OwedPiece] = []
         self._left: OwedPiece | None = None
         # How many rows each head has let go, and how many layers ran.
@@ -171,6 +203,11 @@ class ExitScope(PlanScope):
         # Rows that have been decided early, and what is given out for them.
         self._early: torch.Tensor | None = None
         self._final: torch.Tensor | None = None
+        self._run_before: torch.Tensor | None = None
+        if self._may_leave:
+            self._run_before = torch.full_like(
+                self._counts, self._planner.num_layers, dtype=torch.long
+            )
         self.dispatch = [PER_ROW] * self._planner.num_layers
         # The layer that asks has been called already.
         self._run_directly(1, exits.heads[0].layer_idx, cache)
@@ -188,7 +225,9 @@ class ExitScope(PlanScope):
     ) -> torch.Tensor:
         """Let tokens leave before a layer, or take those along that wait there."""
         if self._may_leave and self._leave(head, states, owed):
-            here = OwedPiece(states[:, -1:], self._end)
+            here = OwedPiece(
+                states[:, -1:], self._end, given=self._final, counts=self._counts
+            )
             first = 0
             for piece in self._joined:
                 piece.states = states[:, first : first + piece.num_tokens]
@@ -210,22 +249,37 @@ class ExitScope(PlanScope):
     def _leave(self, head: ExitHead, states: torch.Tensor, owed: "Owed") -> bool:
         """Ask a head about the rows that have not left; say whether no layer after it need run now."""
         here = states[:, -1]
-        leaving = head.leaves(here)
+        # What a row pads with is nobody's choice.
+        leaving = head.leaves(here) | ~self._counts.to(here.device)
         if self._early is not None:
             known = self._early.to(leaving.device)
             leaving, early = leaving & ~known, leaving | known
         else:
             early = leaving
         # The one wait for the device.
-        count, together = torch.stack([leaving.sum(), early.sum()]).tolist()
+        writing = self._counts.to(here.device)
+        sums = [(leaving & writing).sum(), early.sum(), leaving.sum(), writing.sum()]
+        counted, together, count, self._num_writing = torch.stack(sums).tolist()
         if count:
-            self._leaving[head.layer_idx] = count
+            self._leaving[head.layer_idx] = counted
+            if self._run_before is not None:
+                self._run_before = self._run_before.to(here.device).masked_fill(
+                    leaving, head.layer_idx
+                )
             final = head.final(here)
             if self._final is not None:
                 final = torch.where(leaving[:, None], final, self._final.to(final))
             self._final, self._early = final, early
         tokens = len(owed) + sum(piece.num_tokens for piece in self._joined) + 1
         return bool(together == self._num_rows and tokens < self._window)
+
+    def _note(self, states: torch.Tensor, owed: "Owed") -> None:
+        """Let the audit know of the tokens whose layers have all run now."""
+        owed.note(states, self._joined)
+        audit = self._planner.exit_audit
+        if audit is not None:
+            early = torch.zeros_like(self._counts) if self._early is None else self._early
+            audit.settled(states[:, -1], self._final, early, self._counts)
 
     def _given_out(self, states: torch.Tensor) -> torch.Tensor:
         if self._final is None or self._early is None:
@@ -246,6 +300,62 @@ class Owed:
         # A copy of the cache settles with the same layers.
         self._planner = weakref.ref(planner)
         self.queue = PieceQueue([head.layer_idx for head in exits.heads])
+        # Rows of a generation that have ended and pad. Shape (rows,), bool.
+        self._ended: torch.Tensor | None = None
+        # How many layers had run when each token was chosen, by step. Shape (rows,), int64.
+        self.steps: list[torch.Tensor] = []
+
+    def layers_run(self) -> Any:
+        """Return for each token that was decoded alone, how many layers had run when it was chosen.
+
+        Returns:
+            Shape (rows, tokens), int64, on the host; None if there are none.
+        """
+        if not self.steps:
+            return None
+        first = self.steps[0]
+        return torch.stack([each.to(first.device) for each in self.steps], dim=1).cpu().numpy()
+
+    def still_writing(self, tokens: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+        """Return which rows of a forward have not ended.
+
+        Args:
+            tokens: What the model's forward was given.
+            states: What enters its first layer. Shape (rows, tokens, hidden).
+
+        Returns:
+            Shape (rows,), bool.
+        """
+        planner, rows = self._planner(), len(states)
+        ended = self._ended
+        if states.shape[1] > 1 or ended is None or len(ended) != rows:
+            if ended is not None and len(ended) != rows:
+                self.steps.clear()
+            ended = torch.zeros(rows, dtype=torch.bool, device=states.device)
+        inside = (context for context in contexts_of(planner) if context.in_generate)
+        ends = next((context.ends for context in inside), frozenset())
+        if ends and tokens is not None and tokens.shape == states.shape[:2]:
+            last = tokens[:, -1].to(states.device)
+            ended = ended | torch.isin(last, torch.tensor(sorted(ends), device=last.device))
+        self._ended = ended
+        return ~ended
+
+    def note(self, states: torch.Tensor, pieces: Sequence[OwedPiece]) -> None:
+        """Let the audit know of tokens that have settled.
+
+        Args:
+            states: Theirs after the last layer, oldest first. Shape (rows, tokens or more, hidden).
+            pieces: The tokens.
+        """
+        planner = self._planner()
+        audit = None if planner is None else planner.exit_audit
+        first = 0
+        for piece in pieces if audit is not None else ():
+            if audit is not None and piece.counts is not None:
+                audit.settled(
+                    states[:, first], piece.given, torch.ones_like(piece.counts), piece.counts
+                )
+            first += piece.num_tokens
 
     def __len__(self) -> int:
         return len(self.queue)
@@ -271,13 +381,13 @@ class Owed:
                 "longer wrapped; call cache.settle() before unwrap_model(model)"
             )
         cache.in_forward = True
-        scope = _SettleScope(planner, cache)
-        enter_scope(scope)
-        try:
-            with torch.no_grad():
-                layer_calls = self._run(planner.attachment.layers(), cache)
-        finally:
-            leave_scope(planner)
+        with scope_paused(planner):
+            enter_scope(_SettleScope(planner, cache))
+            try:
+                with torch.no_grad():
+                    layer_calls = self._run(planner.attachment.layers(), cache)
+            finally:
+                leave_scope(planner)
         cache.in_forward = False
         planner.exit_stats.settled(layer_calls)
 
@@ -301,6 +411,8 @@ class Owed:
             output = layer(states, **arguments)
             states = output[0] if isinstance(output, (tuple, list)) else output
             layer_calls += 1
+        if states is not None:
+            self.note(states, pieces)
         return layer_calls
 
 

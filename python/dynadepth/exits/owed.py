@@ -27,11 +27,15 @@ class OwedPiece:
         states: What enters the first layer that they owe. Shape (rows, tokens, hidden).
         end: Tokens of each row up to and with these.
         arguments: What each of the later layers was to be given besides, by its number.
+        given: What the last layer gave out for them. Shape (rows, hidden); None for tokens that go on.
+        counts: Which rows still wrote, rather than padded. Shape (rows,), bool.
     """
 
     states: torch.Tensor
     end: int
     arguments: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    given: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -158,6 +158,7 @@ class FixedPlans:
         self.plans = plans
         self.attachment = Attachment()
         self.exits, self.exit_stats = exits, ExitStats(stack.num_layers)
+        self.exit_audit = None
         self.scope_class = PlanScope if exits is None else ExitScope
         self._model, self._stack = model, stack
 

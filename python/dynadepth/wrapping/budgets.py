@@ -26,6 +26,11 @@ class Budgets:
         self._trained, self._backend = trained, backend
         self._kept: dict[float, Policy] = {}
 
+    @property
+    def trained(self) -> TrainedPolicy | None:
+        """The trained policy, if the model was wrapped with one."""
+        return self._trained
+
     def policy(self, budget: Any) -> Policy:
         """Return the policy that keeps a budget.
 

@@ -6,6 +6,8 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ from torch import nn
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.execution.plan_forward import PlanScope
+from dynadepth.exits.audit import Audit
 from dynadepth.exits.exit_forward import Exits, ExitScope
 from dynadepth.exits.exit_stats import ExitStats, ExitTotals
 from dynadepth.models.structure import position_arguments
@@ -51,7 +55,10 @@ class Controller(ContextMethods):
         skips: What rows go through in place of each layer that they skip.
         exits: Where new tokens may leave early; None: nowhere.
         exit_stats: What `exit_totals` are read from.
+        exit_audit: Compares early tokens with what the base model says; None: nothing is compared.
         scope_class: What a forward of the model runs in.
+        last_layers_run: Of the last `generate`, for each token that was decoded one at a time, the number of layers that
+            had run when it was chosen. Shape (rows, tokens), int64; None without exits or before the first.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,12 +90,16 @@ class Controller(ContextMethods):
         budgets: Budgets | None = None,
         shortcuts: Shortcuts | None = None,
         exits: Exits | None = None,
+        fidelity: float | None = None,
+        adapt: bool = True,
     ) -> None:
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
+        self._fidelity, self._adapt = fidelity, adapt
         self.attachment = Attachment()
         self.exits, self.exit_stats = exits, ExitStats(num_layers)
+        self.exit_audit = None if exits is None or not exits.audit else Audit(exits.audit, exits.dial)
         self.scope_class = PlanScope if exits is None else ExitScope
         self.shortcuts = shortcuts
         self.skips = skips_of(shortcuts, num_layers)
@@ -114,8 +125,36 @@ class Controller(ContextMethods):
 
     @budget.setter
     def budget(self, budget: float) -> None:
-        self._default = self._budgets.policy(budget)
-        self._budget = float(budget)
+        chosen = self._budgets.policy(budget)
+        self._turn(budget=budget)
+        self._default, self._budget, self._fidelity = chosen, float(budget), None
+
+    @property
+    def fidelity(self) -> float | None:
+        """The share of new tokens promised to be the base model's own choice; None if the model has no such promise.
+
+        It can be set while the model is wrapped with exits. The threshold then begins where held-out prompts say.
+
+        Raises:
+            BudgetError: On setting: it is no share, or outside of what was measured. Nothing is changed then.
+            ConfigError: On setting: the model was not wrapped with trained exits.
+        """
+        return self._fidelity
+
+    @fidelity.setter
+    def fidelity(self, fidelity: float) -> None:
+        if not isinstance(self._budgets.trained, TrainedExits):
+            raise ConfigError(
+                "this model was not wrapped with trained exits, so no fidelity can be promised; call "
+                "unwrap_model(model) and wrap it with fidelity= and routers that are exits"
+            )
+        self._turn(fidelity=fidelity)
+        self._fidelity, self._budget = float(fidelity), None
+
+    def _turn(self, **promise: Any) -> None:
+        trained = self._budgets.trained
+        if isinstance(trained, TrainedExits) and self.exits is not None and self.exits.dial is not None:
+            trained.turn(self.exits.dial, adapt=self._adapt, **promise)
 
     def plan_prompts(
         self,
@@ -228,11 +267,20 @@ class Controller(ContextMethods):
         """Set `totals` and `exit_totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
         self.exit_stats.reset()
+        if self.exit_audit is not None:
+            self.exit_audit.reset()
 
     @property
     def exit_totals(self) -> ExitTotals:
-        """How many new tokens left early, and what decoding cost, since wrapping or since `reset_totals`."""
-        return self.exit_stats.totals
+        """How many new tokens left early, what decoding cost, and what audits found.
+
+        Since wrapping or since `reset_totals`. What waits for an audit is looked at first, which runs the model's head.
+        """
+        audit = self.exit_audit
+        if audit is None:
+            return self.exit_stats.totals
+        audit.look(partial(self.attachment.read, self))
+        return replace(self.exit_stats.totals, audited=audit.found)
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new.

@@ -10,6 +10,7 @@ from torch import nn
 
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_policy
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.execution.attachment import check_text_only
@@ -35,6 +36,9 @@ def wrap_model(
     plan: Any = None,
     policy: Policy | None = None,
     exits: Exits | None = None,
+    fidelity: float | None = None,
+    adapt: bool = True,
+    audit: float = 1.0,
     max_depth: float | None = None,
     protect: Iterable[int] = (),
     router_backend: Literal["torch", "onnx"] = "torch",
@@ -50,13 +54,20 @@ def wrap_model(
     Args:
         model: A transformers causal language model, bare or inside a PEFT or a `torch.compile` model. The first of its
             shape is proved on a tiny copy of it, which takes seconds; the verdict is kept.
-        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
+        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers. If
+            these are exits: mean passes of new tokens; prompts are read in full.
         routers: A routers folder, a hub id, or what `load_policy` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
         policy: Any other policy, made for a model of as many layers.
         exits: Where new tokens may leave early, with heads of your own. A token that leaves owes its later layers,
             which run in one call with a later token, so all keys and values are the base model's own. Prompts are read
             in full.
+        fidelity: Share of new tokens that are the base model's own choice after the same text, below 1; needs routers
+            that `dynadepth train --policy exits` wrote. Which of two tokens of nearly equal logits is the choice, is
+            decided by rounding where many share a call.
+        adapt: Whether audits move the threshold of `fidelity`, so that the share is kept on prompts unlike those that it
+            was calibrated on too. Without, held-out prompts have to prove it.
+        audit: Share of early tokens whose true reading is looked at once their layers have run; 0: none.
         max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
             removed. A layer is decided before the later ones are known, so a repeat is kept only if the remaining
             layers, each run once, still fit.
@@ -98,19 +109,21 @@ def wrap_model(
             ("plan", plan),
             ("policy", policy),
             ("exits", exits),
+            ("fidelity", fidelity),
         )
         if value is not None
     ]
     if len(given) != 1:
         raise ConfigError(
-            f"wrap_model was given {' and '.join(given) or 'none of budget, plan, policy and exits'}; "
+            f"wrap_model was given {' and '.join(given) or 'none of budget, fidelity, plan, policy and exits'}; "
             "expected exactly one of them"
         )
     if router_backend not in ("torch", "onnx"):
         raise ConfigError(f"router_backend is {router_backend!r}; expected 'torch' or 'onnx'")
-    if budget is None and (routers is not None or router_backend != "torch"):
+    promised = budget is not None or fidelity is not None
+    if not promised and (routers is not None or router_backend != "torch"):
         raise ConfigError(
-            f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
+            f"routers and router_backend go with budget or fidelity, but {given[0]} was given; leave them out"
         )
     inner = _causal_lm(model)
     stack = proved_stack(inner, unlisted=unlisted)
@@ -127,9 +140,19 @@ def wrap_model(
     max_depth = _check_max_depth(max_depth)
 
     budgets, loaded = None, None
-    if budget is not None:
+    if promised:
         loaded = _resolve_routers(inner, routers)
         budgets = Budgets(loaded, router_backend)
+    if fidelity is not None and not isinstance(loaded, TrainedExits):
+        raise ConfigError(
+            f"fidelity={fidelity!r} needs exits, and the routers are a policy of kind {loaded.kind if loaded else ''!r}; "
+            "train some with `dynadepth train --policy exits`, or give a budget"
+        )
+    if isinstance(loaded, TrainedExits):
+        if router_backend != "torch":
+            raise ConfigError("exits run with router_backend='torch' alone; leave it out")
+        exits = loaded.exits(fidelity=fidelity, budget=budget, adapt=adapt, audit=audit)
+    if budget is not None and budgets is not None and loaded is not None:
         chosen: Policy = budgets.policy(budget)
         movable = sorted(set(protected) - set(loaded.protect))
         if movable:
@@ -165,6 +188,8 @@ def wrap_model(
         budgets=budgets,
         shortcuts=maps,
         exits=exits,
+        fidelity=None if fidelity is None else float(fidelity),
+        adapt=adapt,
     )
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
@@ -286,7 +311,9 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         if prompt is None:
             prompt = candidate
     width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
-    with controller.generation(width):
+    ends = setting("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    with controller.generation(width, ends=frozenset(int(each) for each in ends)):
         output = type(model).generate(model, *args, **kwargs)
     cache = output.get("past_key_values") if isinstance(output, dict) else None
     if isinstance(cache, DepthCache):

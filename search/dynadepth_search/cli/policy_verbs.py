@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from dynadepth_search.cli.exit_training import train_exits
 from dynadepth_search.cli.options import (
     Address,
     Chat,
@@ -59,15 +60,22 @@ def train(
         Path | None,
         typer.Option("--labels", help="Folder that `search prompts` wrote, for --policy drllm"),
     ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            "--task",
+            help="The training prompts, for --policy exits: JSON lines, or text, one prompt per line",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the routers; routers there are replaced")
     ],
     policy: Annotated[
-        Literal["menu", "routers", "drllm"],
+        Literal["menu", "routers", "drllm", "exits"],
         typer.Option(
             "--policy",
             help="menu: one of a few plans for each prompt; routers: one router for each layer; drllm: the published "
-            "routers, which imitate labels",
+            "routers, which imitate labels; exits: new tokens leave where they are decided",
         ),
     ] = "menu",
     objective: Objective = "preserve",
@@ -79,6 +87,23 @@ def train(
             "--accept-partial", help="Learn from what an unfinished scoring or search has so far"
         ),
     ] = False,
+    exit_layers: Annotated[
+        str,
+        typer.Option(
+            "--exit-layers",
+            help="Layers before which tokens may leave, such as 9,15 [default: chosen by held-out passes]",
+        ),
+    ] = "",
+    new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--new-tokens",
+            min=2,
+            help="The most tokens by which each prompt is continued, for --policy exits",
+        ),
+    ] = 64,
+    chat: Chat = False,
+    limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "fast",
@@ -87,10 +112,30 @@ def train(
     """Train a policy, calibrate its budget, and export it to ONNX."""
     needed = {"menu": {"--scores": scores}, "drllm": {"--labels": labels}}
     needed["routers"] = {"--scores": scores, "--plans": plans}
+    needed["exits"] = {"--task": task}
     missing = [option for option, value in needed[policy].items() if value is None]
     if missing:
         raise typer.BadParameter(f"--policy {policy} needs {' and '.join(missing)}")
     protected = layer_numbers(protect, "--protect")
+    if policy == "exits" and task is not None:
+        if protected or shortcuts is not None:
+            raise typer.BadParameter(
+                "--policy exits skips no layer; leave out --protect and --shortcuts"
+            )
+        train_exits(
+            model,
+            task,
+            out,
+            layers=layer_numbers(exit_layers, "--exit-layers"),
+            new_tokens=new_tokens,
+            chat=chat,
+            limit=limit,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            as_json=as_json,
+        )
+        return
 
     from dynadepth.checkpoints.trained_policy import TrainedPolicy
     from dynadepth_search.scoring.score_table import read_scores
