@@ -393,7 +393,9 @@ def _read_exits(
     for layer in content["layers"]:
         _check_kind(file, "a layer of exits.layers", layer, int)
         prefix = f"exits.{layer}."
-        own = {name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)}
+        own = {
+            name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)
+        }
         heads.append(ExitWeights(layer, own))
     unknown = len(tensors) - sum(len(head.tensors) for head in heads)
     if unknown or not heads:

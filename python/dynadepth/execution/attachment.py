@@ -178,7 +178,9 @@ def _path_inside(stack: nn.Module, holder: nn.Module, name: str) -> str:
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     planner: _AttachedPlanner = module.__dict__[_CONTROLLER]
     planner.attachment.check_layers(planner, module)
-    reading = next((each.reading for each in contexts_of(planner) if each.reading is not None), None)
+    reading = next(
+        (each.reading for each in contexts_of(planner) if each.reading is not None), None
+    )
     if reading is not None:
         enter_scope(ReadScope(planner, planner.num_layers, reading))
         return

@@ -58,7 +58,11 @@ class Audited:
             return 1.0, 1.0
         count, share, z = self.read, self.changed / self.read, 1.96
         middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-        half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
+        half = (
+            z
+            * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+            / (1 + z * z / count)
+        )
         early = self.early / self.tokens
         return 1.0 - early * (middle + half), 1.0 - early * max(0.0, middle - half)
 
@@ -157,10 +161,9 @@ class Audit:
                 found.read + len(rows),
                 found.changed + changed,
             )
-        if self._dial is not None and len(rows):
-            self._dial.record(tokens=tokens, changed=changed * early / len(rows))
-        elif self._dial is not None and not early:
-            self._dial.record(tokens=tokens, changed=0)
+        if self._dial is not None:
+            # Each token that is read stands for as many as one in `share` are.
+            self._dial.record(tokens=tokens, changed=changed / self._share)
 
     def _drawn(self, count: int) -> list[int]:
         """Return which of so many early tokens are read: evenly many, whatever comes in one call."""

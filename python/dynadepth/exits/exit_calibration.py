@@ -18,7 +18,9 @@ __all__ = ["ExitCalibration"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitCalibration:
-    """Measured rows, from the strictest threshold to the loosest. Every prompt counts once.
+    """Measured rows, from the strictest threshold to the loosest; at the first one no token leaves.
+
+    Every prompt counts once.
 
     Attributes:
         thresholds: In log-odds, descending.
@@ -39,10 +41,10 @@ class ExitCalibration:
     def __post_init__(self) -> None:
         check_fields(self)
         columns = (self.thresholds, self.passes, self.kept, self.likely, self.certain)
-        if not self.thresholds or len({len(column) for column in columns}) > 1:
+        if len(self.thresholds) < 2 or len({len(column) for column in columns}) > 1:
             raise ConfigError(
                 f"a calibration of exits has columns of {[len(column) for column in columns]} rows; expected as many "
-                "rows in each, at least one"
+                "rows in each, at least two"
             )
         for name in ("thresholds", "passes"):
             column = getattr(self, name)
@@ -71,13 +73,15 @@ class ExitCalibration:
             Angelopoulos et al., Learn then Test (arXiv 2110.01052), with the bounds of `mean_loss_bound`.
         """
         wanted = plain_number(fidelity)
-        bounds = np.minimum.accumulate(self.certain if certain else self.likely)
+        # At the first row no token leaves, which no promise needs.
+        bounds = np.minimum.accumulate((self.certain if certain else self.likely)[1:])
+        thresholds = self.thresholds[1:]
         lowest, highest = float(bounds[-1]), float(bounds[0])
         if type(wanted) not in (int, float) or not lowest <= wanted <= highest:
             hint = (
-                f"; with adapt=False a promise needs more held-out prompts than {self.prompts}, or adapt=True, where "
-                "audits keep it"
-                if certain and type(wanted) in (int, float) and wanted > highest
+                f"; with adapt=False a promise needs more held-out prompts than {self.prompts}, or else adapt=True, "
+                "where audits keep it"
+                if certain
                 else ""
             )
             raise BudgetError(
@@ -86,17 +90,18 @@ class ExitCalibration:
             )
         last = int(np.flatnonzero(bounds >= wanted)[-1])
         if certain or last == len(bounds) - 1 or bounds[last] == bounds[last + 1]:
-            return self.thresholds[last]
+            return thresholds[last]
         share = (bounds[last] - wanted) / (bounds[last] - bounds[last + 1])
-        step = self.thresholds[last + 1] - self.thresholds[last]
-        return float(self.thresholds[last] + share * step)
+        return float(thresholds[last] + share * (thresholds[last + 1] - thresholds[last]))
 
     def threshold_at(self, passes: float) -> float:
-        """Return the threshold of a mean number of passes, between rows by straight lines.
+        """Return the threshold of a mean number of passes, between rows by straight lines; infinite at one pass.
 
         Args:
             passes: Within the range of `budgets`.
         """
+        if passes >= self.passes[0]:
+            return float("inf")
         return float(np.interp(passes, self.passes[::-1], self.thresholds[::-1]))
 
     def budgets(self) -> Calibration:

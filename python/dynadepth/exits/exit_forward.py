@@ -225,9 +225,7 @@ class ExitScope(PlanScope):
     ) -> torch.Tensor:
         """Let tokens leave before a layer, or take those along that wait there."""
         if self._may_leave and self._leave(head, states, owed):
-            here = OwedPiece(
-                states[:, -1:], self._end, given=self._final, counts=self._counts
-            )
+            here = OwedPiece(states[:, -1:], self._end, given=self._final, counts=self._counts)
             first = 0
             for piece in self._joined:
                 piece.states = states[:, first : first + piece.num_tokens]

@@ -152,9 +152,7 @@ def apply_router(tensors: Mapping[str, Tensor], states: Tensor, *, dropout: floa
         Shape (...), float32.
     """
     scaled = (unit_size(states) - tensors["router.mean"]) * tensors["router.scale"]
-    narrow = gelu(
-        dropped(scaled, dropout) @ tensors["router.down"] + tensors["router.down_bias"]
-    )
+    narrow = gelu(dropped(scaled, dropout) @ tensors["router.down"] + tensors["router.down_bias"])
     score: Tensor = narrow @ tensors["router.up"] + tensors["router.bias"]
     return score
 

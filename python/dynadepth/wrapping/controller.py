@@ -99,7 +99,9 @@ class Controller(ContextMethods):
         self._fidelity, self._adapt = fidelity, adapt
         self.attachment = Attachment()
         self.exits, self.exit_stats = exits, ExitStats(num_layers)
-        self.exit_audit = None if exits is None or not exits.audit else Audit(exits.audit, exits.dial)
+        self.exit_audit = (
+            None if exits is None or not exits.audit else Audit(exits.audit, exits.dial)
+        )
         self.scope_class = PlanScope if exits is None else ExitScope
         self.shortcuts = shortcuts
         self.skips = skips_of(shortcuts, num_layers)
@@ -153,7 +155,11 @@ class Controller(ContextMethods):
 
     def _turn(self, **promise: Any) -> None:
         trained = self._budgets.trained
-        if isinstance(trained, TrainedExits) and self.exits is not None and self.exits.dial is not None:
+        if (
+            isinstance(trained, TrainedExits)
+            and self.exits is not None
+            and self.exits.dial is not None
+        ):
             trained.turn(self.exits.dial, adapt=self._adapt, **promise)
 
     def plan_prompts(

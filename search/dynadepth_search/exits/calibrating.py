@@ -66,7 +66,13 @@ def measure_row(
     exits = Exits(tuple(TrainedHead(head, dial) for head in heads), window, audit=0)
     name = f"producing at {threshold:.2f}"
     texts = produce(
-        model, prompts, exits, new_tokens=new_tokens, batch_size=batch_size, name=name, progress=progress
+        model,
+        prompts,
+        exits,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        name=name,
+        progress=progress,
     )
     choices = base_choices(
         model,
@@ -79,20 +85,24 @@ def measure_row(
         float(each.changed(chosen, num_layers).mean()) if len(chosen) else 0.0
         for each, chosen in zip(texts, choices, strict=True)
     ]
-    passes = [each.passes(num_layers, window) if len(each.layers_run) > 1 else 1.0 for each in texts]
+    passes = [
+        each.passes(num_layers, window) if len(each.layers_run) > 1 else 1.0 for each in texts
+    ]
     return Row(threshold, np.array(passes), np.array(changed))
 
 
-def calibration_of(rows: Sequence[Row], num_prompts: int) -> ExitCalibration:
+def calibration_of(rows: Sequence[Row], num_prompts: int, *, never: float) -> ExitCalibration:
     """Return the table of some rows, with a first one at which no token leaves.
 
     Args:
         rows: Of the same prompts; a row that is not looser than the one before and cheaper is left out.
         num_prompts: Number of prompts.
+        never: A threshold that no score reaches.
+
+    Raises:
+        ConfigError: At none of the rows fewer layers run than at the first.
     """
     ordered = sorted(rows, key=lambda row: -row.threshold)
-    # A score cannot reach it; finite, as JSON has no infinity.
-    never = 1e4
     columns: list[tuple[float, float, float, float, float]] = [(never, 1.0, 1.0, 1.0, 1.0)]
     for row in ordered:
         passes, changed = float(row.passes.mean()), row.changed

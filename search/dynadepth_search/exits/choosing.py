@@ -51,7 +51,11 @@ def passes_at(
 
 
 def thresholds_for(
-    exits: Mapping[int, ExitScores], fidelities: Sequence[float], num_layers: int, *, steps: int = 400
+    exits: Mapping[int, ExitScores],
+    fidelities: Sequence[float],
+    num_layers: int,
+    *,
+    steps: int = 400,
 ) -> list[float]:
     """Return for each fidelity the lowest threshold at which these tokens keep it; infinite if none does.
 

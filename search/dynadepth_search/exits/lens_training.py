@@ -42,7 +42,7 @@ def affine_lens(states: ExitStates, layer_idx: int, *, width: int) -> dict[str, 
     down = torch.randn((hidden, width), generator=generator) / hidden**0.5
     assert fitted.A is not None
     return {
-        "lens.weight": fitted.A.float(),
+        "lens.weight": fitted.A.float().contiguous(),
         "lens.bias": fitted.b.float(),
         "lens.down": down,
         "lens.down_bias": torch.zeros(width),
@@ -108,7 +108,7 @@ def train_lens(
             schedule.step()
             done += 1
     progress(f"training the lens of layer {layer_idx}", steps, steps)
-    return {name: each.detach().cpu() for name, each in parameters.items()}
+    return {name: each.detach().cpu().contiguous() for name, each in parameters.items()}
 
 
 def read_choices(

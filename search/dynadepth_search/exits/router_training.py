@@ -48,12 +48,13 @@ def train_router(
     }
     tensors = {name: each.to(device) for name, each in tensors.items()}
     trained = [
-        tensors[f"router.{name}"].requires_grad_()
-        for name in ("down", "down_bias", "up", "bias")
+        tensors[f"router.{name}"].requires_grad_() for name in ("down", "down_bias", "up", "bias")
     ]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=_DECAY)
     steps = epochs * -(-len(states) // _BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _RATE, total_steps=steps, pct_start=0.1
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(epochs):

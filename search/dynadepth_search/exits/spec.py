@@ -38,7 +38,7 @@ class ExitSpec:
     heldout: float = 0.3
     lens_width: int | None = None
     router_width: int = 128
-    lens_epochs: int = 3
+    lens_epochs: int = 1
     router_epochs: int = 8
     most_positions: int = 60_000
     window: int = 8
@@ -95,4 +95,6 @@ class ExitSpec:
                 )
             return self.layers
         shares = (1 / 6, 0.3, 0.45, 0.6, 0.75)
-        return tuple(sorted({max(1, round(share * num_layers)) for share in shares if num_layers > 1}))
+        return tuple(
+            sorted({max(1, round(share * num_layers)) for share in shares if num_layers > 1})
+        )
