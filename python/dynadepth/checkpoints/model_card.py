@@ -19,8 +19,8 @@ def policy_card(policy: TrainedPolicy) -> str:
     """Write the README.md of a routers folder.
 
     Args:
-        policy: Routers, a menu or exits. Of its `metrics`, the rows under `table` become a table, the texts under `drifts` a
-            list, and plain values another list.
+        policy: Routers, a menu or exits. Of its `metrics`, the rows under `table` become a table, the texts under
+            `drifts` a list, and plain values another list.
 
     Returns:
         Markdown with the hub's front matter.
@@ -124,8 +124,8 @@ def _promises(policy: TrainedPolicy) -> list[str]:
         "## Promises",
         "",
         f"Text produced with exits on from {promises.prompts} held-out prompts. Fidelity: the share of new tokens that "
-        "are the base model's own choice after the same text. Bounds that it is above with 95 %: *likely* by the spread "
-        "of the prompts, *certain* for any distribution.",
+        "are the base model's own choice after the same text. Bounds that it is above with 95 %: *likely* by the "
+        "spread of the prompts, *certain* for any distribution.",
         "",
         *_table(rows),
     ]
@@ -135,8 +135,8 @@ def _purpose(policy: TrainedPolicy) -> str:
     if isinstance(policy, TrainedExits):
         return (
             "New tokens leave before a decoder layer where their reading is sure to be the base model's; their later "
-            "layers run with a later token, so keys and values stay the base model's own. The weights of the base model "
-            "do not change."
+            "layers run with a later token, so keys and values stay the base model's own. The weights of the base "
+            "model do not change."
         )
     if isinstance(policy, TrainedMenu):
         return (

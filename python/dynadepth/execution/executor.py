@@ -112,7 +112,7 @@ def leave_scope(owner: object) -> Scope | None:
 
 @contextmanager
 def scope_paused(owner: object) -> Iterator[None]:
-    """Let an owner's layers run in scopes of their own, inside a forward of its model whose scope goes on afterwards."""
+    """Let an owner's layers run in scopes of their own inside a forward of its model, whose scope then goes on."""
     paused = leave_scope(owner)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Readings: what a model's own norm and head say of states, in an ordinary forward of the model in which no layer runs."""
+"""Readings: what a model's own norm and head say of states, in an ordinary forward in which no layer runs."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -1,8 +1,9 @@
 """The dial of late exits: the threshold that scores are compared with, and how audits move it.
 
-A promise of fidelity f allows a share a = 1 - f of new tokens to be changed. The threshold begins where held-out prompts
-said, and after every new token moves by step * (changed - a): up by a step for each changed token, and down by a little
-for every other. So the long-run share of changed tokens is a, whatever the traffic, as long as scores are bounded.
+A promise of fidelity f allows a share a = 1 - f of new tokens to be changed. The threshold begins where held-out
+prompts said, and after every new token moves by step * (changed - a): up by a step for each changed token, and down by
+a little for every other. So the long-run share of changed tokens is a, whatever the traffic, as long as scores are
+bounded.
 """
 
 from threading import Lock

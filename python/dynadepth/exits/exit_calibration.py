@@ -5,6 +5,7 @@ have chosen, the text goes where its own would not have.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class ExitCalibration:
             )
         for name in ("thresholds", "passes"):
             column = getattr(self, name)
-            if any(a <= b for a, b in zip(column, column[1:], strict=False)):
+            if any(a <= b for a, b in pairwise(column)):
                 raise ConfigError(
                     f"the {name} of a calibration of exits are {list(column)}; expected them to fall from row to row"
                 )
@@ -85,8 +86,8 @@ class ExitCalibration:
                 else ""
             )
             raise BudgetError(
-                f"fidelity {fidelity!r} was asked for; expected a share from {_up(lowest):.4f} to {_down(highest):.4f}, "
-                f"which held-out prompts support{hint}"
+                f"fidelity {fidelity!r} was asked for; expected a share from {_up(lowest):.4f} to "
+                f"{_down(highest):.4f}, which held-out prompts support{hint}"
             )
         last = int(np.flatnonzero(bounds >= wanted)[-1])
         if certain or last == len(bounds) - 1 or bounds[last] == bounds[last + 1]:

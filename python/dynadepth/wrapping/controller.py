@@ -57,8 +57,8 @@ class Controller(ContextMethods):
         exit_stats: What `exit_totals` are read from.
         exit_audit: Compares early tokens with what the base model says; None: nothing is compared.
         scope_class: What a forward of the model runs in.
-        last_layers_run: Of the last `generate`, for each token that was decoded one at a time, the number of layers that
-            had run when it was chosen. Shape (rows, tokens), int64; None without exits or before the first.
+        last_layers_run: Of the last `generate`, for each token that was decoded one at a time, the number of layers
+            that had run when it was chosen. Shape (rows, tokens), int64; None without exits or before the first.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -65,8 +65,8 @@ def wrap_model(
         fidelity: Share of new tokens that are the base model's own choice after the same text, below 1; needs routers
             that `dynadepth train --policy exits` wrote. Which of two tokens of nearly equal logits is the choice, is
             decided by rounding where many share a call.
-        adapt: Whether audits move the threshold of `fidelity`, so that the share is kept on prompts unlike those that it
-            was calibrated on too. Without, held-out prompts have to prove it.
+        adapt: Whether audits move the threshold of `fidelity`, so that the share is kept on prompts unlike those that
+            it was calibrated on too. Without, held-out prompts have to prove it.
         audit: Share of early tokens whose true reading is looked at once their layers have run; 0: none.
         max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
             removed. A layer is decided before the later ones are known, so a repeat is kept only if the remaining
@@ -145,7 +145,7 @@ def wrap_model(
         budgets = Budgets(loaded, router_backend)
     if fidelity is not None and not isinstance(loaded, TrainedExits):
         raise ConfigError(
-            f"fidelity={fidelity!r} needs exits, and the routers are a policy of kind {loaded.kind if loaded else ''!r}; "
+            f"fidelity={fidelity!r} needs exits, and the routers are of kind {loaded.kind if loaded else ''!r}; "
             "train some with `dynadepth train --policy exits`, or give a budget"
         )
     if isinstance(loaded, TrainedExits):

@@ -42,7 +42,6 @@ from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
-from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
 from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
 
@@ -185,9 +184,12 @@ class _Training:
         )
 
     def _states(self, name: str, prompts: Sequence[Any], layers: Sequence[int]) -> ExitStates:
-        spec = ShortcutSpec(new_tokens=self._spec.new_tokens, batch_size=self._spec.batch_size)
         texts = TextFile(self._folder / f"{name}.jsonl").continued(
-            self._model, prompts, spec, self._progress
+            self._model,
+            prompts,
+            new_tokens=self._spec.new_tokens,
+            batch_size=2 * self._spec.batch_size,
+            progress=self._progress,
         )
         return self._collect(name, texts, layers)
 

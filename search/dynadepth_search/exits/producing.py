@@ -1,6 +1,6 @@
 """Text that a model produces with exits on, and what became of its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ def produce(
     batch_size: int,
     name: str,
     progress: Progress,
+    finished: Callable[[Any], object] | None = None,
 ) -> list[Produced]:
     """Let a model continue prompts greedily with exits on.
 
@@ -70,6 +71,7 @@ def produce(
         batch_size: Prompts of one batch; which of them share one does not change what leaves, but by rounding.
         name: What messages call this stage.
         progress: Called with the stage, the number of finished prompts and of all.
+        finished: Called with the wrapped model when all is written, before it is unwrapped.
 
     Returns:
         The texts, in the order of the prompts.
@@ -86,6 +88,8 @@ def produce(
                 if run is not None and new > 1:
                     layers[1:] = run[number, : new - 1]
                 found[row] = Produced(text, layers)
+        if finished is not None:
+            finished(inner)
     progress(name, len(prompts), len(prompts))
     return [found[row] for row in range(len(prompts))]
 

@@ -1,4 +1,4 @@
-"""The threshold of late exits moves by what audits find, and keeps its promise on traffic that nobody calibrated for."""
+"""The threshold of late exits moves by what audits find, and keeps its promise on traffic unlike any before."""
 
 import copy
 
