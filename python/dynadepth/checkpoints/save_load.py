@@ -30,10 +30,11 @@ from dynadepth.checkpoints.paths import (
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.config import did_you_mean
-from dynadepth.errors import CheckpointError, ConfigError, ExportError, PlanError
+from dynadepth.errors import CheckpointError, ConfigError, PlanError
 from dynadepth.exits.exit_calibration import ExitCalibration
 from dynadepth.exits.exit_heads import ExitWeights
 from dynadepth.files import lfs_hint, read_versioned_json
+from dynadepth.onnx.exit_heads import export_exits_onnx
 from dynadepth.onnx.menu_policy import export_menu_onnx
 from dynadepth.onnx.router_policy import export_onnx
 from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
@@ -125,7 +126,7 @@ def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
 
 
 def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
-    """Write routers or a menu as one ONNX file, after checking that the file decides as they do.
+    """Write routers, a menu or exits as one ONNX file, after checking that the file decides as they do.
 
     Args:
         routers: What to export.
@@ -138,10 +139,8 @@ def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
         export_menu_onnx(routers, path)
     elif isinstance(routers, Routers):
         export_onnx(routers, path)
-    else:
-        raise ExportError(
-            f"a policy of kind {routers.kind!r} has no ONNX graph; use it with router_backend='torch'"
-        )
+    elif isinstance(routers, TrainedExits):
+        export_exits_onnx(routers, path)
 
 
 def load_policy(

@@ -5,13 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy
+from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy, check_backend
 from dynadepth.config import plain_number
 from dynadepth.errors import BudgetError, ConfigError
 from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_calibration import ExitCalibration
-from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.exit_forward import ExitHead, Exits
 from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
+from dynadepth.onnx.exit_graph import build_exits_onnx
+from dynadepth.onnx.exit_heads import onnx_exit_heads
 from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy, StaticPolicy
 
@@ -76,20 +78,23 @@ class TrainedExits(TrainedPolicy):
     def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
         """Return the plan of every layer once, after checking the budget; see `TrainedPolicy.policy`."""
         self.calibration.penalty_for(budget)
-        if backend != "torch":
-            raise ConfigError(f"router backend is {backend!r}; exits run with 'torch' alone")
+        check_backend(backend)
         return StaticPolicy(identity_plan(self.layers))
 
-    def exits(self, *, audit: float = 1.0, **promise: Any) -> Exits:
+    def exits(self, *, audit: float = 1.0, backend: Backend = "torch", **promise: Any) -> Exits:
         """Return where new tokens may leave, and when.
 
         Args:
+            backend: The library that computes scores and lenses; see `policy`.
             audit: Share of early tokens whose true reading is looked at.
             **promise: As for `turn`.
 
         Raises:
             BudgetError: As for `turn`.
-            ConfigError: The share is no share, or the promise would be kept by audits of which there are none.
+            CheckpointError: The folder's `routers.onnx` is damaged, or its graph is not the one of these weights.
+            ConfigError: The share is no share, or the promise would be kept by audits of which there are none; or an
+                unknown backend, or one that is not installed.
+            ExportError: As for `policy`.
         """
         dial = Dial(0.0, fidelity=1.0)
         self.turn(dial, **promise)
@@ -98,7 +103,13 @@ class TrainedExits(TrainedPolicy):
                 "adapt=True moves the threshold by what audits find, and audit=0 looks at no token; give a share, or "
                 "adapt=False"
             )
-        heads = tuple(TrainedHead(head, dial) for head in self.heads)
+        check_backend(backend)
+        heads: tuple[ExitHead, ...]
+        if backend == "torch":
+            heads = tuple(TrainedHead(head, dial) for head in self.heads)
+        else:
+            source, digest = self._graph(build_exits_onnx(self))
+            heads = onnx_exit_heads(source, dial, digest=digest)
         return Exits(heads, self.window, audit, dial)
 
     def turn(

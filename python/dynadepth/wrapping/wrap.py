@@ -149,9 +149,9 @@ def wrap_model(
             "train some with `dynadepth train --policy exits`, or give a budget"
         )
     if isinstance(loaded, TrainedExits):
-        if router_backend != "torch":
-            raise ConfigError("exits run with router_backend='torch' alone; leave it out")
-        exits = loaded.exits(fidelity=fidelity, budget=budget, adapt=adapt, audit=audit)
+        exits = loaded.exits(
+            fidelity=fidelity, budget=budget, adapt=adapt, audit=audit, backend=router_backend
+        )
     if budget is not None and budgets is not None and loaded is not None:
         chosen: Policy = budgets.policy(budget)
         movable = sorted(set(protected) - set(loaded.protect))

@@ -231,10 +231,10 @@ def _train_exits(
         dtype: Its dtype.
         as_json: Whether the result is printed as JSON.
     """
-    from dynadepth.checkpoints.save_load import save_policy
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.exits.building import clear_work, fit_exits
     from dynadepth_search.exits.spec import ExitSpec
+    from dynadepth_search.training.router_fit import write_routers
 
     spec = ExitSpec(layers=layers or None, new_tokens=new_tokens, seed=seed)
     prompts = read_task(task, limit=limit)
@@ -243,7 +243,7 @@ def _train_exits(
     work = out.with_name(f"{out.name}.work")
     with display() as progress:
         trained = fit_exits(base, tokenizer, prompts, work, spec, progress=progress)
-    save_policy(out, trained)
+    write_routers(out, trained)
     clear_work(work)
     promises = trained.promises
     lowest, highest = trained.calibration.range
