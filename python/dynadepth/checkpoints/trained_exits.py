@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy, check_backend
 from dynadepth.config import plain_number
-from dynadepth.errors import BudgetError, ConfigError
+from dynadepth.errors import ConfigError
 from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_calibration import ExitCalibration
 from dynadepth.exits.exit_forward import ExitHead, Exits
@@ -18,6 +18,9 @@ from dynadepth.plans import identity_plan
 from dynadepth.policies.base import Policy, StaticPolicy
 
 __all__ = ["TrainedExits"]
+
+# Drafts are made at the threshold that keeps nearest to this share of all tokens.
+_KEPT_DRAFTS = 0.97
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +101,7 @@ class TrainedExits(TrainedPolicy):
         """
         dial = Dial(0.0, fidelity=1.0)
         self.turn(dial, **promise)
-        if dial.adapt and not audit:
+        if dial.adapt and not dial.verify and not audit:
             raise ConfigError(
                 "adapt=True moves the threshold by what audits find, and audit=0 looks at no token; give a share, or "
                 "adapt=False"
@@ -124,7 +127,8 @@ class TrainedExits(TrainedPolicy):
 
         Args:
             dial: The dial; if this raises, it is not changed.
-            fidelity: Share of new tokens that are the base model's own choice after the same text; or else
+            fidelity: Share of new tokens that are the base model's own choice after the same text; at 1, early tokens
+                are drafts that the base model verifies before they are given out; or else
             budget: Mean passes of new tokens.
             adapt: With a fidelity, whether audits move the threshold from where it begins. Without, it stays where
                 held-out prompts prove that it keeps the promise.
@@ -138,10 +142,14 @@ class TrainedExits(TrainedPolicy):
             threshold = self.promises.threshold_at(float(budget or 0.0))
             dial.turn(threshold, fidelity=1.0, lowest=lowest, adapt=False)
             return
-        if plain_number(fidelity) == 1:
-            raise BudgetError(
-                "fidelity 1 was asked for, and no token may leave then; give a share below 1, or leave the model "
-                "unwrapped"
-            )
+        if plain_number(fidelity) == 1 and not isinstance(fidelity, bool):
+            # Whatever leaves is verified, so this decides about speed alone.
+            row = min(range(1, len(self.promises.kept)), key=self._far_from_drafts)
+            threshold = self.promises.thresholds[row]
+            dial.turn(threshold, fidelity=1.0, lowest=lowest, adapt=False, verify=True)
+            return
         threshold = self.promises.threshold_for(fidelity, certain=not adapt)
         dial.turn(threshold, fidelity=float(fidelity), lowest=lowest, adapt=adapt)
+
+    def _far_from_drafts(self, row: int) -> float:
+        return abs(self.promises.kept[row] - _KEPT_DRAFTS)

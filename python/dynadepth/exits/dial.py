@@ -24,6 +24,7 @@ class Dial:
         fidelity: The promised share of new tokens that are the base model's own choice.
         lowest: The threshold never goes below, since nothing was measured there.
         adapt: Whether audits move it.
+        verify: Whether early tokens are verified before they are given out, so that nothing is changed.
         step: By how much one changed token raises it.
 
     Source:
@@ -45,13 +46,23 @@ class Dial:
         fidelity: float,
         lowest: float = float("-inf"),
         adapt: bool = True,
+        verify: bool = False,
         step: float = STEP,
     ) -> None:
         self.threshold, self.fidelity = float(threshold), float(fidelity)
         self.lowest, self.adapt, self.step = float(lowest), adapt, float(step)
+        self.verify = verify
         self._lock = Lock()
 
-    def turn(self, threshold: float, *, fidelity: float, lowest: float, adapt: bool) -> None:
+    def turn(
+        self,
+        threshold: float,
+        *,
+        fidelity: float,
+        lowest: float,
+        adapt: bool,
+        verify: bool = False,
+    ) -> None:
         """Begin anew with another promise.
 
         Args:
@@ -59,10 +70,11 @@ class Dial:
             fidelity: As when made.
             lowest: As when made.
             adapt: As when made.
+            verify: As when made.
         """
         with self._lock:
             self.threshold, self.fidelity = float(threshold), float(fidelity)
-            self.lowest, self.adapt = float(lowest), adapt
+            self.lowest, self.adapt, self.verify = float(lowest), adapt, verify
 
     def record(self, *, tokens: float, changed: float) -> None:
         """Move the threshold by what became of some new tokens.

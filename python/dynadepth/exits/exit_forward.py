@@ -147,13 +147,16 @@ class ExitScope(PlanScope):
             states = self._visit(call, states, cache)
         if not last:
             return states
-        if self._left is None and self._may_leave:
+        if self._left is None and owed.verify:
+            return states
+        if self._left is None and self._num_tokens == 1 and not self._is_prefill:
             self._note(states, owed)
         return self._given_out(states[:, -self._num_tokens :])
 
     def _visit(self, call: LayerCall, states: torch.Tensor, cache: DepthCache) -> torch.Tensor:
         event = None
-        self._layer_calls += 1
+        # Layers that run without asking are counted already; some ask nevertheless.
+        self._layer_calls += self.dispatch[call.layer_idx] is PER_ROW
         if self._callbacks is not None:
             event = VisitEvent(call.layer_idx, 0, tuple(range(len(states))), states.shape[1])
             self._callbacks.before(event)
@@ -168,7 +171,7 @@ class ExitScope(PlanScope):
         if self._owed is None or self._is_prefill or self._num_tokens != 1:
             return
         planner = self._planner
-        if self._run_before is not None:
+        if self._run_before is not None and not self._owed.verify:
             self._owed.steps.append(self._run_before)
         planner.exit_stats.step(self._leaving, self._num_writing, self._layer_calls)
         if planner.exit_audit is not None and planner.exit_audit.is_due:
@@ -194,6 +197,10 @@ class ExitScope(PlanScope):
         self._end = cache.get_seq_length() + self._num_tokens
         self._window = exits.window
         self._may_leave = self._num_tokens == 1 and self._end > 1 and not self._states_asked
+        held = self._owed.hold or (
+            exits.dial is not None and exits.dial.verify and not self._owed.verify
+        )
+        self._may_leave = self._may_leave and not held
         self._counts = self._owed.still_writing(self._tokens, states)
         self._joined: list[OwedPiece] = []
         self._left: OwedPiece | None = None
@@ -302,6 +309,8 @@ class Owed:
         self._ended: torch.Tensor | None = None
         # How many layers had run when each token was chosen, by step. Shape (rows,), int64.
         self.steps: list[torch.Tensor] = []
+        # Whether no token may leave now, and whether the last layer gives out all tokens that settle, not the newest.
+        self.hold = self.verify = False
 
     def layers_run(self) -> Any:
         """Return for each token that was decoded alone, how many layers had run when it was chosen.

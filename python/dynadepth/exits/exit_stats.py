@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.exits.audit import Audited
+from dynadepth.exits.pace import PaceTotals
 
 __all__ = ["ExitStats", "ExitTotals", "passes_alone"]
 
@@ -27,6 +28,7 @@ class ExitTotals:
             tokens that settle in it.
         settles: Settlings outside of a step, because somebody needed the states.
         audited: What audits found of tokens whose layers have all run.
+        drafted: What lossless decoding has done.
 
     Example:
         >>> totals = ExitTotals(num_layers=4, steps=2, tokens=2, left={1: 1}, layer_calls=5)
@@ -41,6 +43,7 @@ class ExitTotals:
     layer_calls: int = 0
     settles: int = 0
     audited: Audited = field(default_factory=Audited)
+    drafted: PaceTotals = field(default_factory=PaceTotals)
 
     @property
     def fidelity(self) -> float | None:
@@ -49,8 +52,12 @@ class ExitTotals:
 
     @property
     def passes(self) -> float | None:
-        """Layer calls of a step over the number of layers; None before the first step."""
-        return self.layer_calls / (self.num_layers * self.steps) if self.steps else None
+        """Layer calls of a step over the number of layers; None before the first step.
+
+        In lossless decoding, of a token that was given out: a draft that was not kept is a step and no token.
+        """
+        steps = self.drafted.tokens or self.steps
+        return self.layer_calls / (self.num_layers * steps) if steps else None
 
     @property
     def share(self) -> float | None:

@@ -23,9 +23,10 @@ from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.execution.plan_forward import PlanScope
-from dynadepth.exits.audit import Audit
+from dynadepth.exits.audit import Audit, Audited
 from dynadepth.exits.exit_forward import Exits, ExitScope
 from dynadepth.exits.exit_stats import ExitStats, ExitTotals
+from dynadepth.exits.pace import Pace
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -55,6 +56,7 @@ class Controller(ContextMethods):
         skips: What rows go through in place of each layer that they skip.
         exits: Where new tokens may leave early; None: nowhere.
         exit_stats: What `exit_totals` are read from.
+        exit_pace: Decides whether lossless decoding drafts.
         exit_audit: Compares early tokens with what the base model says; None: nothing is compared.
         scope_class: What a forward of the model runs in.
         last_layers_run: Of the last `generate`, for each token that was decoded one at a time, the number of layers
@@ -99,6 +101,7 @@ class Controller(ContextMethods):
         self._fidelity, self._adapt = fidelity, adapt
         self.attachment = Attachment()
         self.exits, self.exit_stats = exits, ExitStats(num_layers)
+        self.exit_pace = Pace()
         self.exit_audit = (
             None if exits is None or not exits.audit else Audit(exits.audit, exits.dial)
         )
@@ -273,6 +276,7 @@ class Controller(ContextMethods):
         """Set `totals` and `exit_totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
         self.exit_stats.reset()
+        self.exit_pace.reset()
         if self.exit_audit is not None:
             self.exit_audit.reset()
 
@@ -282,11 +286,11 @@ class Controller(ContextMethods):
 
         Since wrapping or since `reset_totals`. What waits for an audit is looked at first, which runs the model's head.
         """
-        audit = self.exit_audit
-        if audit is None:
-            return self.exit_stats.totals
-        audit.look(partial(self.attachment.read, self))
-        return replace(self.exit_stats.totals, audited=audit.found)
+        audit, found = self.exit_audit, Audited()
+        if audit is not None:
+            audit.look(partial(self.attachment.read, self))
+            found = audit.found
+        return replace(self.exit_stats.totals, audited=found, drafted=self.exit_pace.totals)
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new.

@@ -16,6 +16,7 @@ from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, Wrap
 from dynadepth.execution.attachment import check_text_only
 from dynadepth.execution.executor import is_installed
 from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.lossless import LosslessDecoding
 from dynadepth.models.structure import LayerStack, check_not_parallel
 from dynadepth.plans import check_plans, identity_plan
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -62,9 +63,10 @@ def wrap_model(
         exits: Where new tokens may leave early, with heads of your own. A token that leaves owes its later layers,
             which run in one call with a later token, so all keys and values are the base model's own. Prompts are read
             in full.
-        fidelity: Share of new tokens that are the base model's own choice after the same text, below 1; needs routers
-            that `dynadepth train --policy exits` wrote. Which of two tokens of nearly equal logits is the choice, is
-            decided by rounding where many share a call.
+        fidelity: Share of new tokens that are the base model's own choice after the same text; needs routers that
+            `dynadepth train --policy exits` wrote. At 1, early tokens are drafts which the base model verifies before
+            they are given out, one prompt at a time; drafts stop where they measure slower than plain decoding. Which
+            of two tokens of nearly equal logits is the choice, is decided by rounding where many share a call.
         adapt: Whether audits move the threshold of `fidelity`, so that the share is kept on prompts unlike those that
             it was calibrated on too. Without, held-out prompts have to prove it.
         audit: Share of early tokens whose true reading is looked at once their layers have run; 0: none.
@@ -313,6 +315,16 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
     ends = setting("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    dial = None if controller.exits is None else controller.exits.dial
+    if controller.exits is not None and dial is not None and dial.verify:
+        if kwargs.get("custom_generate") is not None:
+            raise UnsupportedModelError(
+                "custom_generate was given, and fidelity 1 decodes in a loop of its own; leave it out, or set "
+                "model.dynadepth.fidelity below 1"
+            )
+        kwargs["custom_generate"] = LosslessDecoding(
+            controller.exit_pace, controller.exits.window - 1, kwargs.get("streamer")
+        )
     with controller.generation(width, ends=frozenset(int(each) for each in ends)):
         output = type(model).generate(model, *args, **kwargs)
     cache = output.get("past_key_values") if isinstance(output, dict) else None
