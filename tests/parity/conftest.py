@@ -24,6 +24,7 @@ _ONCE = (
     "test_budgets",
     "test_exits",
     "test_exits_generate",
+    "test_lossless",
     "test_onnx",
     "test_onnx_menu",
     "test_published_bugs",

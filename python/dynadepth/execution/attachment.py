@@ -124,6 +124,9 @@ class Attachment:
 
         Returns:
             Logits. Shape (states, vocabulary), model dtype.
+
+        Raises:
+            WrapError: Nothing is attached.
         """
         model = None if self._model is None else self._model()
         if model is None:

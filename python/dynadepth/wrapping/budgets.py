@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.policies.base import Policy
@@ -29,6 +30,19 @@ class Budgets:
     @property
     def trained(self) -> TrainedPolicy | None:
         """The trained policy, if the model was wrapped with one."""
+        return self._trained
+
+    def exits(self) -> TrainedExits:
+        """Return the trained exits.
+
+        Raises:
+            ConfigError: The model was not wrapped with trained exits.
+        """
+        if not isinstance(self._trained, TrainedExits):
+            raise ConfigError(
+                "this model was not wrapped with trained exits, so no fidelity can be promised; call "
+                "unwrap_model(model) and wrap it with fidelity= and routers that are exits"
+            )
         return self._trained
 
     def policy(self, budget: Any) -> Policy:

@@ -148,11 +148,7 @@ class Controller(ContextMethods):
 
     @fidelity.setter
     def fidelity(self, fidelity: float) -> None:
-        if not isinstance(self._budgets.trained, TrainedExits):
-            raise ConfigError(
-                "this model was not wrapped with trained exits, so no fidelity can be promised; call "
-                "unwrap_model(model) and wrap it with fidelity= and routers that are exits"
-            )
+        self._budgets.exits()
         self._turn(fidelity=fidelity)
         self._fidelity, self._budget = float(fidelity), None
 

@@ -69,7 +69,16 @@ def train_router(
 
 
 def router_scores(tensors: dict[str, Tensor], states: Tensor, device: torch.device) -> Tensor:
-    """Return the scores of states. Shape (n,), float32, on the host."""
+    """Return the scores of states.
+
+    Args:
+        tensors: The router.
+        states: As they enter the exit layer. Shape (n, hidden), any floating dtype.
+        device: Where they are computed.
+
+    Returns:
+        Shape (n,), float32, on the host.
+    """
     on = {name: each.to(device) for name, each in tensors.items()}
     with torch.no_grad():
         return torch.cat([apply_router(on, part.to(device)).cpu() for part in states.split(4096)])
