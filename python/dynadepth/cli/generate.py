@@ -158,7 +158,8 @@ def generate(
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True))
         return
-    typer.echo(printed)
+    # Asked for, colours are there in a pipe too.
+    typer.echo(printed, color=show_exits or None)
     typer.echo(f"{line} in {{seconds:.1f}} s".format(**result), err=True)
 
 
