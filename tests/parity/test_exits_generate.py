@@ -270,3 +270,89 @@ class TestRefusals:
             model.generate(ids, attention_mask=mask, max_new_tokens=4)
         with pytest.raises(UnsupportedModelError, match="prefill_chunk_size"):
             model.generate(ids, attention_mask=mask, max_new_tokens=4, prefill_chunk_size=3)
+
+
+@dataclass
+class Never:
+    layer_idx: int = 1
+
+    def leaves(self, states):
+        return torch.zeros(len(states), dtype=torch.bool)
+
+    def final(self, states):
+        raise AssertionError("nothing left")
+
+
+@dataclass
+class Always(Never):
+    def leaves(self, states):
+        return torch.ones(len(states), dtype=torch.bool)
+
+    def final(self, states):
+        return 0.5 * states.flip(-1)
+
+
+def test_a_prompt_that_ends_with_an_end_ends_no_row():
+    model = tiny_model("llama")
+    for length in (1, 6):
+        ids = torch.full((1, length), 5)
+        given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 5, "pad_token_id": 0}
+        expected = model.generate(ids, **given)
+        wrap_model(model, exits=Exits((Never(),)))
+        assert torch.equal(model.generate(ids, **given), expected)
+        unwrap_model(model)
+
+
+def test_what_a_row_pads_with_is_counted_nowhere():
+    model = tiny_model("llama")
+    ids = torch.tensor([[7, 8, 9], [11, 12, 13]])
+    given = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    wrap_model(model, exits=Exits((Always(),), window=4))
+    free = model.generate(ids, eos_token_id=None, **given)[:, 3:].tolist()
+    model.dynadepth.reset_totals()
+    end = next(token for token in free[0][3:9] if token not in free[1] and token not in free[0][:3])
+    found = model.generate(ids, eos_token_id=end, **given)[:, 3:].tolist()
+    own = free[0].index(end) + 1
+    assert found[0] == free[0][:own] + [0] * (16 - own)
+    assert found[1] == free[1]
+    totals = model.dynadepth.exit_totals
+    # The prompt gives the first token of each row, and an end is no token to go on from.
+    assert totals.tokens == (own - 1) + 15
+    assert totals.audited.tokens <= totals.tokens
+    unwrap_model(model)
+
+
+def test_audits_find_what_the_base_model_would_have_chosen():
+    model = tiny_model("llama")
+    ids = torch.tensor([[7, 8, 9]])
+    given = {"max_new_tokens": 41, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wrap_model(model, exits=Exits((Head(1),)))
+    found = model.generate(ids, return_dict_in_generate=True, **given)
+    run, totals = model.dynadepth.last_layers_run[0], model.dynadepth.exit_totals
+    unwrap_model(model)
+    with torch.no_grad():
+        choices = model(found.sequences).logits[0, 2:-1].argmax(dim=-1)
+    new = found.sequences[0, 3:]
+    early = torch.from_numpy(run < model.config.num_hidden_layers)
+    changed = (choices != new)[1:] & early
+    assert totals.left == {1: int(early.sum())}
+    assert totals.audited.tokens == 40
+    assert (totals.audited.early, totals.audited.read) == (int(early.sum()), int(early.sum()))
+    assert totals.audited.changed == int(changed.sum()) > 0
+    assert not (choices != new)[1:][~early].any()
+
+
+def test_hidden_states_in_the_middle_settle_first():
+    model = tiny_model("llama")
+    ids = torch.tensor([[7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        wrap_model(model, exits=Exits((Always(),)))
+        output = model(ids[:, :3], use_cache=True)
+        for place in (3, 4):
+            output = model(ids[:, place : place + 1], **{CACHE: output[CACHE]})
+        assert len(output[CACHE].owed) == 2
+        output = model(ids[:, 5:], **{CACHE: output[CACHE]}, output_hidden_states=True)
+    assert [each.shape[1] for each in output.hidden_states] == [1] * 5
+    torch.testing.assert_close(output.logits[:, 0], expected[:, 5], atol=1e-9, rtol=0)
+    unwrap_model(model)

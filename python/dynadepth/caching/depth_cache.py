@@ -252,6 +252,8 @@ class DepthCache(Cache):
         if plans is None:
             return
         self.settle()
+        if self.owed is not None:
+            self.owed.forget_rows()
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(-1)

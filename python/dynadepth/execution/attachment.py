@@ -11,6 +11,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
+from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.errors import UnsupportedModelError, WrapError
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.execution.executor import (
@@ -192,6 +193,15 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
+    states_asked = any(
+        kwargs.get(name, getattr(module.config, name, False))
+        for name in ("output_hidden_states", "output_attentions")
+    )
+    if states_asked:
+        # Here, where what layers give out is not collected yet.
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, DepthCache):
+                value.settle()
     enter_scope(
         planner.scope_class(
             planner,
@@ -200,10 +210,7 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             config=module.config,
             mask_given=given is not None,
             router_logits=kwargs.get("output_router_logits"),
-            states_asked=any(
-                kwargs.get(name, getattr(module.config, name, False))
-                for name in ("output_hidden_states", "output_attentions")
-            ),
+            states_asked=states_asked,
         )
     )
 

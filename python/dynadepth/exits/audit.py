@@ -71,7 +71,7 @@ class Audited:
 class _Settled:
     """A new token of each row whose layers have all run; shapes (rows, hidden) and (rows,)."""
 
-    true: torch.Tensor
+    true: torch.Tensor | None
     given: torch.Tensor | None
     early: torch.Tensor
     counts: torch.Tensor
@@ -108,6 +108,16 @@ class Audit:
         """Whether enough tokens wait to be looked at together."""
         return self._num_waiting >= _WAITING
 
+    def went_on(self, counts: torch.Tensor) -> None:
+        """Note a new token of each row, none of which left.
+
+        Args:
+            counts: Which rows still write; the others pad. Shape (rows,), bool.
+        """
+        with self._lock:
+            self._waiting.append(_Settled(None, None, torch.zeros_like(counts), counts))
+            self._num_waiting += len(counts)
+
     def settled(
         self,
         true: torch.Tensor,
@@ -119,7 +129,7 @@ class Audit:
 
         Args:
             true: Its final state. Shape (rows, hidden).
-            given: The state that early rows were read from. Shape (rows, hidden); None: no row left.
+            given: The state that early rows were read from. Shape (rows, hidden); None: they are not known.
             early: Which rows left early. Shape (rows,), bool.
             counts: Which rows still write; the others pad. Shape (rows,), bool.
         """
@@ -141,7 +151,7 @@ class Audit:
         tokens = sum(int(each.counts.sum()) for each in waiting)
         true, given = [], []
         for each in waiting:
-            if each.given is None:
+            if each.given is None or each.true is None:
                 continue
             chosen = (each.early & each.counts).to(each.given.device)
             true.append(each.true.to(each.given.device)[chosen])

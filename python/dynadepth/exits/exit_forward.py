@@ -25,7 +25,7 @@ from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.callbacks import VisitEvent
-from dynadepth.execution.context_stack import contexts_of
+from dynadepth.execution.context_stack import Context, contexts_of
 from dynadepth.execution.executor import (
     PER_ROW,
     Scope,
@@ -168,14 +168,21 @@ class ExitScope(PlanScope):
     def finish(self) -> None:
         """Record that the forward has completed."""
         super().finish()
+        if (generation := _generation_of(self._planner)) is not None:
+            generation.has_begun = True
         if self._owed is None or self._is_prefill or self._num_tokens != 1:
             return
         planner = self._planner
         if self._run_before is not None and not self._owed.verify:
             self._owed.steps.append(self._run_before)
         planner.exit_stats.step(self._leaving, self._num_writing, self._layer_calls)
-        if planner.exit_audit is not None and planner.exit_audit.is_due:
-            planner.exit_audit.look(partial(planner.attachment.read, planner))
+        audit = planner.exit_audit
+        if audit is None or self._owed.verify:
+            return
+        if self._left is None and self._early is None:
+            audit.went_on(self._counts)
+        if audit.is_due:
+            audit.look(partial(planner.attachment.read, planner))
 
     def _begin_exits(self, states: torch.Tensor) -> None:
         cache, exits, plans = self._cache, self._planner.exits, self._plans
@@ -188,9 +195,6 @@ class ExitScope(PlanScope):
             )
         if cache.owed is None:
             cache.owed = Owed(self._planner, exits)
-        elif self._states_asked:
-            cache.settle()
-            cache.in_forward = True
         self._owed = cache.owed
         self._heads = {head.layer_idx: head for head in exits.heads}
         self._num_rows = self._num_writing = len(states)
@@ -282,9 +286,8 @@ class ExitScope(PlanScope):
         """Let the audit know of the tokens whose layers have all run now."""
         owed.note(states, self._joined)
         audit = self._planner.exit_audit
-        if audit is not None:
-            early = torch.zeros_like(self._counts) if self._early is None else self._early
-            audit.settled(states[:, -1], self._final, early, self._counts)
+        if audit is not None and self._early is not None:
+            audit.settled(states[:, -1], self._final, self._early, self._counts)
 
     def _given_out(self, states: torch.Tensor) -> torch.Tensor:
         if self._final is None or self._early is None:
@@ -311,6 +314,11 @@ class Owed:
         self.steps: list[torch.Tensor] = []
         # Whether no token may leave now, and whether the last layer gives out all tokens that settle, not the newest.
         self.hold = self.verify = False
+
+    def forget_rows(self) -> None:
+        """Forget what is known of single rows, since others take their places."""
+        self._ended = None
+        self.steps.clear()
 
     def layers_run(self) -> Any:
         """Return for each token that was decoded alone, how many layers had run when it was chosen.
@@ -339,8 +347,9 @@ class Owed:
             if ended is not None and len(ended) != rows:
                 self.steps.clear()
             ended = torch.zeros(rows, dtype=torch.bool, device=states.device)
-        inside = (context for context in contexts_of(planner) if context.in_generate)
-        ends = next((context.ends for context in inside), frozenset())
+        generation = _generation_of(planner)
+        # What the prompt ends with ends no row.
+        ends = generation.ends if generation is not None and generation.has_begun else ()
         if ends and tokens is not None and tokens.shape == states.shape[:2]:
             last = tokens[:, -1].to(states.device)
             ended = ended | torch.isin(last, torch.tensor(sorted(ends), device=last.device))
@@ -434,6 +443,11 @@ class _SettleScope:
     def run(self, call: LayerCall) -> torch.Tensor:
         """Run a layer that was not given its cache by name."""
         return call.visit(call.hidden_states, cache=self.dispatch[call.layer_idx])
+
+
+def _generation_of(planner: object) -> Context | None:
+    """Return the `generate` that a forward is part of, if any."""
+    return next((context for context in contexts_of(planner) if context.in_generate), None)
 
 
 def without_cache(call: LayerCall) -> dict[str, Any]:
