@@ -315,6 +315,7 @@ def evaluate_policy(
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoints.save_load import load_policy
+    from dynadepth.errors import ConfigError
     from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
@@ -326,6 +327,11 @@ def evaluate_policy(
 
     others = _named(against or [])
     given = load_policy(routers)
+    if given.kind == "exits":
+        raise ConfigError(
+            f"the policy in {routers} is exits, which plan no prompt, and eval compares plans of prompts; `dynadepth "
+            "inspect` shows what exits keep of generated text"
+        )
     plans = plans or named_folder(given, "plans")
     scores = scores or named_folder(given, "scores")
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
