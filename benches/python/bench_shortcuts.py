@@ -54,7 +54,6 @@ from dynadepth_search.search.static import read_static
 from dynadepth_search.shortcuts.choosing import single_skips
 from dynadepth_search.shortcuts.collecting import MomentCollector
 from dynadepth_search.shortcuts.distilling import distil, draw_plans
-from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
 
 MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA3, "qwen": QWEN_CODER}
@@ -75,7 +74,7 @@ class Material:
         self.model, self.tokenizer = load_model(source, dtype="fast"), load_tokenizer(source)
         self.stack: LayerStack = proved_stack(self.model)
         train, heldout = fetch_kinds(default_cache(), train=options.train, heldout=options.heldout)
-        self._spec = ShortcutSpec(new_tokens=options.new_tokens)
+        self._new_tokens = options.new_tokens
         self.train_kinds, self.heldout_kinds = train.kinds, heldout.kinds
         self.train = self._texts(train, folder / "train.jsonl")
         self.heldout = self._texts(heldout, folder / "heldout.jsonl")
@@ -84,7 +83,9 @@ class Material:
         scorer = Scorer(self.model, self.tokenizer)
         prompts = [scorer.encode(example).prompt_ids for example in given.task.examples]
         path.parent.mkdir(parents=True, exist_ok=True)
-        return TextFile(path).continued(self.model, prompts, self._spec, say)
+        return TextFile(path).continued(
+            self.model, prompts, new_tokens=self._new_tokens, progress=say
+        )
 
     def moments(self, texts: Sequence[Text]) -> dict[int, Moments]:
         moments = {

@@ -19,8 +19,17 @@ from tests.parity import drivers, recompute
 from tests.tiny import FAMILIES, VARIANTS
 from tests.tiny_shortcuts import random_shortcuts, rebuilt_with_shortcuts
 
-# Not about what runs: decisions, files, or models without a reference.
-_ONCE = ("test_onnx", "test_onnx_menu", "test_budgets", "test_published_bugs", "test_scoring")
+# Not about skipped layers: decisions, files, exits, or models without a reference.
+_ONCE = (
+    "test_budgets",
+    "test_exits",
+    "test_exits_generate",
+    "test_lossless",
+    "test_onnx",
+    "test_onnx_menu",
+    "test_published_bugs",
+    "test_scoring",
+)
 
 # The compiler cannot trace who calls; and whether watching changes a bit is asked of the families as they are.
 _OWN_CASTS = ("test_neighbours_compile", "test_states")

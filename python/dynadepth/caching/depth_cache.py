@@ -99,6 +99,7 @@ class DepthCache(Cache):
         row_plans: The plans of the rows, fixed at prefill.
         first_views: What each layer sees as its cache in its first visit.
         in_forward: Whether a forward has begun to write and has not completed.
+        owed: The tokens that left early and what settles them; None: none ever left.
     """
 
     layers: list[Any]
@@ -106,6 +107,16 @@ class DepthCache(Cache):
     row_plans: RowPlans | None
     first_views: list[VisitView]
     in_forward: bool
+    owed: Any
+
+    def settle(self) -> None:
+        """Run the layers that tokens owe which left early, so that all states are there.
+
+        Raises:
+            UnsupportedModelError: The model is no longer wrapped.
+        """
+        if self.owed is not None and len(self.owed):
+            self.owed.settle(self)
 
     def check_ready(self, num_tokens: int) -> None:  # noqa: ARG002 - static caches check it
         """Refuse a forward that could not be exact, before it writes anything.
@@ -156,6 +167,7 @@ class DepthCache(Cache):
                 f"the cache was asked for visit {visit} of layer {layer_idx}; expected visit 0 or 1 of a layer from 0 "
                 f"to {len(self.layers) - 1}"
             )
+        self.settle()
         slot, plans = self.slots.get((layer_idx, visit)), self.row_plans
         if slot is None or slot.keys is None or plans is None:
             return None
@@ -189,6 +201,8 @@ class DepthCache(Cache):
         self.slots.clear()
         self.row_plans = None
         self.in_forward = False
+        if self.owed is not None:
+            self.owed.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens of every slot.
@@ -206,6 +220,7 @@ class DepthCache(Cache):
             )
         for length_layer in self.layers:
             length_layer.check_crop(tokens_to_remove)
+        self.settle()
         removed = [
             min(-tokens_to_remove, length_layer.get_seq_length()) for length_layer in self.layers
         ]
@@ -236,6 +251,9 @@ class DepthCache(Cache):
         plans = self.row_plans
         if plans is None:
             return
+        self.settle()
+        if self.owed is not None:
+            self.owed.forget_rows()
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(-1)
@@ -328,5 +346,6 @@ def adopt_cache(cache: Any, num_layers: int) -> DepthCache:
     cache.row_plans = None
     cache.first_views = [VisitView(cache, layer_idx, 0) for layer_idx in range(num_layers)]
     cache.in_forward = False
+    cache.owed = None
     adopted: DepthCache = cache
     return adopted

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.plans import plan_depth, plan_text
 
@@ -18,8 +19,8 @@ def policy_card(policy: TrainedPolicy) -> str:
     """Write the README.md of a routers folder.
 
     Args:
-        policy: Routers or a menu. Of its `metrics`, the rows under `table` become a table, the texts under `drifts` a
-            list, and plain values another list.
+        policy: Routers, a menu or exits. Of its `metrics`, the rows under `table` become a table, the texts under
+            `drifts` a list, and plain values another list.
 
     Returns:
         Markdown with the hub's front matter.
@@ -37,10 +38,10 @@ def policy_card(policy: TrainedPolicy) -> str:
         "```python",
         "from dynadepth import wrap_model",
         "",
-        f'model = wrap_model(model, budget={budget}, routers="{_NO_HUB}")',
+        f'model = wrap_model(model, {_promise(policy, budget)}, routers="{_NO_HUB}")',
         "```",
         "",
-        f"- budgets (mean share of the layers that run): {lowest:.4g} to {highest:.4g}, calibrated in "
+        f"- budgets ({_budget_of(policy)}): {lowest:.4g} to {highest:.4g}, calibrated in "
         f"{len(calibration.depths)} steps",
         *_shape(policy),
         f"- protected layers: {', '.join(map(str, policy.protect)) or 'none'}",
@@ -48,6 +49,7 @@ def policy_card(policy: TrainedPolicy) -> str:
         *_trained_on(policy.training),
         "",
         "A budget is a mean over prompts like those it was calibrated on; other prompts may take more or less.",
+        *_promises(policy),
     ]
     metrics = policy.metrics
     table, drifts = metrics.get("table"), metrics.get("drifts")
@@ -81,7 +83,61 @@ def _front_matter(policy: TrainedPolicy) -> ModelCardData:
     )
 
 
+def _promise(policy: TrainedPolicy, budget: float) -> str:
+    """Return what the example asks for."""
+    if not isinstance(policy, TrainedExits):
+        return f"budget={budget}"
+    fidelities = [share for share in policy.promises.likely if share < 1]
+    return f"fidelity={max(fidelities, key=lambda share: -abs(share - 0.98), default=0.98):.3f}"
+
+
+def _budget_of(policy: TrainedPolicy) -> str:
+    if isinstance(policy, TrainedExits):
+        return "mean passes of new tokens; prompts are read in full"
+    return "mean share of the layers that run"
+
+
+def _promises(policy: TrainedPolicy) -> list[str]:
+    """Return what exits kept on held-out prompts, strictest first."""
+    if not isinstance(policy, TrainedExits):
+        return []
+    promises = policy.promises
+    rows = [
+        {
+            "threshold": threshold,
+            "passes": passes,
+            "fidelity": kept,
+            "likely": likely,
+            "certain": sure,
+        }
+        for threshold, passes, kept, likely, sure in zip(
+            promises.thresholds[1:],
+            promises.passes[1:],
+            promises.kept[1:],
+            promises.likely[1:],
+            promises.certain[1:],
+            strict=True,
+        )
+    ]
+    return [
+        "",
+        "## Promises",
+        "",
+        f"Text produced with exits on from {promises.prompts} held-out prompts. Fidelity: the share of new tokens that "
+        "are the base model's own choice after the same text. Bounds that it is above with 95 %: *likely* by the "
+        "spread of the prompts, *certain* for any distribution.",
+        "",
+        *_table(rows),
+    ]
+
+
 def _purpose(policy: TrainedPolicy) -> str:
+    if isinstance(policy, TrainedExits):
+        return (
+            "New tokens leave before a decoder layer where their reading is sure to be the base model's; their later "
+            "layers run with a later token, so keys and values stay the base model's own. The weights of the base "
+            "model do not change."
+        )
     if isinstance(policy, TrainedMenu):
         return (
             f"For every prompt one of {len(policy.menu.plans)} plans is chosen, which say for each of the "
@@ -95,6 +151,12 @@ def _purpose(policy: TrainedPolicy) -> str:
 
 
 def _shape(policy: TrainedPolicy) -> list[str]:
+    if isinstance(policy, TrainedExits):
+        return [
+            f"- exits before layer {head.layer_idx} of {policy.num_layers} (width {head.hidden_size}, lens of "
+            f"{head.tensors['lens.up'].shape[0]}, router of {head.tensors['router.up'].numel()})"
+            for head in policy.heads
+        ]
     if isinstance(policy, TrainedMenu):
         return [
             f"- decides at layer {head.layer_idx}, from the last prompt token"

@@ -27,10 +27,14 @@ from dynadepth.checkpoints.paths import (
     locate_routers,
     replace_folder,
 )
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.config import did_you_mean
 from dynadepth.errors import CheckpointError, ConfigError, PlanError
+from dynadepth.exits.exit_calibration import ExitCalibration
+from dynadepth.exits.exit_heads import ExitWeights
 from dynadepth.files import lfs_hint, read_versioned_json
+from dynadepth.onnx.exit_heads import export_exits_onnx
 from dynadepth.onnx.menu_policy import export_menu_onnx
 from dynadepth.onnx.router_policy import export_onnx
 from dynadepth.plans import NUM_ACTIONS, Action, parse_plan, plan_text
@@ -69,11 +73,16 @@ _KEYS = (
     "training",
 )
 # The additional keys of each kind.
-_KIND_KEYS = {"routers": ("router", "action_order", "shrinkage"), "menu": ("menu", "mix")}
+_KIND_KEYS = {
+    "routers": ("router", "action_order", "shrinkage"),
+    "menu": ("menu", "mix"),
+    "exits": ("exits",),
+}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "base_model": dict,
     "shrinkage": (int, float),
     "menu": dict,
+    "exits": dict,
     "protect": list,
     "metrics": dict,
     "training": dict,
@@ -117,7 +126,7 @@ def save_policy(folder: str | os.PathLike[str], routers: TrainedPolicy) -> Path:
 
 
 def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
-    """Write routers or a menu as one ONNX file, after checking that the file decides as they do.
+    """Write routers, a menu or exits as one ONNX file, after checking that the file decides as they do.
 
     Args:
         routers: What to export.
@@ -130,6 +139,8 @@ def export_policy(routers: TrainedPolicy, path: str | os.PathLike[str]) -> None:
         export_menu_onnx(routers, path)
     elif isinstance(routers, Routers):
         export_onnx(routers, path)
+    elif isinstance(routers, TrainedExits):
+        export_exits_onnx(routers, path)
 
 
 def load_policy(
@@ -198,6 +209,13 @@ def _to_json(routers: TrainedPolicy) -> dict[str, Any]:
             "heads": heads,
         }
         content["mix"] = _MIX
+    elif isinstance(routers, TrainedExits):
+        content["exits"] = {
+            "layers": [head.layer_idx for head in routers.heads],
+            "num_layers": routers.layers,
+            "window": routers.window,
+            "promises": routers.promises.to_dict(),
+        }
     try:
         json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -231,6 +249,8 @@ def _read(folder: Path, *, accepted: bool) -> TrainedPolicy:
         }
         if content["kind"] == "menu":
             return TrainedMenu(menu=_read_menu(file, content["menu"], tensors), **common)
+        if content["kind"] == "exits":
+            return TrainedExits(**_read_exits(file, content["exits"], tensors), **common)
         config = RouterConfig.from_dict(content["router"])
         bias = _read_bias(folder / WEIGHTS_NAME, tensors, config)
         return Routers(
@@ -360,3 +380,31 @@ def _read_menu(file: Path, content: Mapping[str, Any], tensors: dict[str, Tensor
         raise CheckpointError(f"{file}: the menu has no plans; save it again")
     rows = np.stack([parse_plan(text, len(plans[0])) for text in plans])
     return Menu.from_state_dict(rows, shapes, tensors)
+
+
+def _read_exits(
+    file: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    _check_keys(file, content, ("layers", "num_layers", "window", "promises"), "exits.")
+    for name, kind in (("layers", list), ("num_layers", int), ("window", int), ("promises", dict)):
+        _check_kind(file, f"exits.{name}", content[name], kind)
+    heads = []
+    for layer in content["layers"]:
+        _check_kind(file, "a layer of exits.layers", layer, int)
+        prefix = f"exits.{layer}."
+        own = {
+            name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)
+        }
+        heads.append(ExitWeights(layer, own))
+    unknown = len(tensors) - sum(len(head.tensors) for head in heads)
+    if unknown or not heads:
+        raise CheckpointError(
+            f"{file} names exits before layers {content['layers']}, but the weights beside it have {unknown} tensors "
+            "more; copy the whole folder"
+        )
+    return {
+        "heads": tuple(heads),
+        "layers": content["num_layers"],
+        "window": content["window"],
+        "promises": ExitCalibration.from_dict(content["promises"]),
+    }

@@ -30,7 +30,7 @@ from dynadepth.policies.router_heads import RouterConfig, RouterHeads
 from dynadepth.policies.router_policy import RouterPolicy
 from dynadepth.shortcuts.maps import Shortcuts
 
-__all__ = ["Backend", "Routers", "TrainedMenu", "TrainedPolicy"]
+__all__ = ["Backend", "Routers", "TrainedMenu", "TrainedPolicy", "check_backend"]
 
 Backend = Literal["torch", "onnx"]
 
@@ -199,7 +199,7 @@ class Routers(TrainedPolicy):
 
     def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
         """Return the policy whose calibrated mean depth is nearest to the budget; see `TrainedPolicy.policy`."""
-        _check_backend(backend)
+        check_backend(backend)
         penalty = self.calibration.penalty_for(budget)
         nearest, step = self.calibration.depth_for(budget), 0.5 / self.config.num_layers
         if abs(nearest - budget) > max(0.02, step + 1e-6):
@@ -257,7 +257,7 @@ class TrainedMenu(TrainedPolicy):
 
     def policy(self, budget: float, *, backend: Backend = "torch") -> Policy:
         """Return the policy whose calibrated mean depth is the budget; see `TrainedPolicy.policy`."""
-        _check_backend(backend)
+        check_backend(backend)
         mix = self.calibration.mix_for(budget)
         if backend == "torch":
             return MenuPolicy(self.menu, mix)
@@ -265,6 +265,11 @@ class TrainedMenu(TrainedPolicy):
         return OnnxMenuPolicy(source, budget, digest=digest)
 
 
-def _check_backend(backend: str) -> None:
+def check_backend(backend: str) -> None:
+    """Refuse a library that computes no decisions.
+
+    Raises:
+        ConfigError: It is neither torch nor onnx.
+    """
     if backend not in ("torch", "onnx"):
         raise ConfigError(f"router backend is {backend!r}; expected 'torch' or 'onnx'")

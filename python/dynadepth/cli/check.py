@@ -57,6 +57,8 @@ def _lines(cls: str, verdict: Any) -> list[tuple[str, str]]:
             ("every plan within", f"{verdict.worst:.1e} of the largest logit"),
             ("base against itself", f"{verdict.noise:.1e} (padded, cached)"),
         ]
+        why = verdict.traits.no_exits
+        lines.append(("late exits", "exact" if why is None else f"refused: {why}"))
     if verdict.num_layers:
         lines.append(("kept in", verdict.kept))
     return lines

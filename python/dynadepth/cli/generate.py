@@ -35,6 +35,13 @@ def generate(
         float | None,
         typer.Option("--budget", help="Mean depth over prompts, as a fraction of the full depth"),
     ] = None,
+    fidelity: Annotated[
+        float | None,
+        typer.Option(
+            "--fidelity",
+            help="Share of new tokens that are the base model's own choice, below 1; needs routers that are exits",
+        ),
+    ] = None,
     plan: Annotated[str | None, typer.Option("--plan", help=PLAN_HELP)] = None,
     routers: Annotated[
         str | None,
@@ -76,17 +83,27 @@ def generate(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling")
     ] = 0,
+    show_exits: Annotated[
+        bool,
+        typer.Option(
+            "--show-exits", help="Colour the tokens of --prompt's answer by where they left"
+        ),
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, or the prompts of a file, at a mean depth (--budget) or with one plan (--plan)."""
-    if (budget is None) == (plan is None):
-        raise typer.BadParameter("give either --budget or --plan")
+    """Continue a prompt, or a file of them, at a mean depth (--budget), a --fidelity, or with one --plan."""
+    if sum(each is not None for each in (budget, fidelity, plan)) != 1:
+        raise typer.BadParameter("give one of --budget, --fidelity and --plan")
     if plan is not None and routers is not None:
         raise typer.BadParameter("--routers goes with --budget; a --plan needs no routers")
     if plan is not None and router_backend != "torch":
         raise typer.BadParameter("--router-backend goes with --budget; a --plan needs no routers")
+    if show_exits and (plan is not None or prompt is None or as_json):
+        raise typer.BadParameter(
+            "--show-exits goes with --prompt and with --fidelity or the --budget of exits, without --json"
+        )
     if (prompt is None) == (task is None):
         raise typer.BadParameter("give either --prompt or --task")
     if (task is None) != (out is None):
@@ -96,13 +113,15 @@ def generate(
 
     from dynadepth import wrap_model
     from dynadepth.cli.prompts import AnswerFile, read_prompts
+    from dynadepth.errors import ConfigError
     from dynadepth.files import sha256_text
     from dynadepth.models.loading import load_model, load_tokenizer
 
     prompts = [prompt or ""] if task is None else read_prompts(task)
     how: dict[str, Any] = {"plan": plan}
     if plan is None:
-        how = {"budget": budget, "routers": routers, "router_backend": router_backend}
+        how = {"routers": routers, "router_backend": router_backend}
+        how |= {"budget": budget} if fidelity is None else {"fidelity": fidelity}
     how |= {"max_depth": max_depth, "shortcuts": shortcuts}
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -121,8 +140,16 @@ def generate(
     if answer_file is None:
         (answer,) = answering.answer(prompts, tokens, [0])
         del answer["index"]
-        result = {**answer, "model": model, "budget": budget}
         printed, line = answer["text"], "depth {depth:.3f}, plan {plan}, {new_tokens} tokens"
+        if wrapped.dynadepth.exits is not None:
+            line, printed = answering.exits_seen(answer, colours=show_exits)
+        elif show_exits:
+            raise ConfigError(
+                f"--show-exits was given, and the routers {routers or 'beside the model'} are no exits; train "
+                "some with `dynadepth train --policy exits`"
+            )
+        del answer["ids"]
+        result = {**answer, "model": model, "budget": budget, "fidelity": fidelity}
     else:
         result = {"out": str(out), **answering.answer_all(prompts, tokens, answer_file, batch_size)}
         printed = str(out)
@@ -131,7 +158,8 @@ def generate(
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True))
         return
-    typer.echo(printed)
+    # Asked for, colours are there in a pipe too.
+    typer.echo(printed, color=show_exits or None)
     typer.echo(f"{line} in {{seconds:.1f}} s".format(**result), err=True)
 
 
@@ -199,7 +227,10 @@ class _Answering:
             for done, (rows, plan) in enumerate(batches, start=1):
                 if not set(rows) <= set(kept.answers):
                     with self._model.dynadepth.plans(plan):
-                        kept.add(self.answer(prompts, tokens, rows))
+                        found = self.answer(prompts, tokens, rows)
+                        for answer in found:
+                            del answer["ids"]
+                        kept.add(found)
                 typer.echo(f"answered batch {done} of {len(batches)}", err=True)
             answers = list(kept.answers.values())
             kept.finish()
@@ -235,9 +266,40 @@ class _Answering:
                 "plan": plan_text(plan),
                 "depth": float(plan_depth(plan)),
                 "new_tokens": answer_length(answer, ends),
+                "ids": answer,
             }
             for row, answer, plan in zip(rows, new, plans, strict=True)
         ]
+
+    def exits_seen(self, answer: dict[str, Any], *, colours: bool) -> tuple[str, str]:
+        """Add to the answer to one prompt where its tokens left.
+
+        Args:
+            answer: As `answer` returned it.
+            colours: Whether its text is coloured.
+
+        Returns:
+            What to say of it, and its text.
+        """
+        from dynadepth.cli.exit_colours import coloured, legend
+        from dynadepth.exits.exit_stats import passes_alone
+
+        controller = self._model.dynadepth
+        count, layers, run = answer["new_tokens"], controller.num_layers, controller.last_layers_run
+        # The prompt's own forward gives the first token.
+        decoded = [] if run is None else run[0, : max(0, count - 1)].tolist()
+        layers_run = [layers, *decoded][:count]
+        totals = controller.exit_totals
+        passes = passes_alone(decoded, layers, controller.exits.window) if decoded else 1.0
+        answer |= {"layers_run": layers_run, "passes": passes, "measured_fidelity": totals.fidelity}
+        text = answer["text"]
+        said = "passes {passes:.3f}, {new_tokens} tokens"
+        if totals.fidelity is not None:
+            said += ", fidelity by audits {measured_fidelity:.3f}"
+        if colours:
+            text = coloured(self._tokenizer, answer["ids"][:count], layers_run, layers)
+            said += f" ({legend(layers_run, layers)})"
+        return said, text
 
     def _inputs(self, tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
         padded = self._tokenizer.pad({"input_ids": list(tokens)}, return_tensors="pt")

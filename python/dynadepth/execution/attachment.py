@@ -11,7 +11,9 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
-from dynadepth.errors import UnsupportedModelError
+from dynadepth.caching.depth_cache import DepthCache
+from dynadepth.errors import UnsupportedModelError, WrapError
+from dynadepth.execution.context_stack import Context, contexts_of, open_context
 from dynadepth.execution.executor import (
     check_installed,
     enter_scope,
@@ -19,8 +21,10 @@ from dynadepth.execution.executor import (
     leave_scope,
     obeys,
     remove_executor,
+    scope_paused,
 )
 from dynadepth.execution.plan_forward import Planner, PlanScope
+from dynadepth.execution.reading import ReadScope, read_states
 from dynadepth.models.structure import LayerStack, forward_parameters
 
 __all__ = ["Attachment", "check_text_only"]
@@ -35,6 +39,8 @@ class _AttachedPlanner(Planner, Protocol):
     """A planner that remembers what it has put on its model."""
 
     attachment: "Attachment"
+    # What a forward of the model runs in.
+    scope_class: type[PlanScope]
 
 
 class Attachment:
@@ -46,20 +52,28 @@ class Attachment:
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._list_name = ""
         self._stack: ref[nn.Module] | None = None
+        self._model: ref[nn.Module] | None = None
 
     # A copy of the model has a stack of its own, and no layers but those that stand in it.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_wrapped": None, "_stack": self.stack}
+        model = None if self._model is None else self._model()
+        return {**self.__dict__, "_wrapped": None, "_stack": self.stack, "_model": model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._wrapped = WeakSet()
-        self._stack = None if state["_stack"] is None else ref(state["_stack"])
+        for name in ("_stack", "_model"):
+            self.__dict__[name] = None if state[name] is None else ref(state[name])
 
     @property
     def stack(self) -> nn.Module | None:
         """The module whose forward runs the layers; None while nothing is attached."""
         return None if self._stack is None else self._stack()
+
+    def layers(self) -> list[nn.Module]:
+        """Return the decoder layers as they stand now; none while nothing is attached."""
+        stack = self.stack
+        return [] if stack is None else list(stack.get_submodule(self._list_name).children())
 
     def attach(self, planner: _AttachedPlanner, model: nn.Module, stack: LayerStack) -> None:
         """Put the executor and the hooks on a model; if it raises, nothing is changed.
@@ -76,7 +90,7 @@ class Attachment:
         install_executor(stack, planner)
         self._wrapped = WeakSet(stack.layers)
         self._list_name = _path_inside(stack.stack, stack.holder, stack.name)
-        self._stack = ref(stack.stack)
+        self._stack, self._model = ref(stack.stack), ref(model)
         stack.stack.__dict__[_CONTROLLER] = planner
         self._handles = [
             stack.stack.register_forward_pre_hook(_open_scope, with_kwargs=True),
@@ -91,7 +105,7 @@ class Attachment:
         """Remove everything that `attach` put on the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack = [], None
+        self._handles, self._stack, self._model = [], None, None
         # Other libraries may have moved, copied or replaced layers since wrapping.
         modules = list(model.modules())
         for module in modules:
@@ -101,6 +115,26 @@ class Attachment:
         remove_executor([layer for layer in self._wrapped if obeys(layer, planner)])
         # An interrupt (Ctrl-C) in a forward leaves its scope open.
         leave_scope(planner)
+
+    def read(self, planner: object, states: torch.Tensor) -> torch.Tensor:
+        """Return what the model's own norm and head say of states after its last layer.
+
+        Args:
+            planner: Who plans the model's forwards.
+            states: Shape (states, hidden).
+
+        Returns:
+            Logits. Shape (states, vocabulary), model dtype.
+
+        Raises:
+            WrapError: Nothing is attached.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise WrapError("this model is no longer wrapped; call wrap_model(model, ...) first")
+        context = Context(planner, reading=states[:, None])
+        with torch.no_grad(), scope_paused(planner), open_context(context):
+            return read_states(model, states)
 
     def check_layers(self, planner: _AttachedPlanner, stack: nn.Module) -> None:
         """Refuse a stack whose layers are no longer those that were wrapped.
@@ -148,19 +182,35 @@ def _path_inside(stack: nn.Module, holder: nn.Module, name: str) -> str:
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     planner: _AttachedPlanner = module.__dict__[_CONTROLLER]
     planner.attachment.check_layers(planner, module)
+    reading = next(
+        (each.reading for each in contexts_of(planner) if each.reading is not None), None
+    )
+    if reading is not None:
+        enter_scope(ReadScope(planner, planner.num_layers, reading))
+        return
     given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     mask = given if isinstance(given, torch.Tensor) and given.dim() == 2 else None
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
+    states_asked = any(
+        kwargs.get(name, getattr(module.config, name, False))
+        for name in ("output_hidden_states", "output_attentions")
+    )
+    if states_asked:
+        # Here, where what layers give out is not collected yet.
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, DepthCache):
+                value.settle()
     enter_scope(
-        PlanScope(
+        planner.scope_class(
             planner,
             mask,
             tokens,
             config=module.config,
             mask_given=given is not None,
             router_logits=kwargs.get("output_router_logits"),
+            states_asked=states_asked,
         )
     )
 

@@ -34,6 +34,9 @@ class Context:
         in_generate: Whether the block is one `generate`.
         only_plans: Whether the forward inside is made for the plans alone, which go to `row_plans`.
         cache: The cache of a generation, kept alive until its memory has been measured.
+        ends: The tokens that end a row of a generation; after one, the row pads.
+        has_begun: Whether a forward of the generation has completed, so that the next one is given its own tokens.
+        reading: States that the forward inside is to read through norm and head alone. Shape (rows, tokens, hidden).
         before: Called before each visit.
         after: Called after each visit.
         is_open: Whether the block is still running.
@@ -48,6 +51,9 @@ class Context:
     in_generate: bool = False
     only_plans: bool = False
     cache: DepthCache | None = None
+    ends: frozenset[int] = frozenset()
+    has_begun: bool = False
+    reading: torch.Tensor | None = None
     before: VisitCallback | None = None
     after: VisitCallback | None = None
     is_open: bool = True

@@ -6,7 +6,8 @@ and positions come from the model's own forward and the computation from the lay
 is copied.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,7 @@ __all__ = [
     "leave_scope",
     "obeys",
     "remove_executor",
+    "scope_paused",
 ]
 
 # An entry of a scope's `dispatch`: call the scope's `run`.
@@ -106,6 +108,17 @@ def leave_scope(owner: object) -> Scope | None:
         return None
     _SCOPE.set(scope.outer)
     return scope
+
+
+@contextmanager
+def scope_paused(owner: object) -> Iterator[None]:
+    """Let an owner's layers run in scopes of their own inside a forward of its model, whose scope then goes on."""
+    paused = leave_scope(owner)
+    try:
+        yield
+    finally:
+        if paused is not None:
+            enter_scope(paused)
 
 
 @dataclass(slots=True)

@@ -86,6 +86,7 @@ class PlanScope:
         config: The model's config.
         mask_given: Whether the model's forward got a mask of any form, which says what is padding.
         router_logits: What the forward was given as `output_router_logits`; None leaves it to the config.
+        states_asked: Whether the forward is to return the states or attentions of its layers.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class PlanScope:
         config: Any = None,
         mask_given: bool = True,
         router_logits: bool | None = None,
+        states_asked: bool = False,
     ) -> None:
         self.owner: object = owner
         self.outer: Scope | None = None
@@ -104,6 +106,7 @@ class PlanScope:
         self._tokens = tokens
         self._config, self._mask_given, self._router_logits = config, mask_given, router_logits
         self.attention_mask = attention_mask
+        self._states_asked = states_asked
         self._plans: RowPlans | None = None
         # The same at every decision, so it is built once.
         self._prompts: PromptBatch | None = None

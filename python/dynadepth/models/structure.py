@@ -50,6 +50,7 @@ class LayerTraits:
             each row of the batch.
         shared_arguments: Parameters that take tensors which are the same for all rows.
         fixed_rows: Whether the stack's forward needs as many rows after its layers as before them.
+        no_exits: Why no new token may leave early; None if they may.
     """
 
     num_extras: int | None = None
@@ -57,6 +58,7 @@ class LayerTraits:
     row_arguments: tuple[str, ...] = ()
     shared_arguments: tuple[str, ...] = ()
     fixed_rows: bool = False
+    no_exits: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

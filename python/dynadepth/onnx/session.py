@@ -98,7 +98,7 @@ def read_facts(
     Args:
         session: Opened by `open_session`.
         source: What it was opened from, for messages.
-        kind: Kind of graph expected, `routers` or `menu`.
+        kind: Kind of graph expected, `routers`, `menu` or `exits`.
         needed: Names of the metadata that must be present.
         digest: `graph_digest` of the graph that it must hold; None if that is unknown.
 

@@ -12,6 +12,9 @@ from dynadepth.caching.row_plans import RowPlans
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.executor import NOTHING, Skipped
+from dynadepth.execution.plan_forward import PlanScope
+from dynadepth.exits.exit_forward import Exits, ExitScope
+from dynadepth.exits.exit_stats import ExitStats
 from dynadepth.models.structure import LayerStack, position_arguments, takes
 from dynadepth.plans import Plans
 from dynadepth.policies.prompt_batch import PromptBatch
@@ -139,6 +142,7 @@ class FixedPlans:
         stack: Its layers, proved.
         plans: The plans. Shape (rows, layers), uint8.
         skips: What rows go through in place of each layer that they skip; None: nothing.
+        exits: Where new tokens may leave early; None: nowhere.
     """
 
     def __init__(
@@ -147,11 +151,15 @@ class FixedPlans:
         stack: LayerStack,
         plans: Plans,
         skips: Sequence[Skipped] | None = None,
+        exits: Exits | None = None,
     ) -> None:
         self.num_layers = stack.num_layers
         self.skips = (NOTHING,) * stack.num_layers if skips is None else tuple(skips)
         self.plans = plans
         self.attachment = Attachment()
+        self.exits, self.exit_stats = exits, ExitStats(stack.num_layers)
+        self.exit_audit = None
+        self.scope_class = PlanScope if exits is None else ExitScope
         self._model, self._stack = model, stack
 
     def __enter__(self) -> "FixedPlans":

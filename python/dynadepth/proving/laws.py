@@ -17,6 +17,7 @@ from dynadepth.models.rebuild import rebuild
 from dynadepth.models.structure import LayerStack, LayerTraits, layer_signature, layer_stack
 from dynadepth.plans import Plans, identity_plan, plan_text
 from dynadepth.proving.driving import MODES, Batch, FixedPlans, Mode, generate, prompts, run
+from dynadepth.proving.exit_law import why_no_exits
 from dynadepth.proving.observing import observe_layers
 from dynadepth.proving.tiny_copy import failure
 
@@ -88,8 +89,16 @@ def check_laws(model: Any, *, in_float64: bool = True) -> Kept:
         swept = _sweep(model, stack, plans, few, base, references)
     worst = max(worst, swept)
     _generation(model, stack, plans[: len(_LENGTHS)], few, references)
+    traits = replace(traits, no_exits=_no_exits(model, stack, few, base))
     _undone(model, stack, few, base)
     return Kept(traits, base.noise, worst)
+
+
+def _no_exits(model: Any, stack: LayerStack, batch: Batch, base: "_Base") -> str | None:
+    steps = base.logits.get("one token at a time")
+    if steps is None:
+        return "it keeps no cache, so what a token owes has no place"
+    return why_no_exits(model, stack, batch, steps, base.limit)
 
 
 def _keeps_cache(stack: LayerStack) -> bool:

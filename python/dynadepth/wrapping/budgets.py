@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.policies.base import Policy
@@ -25,6 +26,24 @@ class Budgets:
     def __init__(self, trained: TrainedPolicy | None, backend: Backend = "torch") -> None:
         self._trained, self._backend = trained, backend
         self._kept: dict[float, Policy] = {}
+
+    @property
+    def trained(self) -> TrainedPolicy | None:
+        """The trained policy, if the model was wrapped with one."""
+        return self._trained
+
+    def exits(self) -> TrainedExits:
+        """Return the trained exits.
+
+        Raises:
+            ConfigError: The model was not wrapped with trained exits.
+        """
+        if not isinstance(self._trained, TrainedExits):
+            raise ConfigError(
+                "this model was not wrapped with trained exits, so no fidelity can be promised; call "
+                "unwrap_model(model) and wrap it with fidelity= and routers that are exits"
+            )
+        return self._trained
 
     def policy(self, budget: Any) -> Policy:
         """Return the policy that keeps a budget.

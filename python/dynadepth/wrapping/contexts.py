@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import ConfigError, PlanError
 from dynadepth.execution.callbacks import VisitCallback
 from dynadepth.execution.context_stack import Context, open_context
@@ -34,6 +37,7 @@ class ContextMethods:
         self._limits = limits
         self._stats = stats
         self._budgets = budgets
+        self.last_layers_run: npt.NDArray[np.int64] | None = None
 
     @contextmanager
     def plans(self, plans: Any) -> Iterator[None]:
@@ -78,8 +82,12 @@ class ContextMethods:
 
         Raises:
             BudgetError: The budget is not a number or outside the calibrated range.
-            ConfigError: The model was not wrapped with a budget.
+            ConfigError: The model was not wrapped with a budget, or it is one of exits, which hold for all threads.
         """
+        if isinstance(self._budgets.trained, TrainedExits):
+            raise ConfigError(
+                "at_budget plans prompts, and exits plan none; set model.dynadepth.budget, which holds for all threads"
+            )
         with open_context(Context(self, policy=self._budgets.policy(budget))):
             yield
 
@@ -141,19 +149,24 @@ class ContextMethods:
             yield
 
     @contextmanager
-    def generation(self, prompt_width: int | None) -> Iterator[None]:
+    def generation(
+        self, prompt_width: int | None, *, ends: frozenset[int] = frozenset()
+    ) -> Iterator[None]:
         """Mark the forwards inside as one `generate` call, so that drafts and later tokens do not count as prompt.
 
         Args:
             prompt_width: Number of columns of the batch passed to `generate`, padding included; None if unknown.
+            ends: The tokens after which a row pads.
         """
-        context = Context(self, prompt_width=prompt_width, in_generate=True)
+        context = Context(self, prompt_width=prompt_width, in_generate=True, ends=ends)
         with open_context(context):
             try:
                 yield
             finally:
                 if context.cache is not None:
                     self._stats.measure(context.cache)
+                    owed = context.cache.owed
+                    self.last_layers_run = None if owed is None else owed.layers_run()
 
     def check_limits(self, plans: Plans) -> None:
         """Refuse plans that break the limits that the model was wrapped with.

@@ -6,6 +6,8 @@ prompts (the policy sees prompt tokens only); the plans are kept on the cache, o
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,15 @@ from torch import nn
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
+from dynadepth.execution.plan_forward import PlanScope
+from dynadepth.exits.audit import Audit, Audited
+from dynadepth.exits.exit_forward import Exits, ExitScope
+from dynadepth.exits.exit_stats import ExitStats, ExitTotals
+from dynadepth.exits.pace import Pace
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -46,6 +54,13 @@ class Controller(ContextMethods):
         attachment: What it has put on the model.
         shortcuts: The maps that rows take in place of layers that they skip; None: nothing is in their place.
         skips: What rows go through in place of each layer that they skip.
+        exits: Where new tokens may leave early; None: nowhere.
+        exit_stats: What `exit_totals` are read from.
+        exit_pace: Decides whether lossless decoding drafts.
+        exit_audit: Compares early tokens with what the base model says; None: nothing is compared.
+        scope_class: What a forward of the model runs in.
+        last_layers_run: Of the last `generate`, for each token that was decoded one at a time, the number of layers
+            that had run when it was chosen. Shape (rows, tokens), int64; None without exits or before the first.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,11 +91,21 @@ class Controller(ContextMethods):
         budget: float | None = None,
         budgets: Budgets | None = None,
         shortcuts: Shortcuts | None = None,
+        exits: Exits | None = None,
+        fidelity: float | None = None,
+        adapt: bool = True,
     ) -> None:
         limits = Limits(num_layers, max_depth=max_depth, protect=protect)
         super().__init__(limits, Stats(), budgets or Budgets(None))
         self._default, self._budget = policy, budget
+        self._fidelity, self._adapt = fidelity, adapt
         self.attachment = Attachment()
+        self.exits, self.exit_stats = exits, ExitStats(num_layers)
+        self.exit_pace = Pace()
+        self.exit_audit = (
+            None if exits is None or not exits.audit else Audit(exits.audit, exits.dial)
+        )
+        self.scope_class = PlanScope if exits is None else ExitScope
         self.shortcuts = shortcuts
         self.skips = skips_of(shortcuts, num_layers)
 
@@ -105,8 +130,36 @@ class Controller(ContextMethods):
 
     @budget.setter
     def budget(self, budget: float) -> None:
-        self._default = self._budgets.policy(budget)
-        self._budget = float(budget)
+        chosen = self._budgets.policy(budget)
+        self._turn(budget=budget)
+        self._default, self._budget, self._fidelity = chosen, float(budget), None
+
+    @property
+    def fidelity(self) -> float | None:
+        """The share of new tokens promised to be the base model's own choice; None if the model has no such promise.
+
+        It can be set while the model is wrapped with exits. The threshold then begins where held-out prompts say.
+
+        Raises:
+            BudgetError: On setting: it is no share, or outside of what was measured. Nothing is changed then.
+            ConfigError: On setting: the model was not wrapped with trained exits.
+        """
+        return self._fidelity
+
+    @fidelity.setter
+    def fidelity(self, fidelity: float) -> None:
+        self._budgets.exits()
+        self._turn(fidelity=fidelity)
+        self._fidelity, self._budget = float(fidelity), None
+
+    def _turn(self, **promise: Any) -> None:
+        trained = self._budgets.trained
+        if (
+            isinstance(trained, TrainedExits)
+            and self.exits is not None
+            and self.exits.dial is not None
+        ):
+            trained.turn(self.exits.dial, adapt=self._adapt, **promise)
 
     def plan_prompts(
         self,
@@ -216,8 +269,24 @@ class Controller(ContextMethods):
         return self._stats.totals
 
     def reset_totals(self) -> None:
-        """Set `totals` back to zero; what is known of the last batch is kept."""
+        """Set `totals` and `exit_totals` back to zero; what is known of the last batch is kept."""
         self._stats.reset()
+        self.exit_stats.reset()
+        self.exit_pace.reset()
+        if self.exit_audit is not None:
+            self.exit_audit.reset()
+
+    @property
+    def exit_totals(self) -> ExitTotals:
+        """How many new tokens left early, what decoding cost, and what audits found.
+
+        Since wrapping or since `reset_totals`. What waits for an audit is looked at first, which runs the model's head.
+        """
+        audit, found = self.exit_audit, Audited()
+        if audit is not None:
+            audit.look(partial(self.attachment.read, self))
+            found = audit.found
+        return replace(self.exit_stats.totals, audited=found, drafted=self.exit_pace.totals)
 
     def start(self, num_rows: int, cache: DepthCache | None) -> tuple[RowPlans, bool]:
         """Return the plans of a batch as far as they are known before its first layer, and whether they are new.

@@ -8,13 +8,17 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.checkpoints.save_load import TrainedPolicy, find_routers, load_policy
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError, PlanError, UnsupportedModelError, WrapError
 from dynadepth.execution.attachment import check_text_only
 from dynadepth.execution.executor import is_installed
+from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.lossless import LosslessDecoding
 from dynadepth.models.structure import LayerStack, check_not_parallel
-from dynadepth.plans import check_plans
+from dynadepth.plans import check_plans, identity_plan
 from dynadepth.policies.base import Policy, StaticPolicy
 from dynadepth.proving.prove import Unlisted, proved_stack
 from dynadepth.wrapping.budgets import Budgets
@@ -32,6 +36,10 @@ def wrap_model(
     routers: Any = None,
     plan: Any = None,
     policy: Policy | None = None,
+    exits: Exits | None = None,
+    fidelity: float | None = None,
+    adapt: bool = True,
+    audit: float = 1.0,
     max_depth: float | None = None,
     protect: Iterable[int] = (),
     router_backend: Literal["torch", "onnx"] = "torch",
@@ -47,10 +55,21 @@ def wrap_model(
     Args:
         model: A transformers causal language model, bare or inside a PEFT or a `torch.compile` model. The first of its
             shape is proved on a tiny copy of it, which takes seconds; the verdict is kept.
-        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers.
+        budget: Mean depth over prompts, each prompt counting once, as a fraction of the full depth; needs routers. If
+            these are exits: mean passes of new tokens; prompts are read in full.
         routers: A routers folder, a hub id, or what `load_policy` returned. None: `routers/` beside the base model.
         plan: One plan for every prompt. Shape (num_layers,), uint8; or a text that `parse_plan` reads: "0-11,14-27".
         policy: Any other policy, made for a model of as many layers.
+        exits: Where new tokens may leave early, with heads of your own. A token that leaves owes its later layers,
+            which run in one call with a later token, so all keys and values are the base model's own. Prompts are read
+            in full.
+        fidelity: Share of new tokens that are the base model's own choice after the same text; needs routers that
+            `dynadepth train --policy exits` wrote. At 1, early tokens are drafts which the base model verifies before
+            they are given out, one prompt at a time; drafts stop where they measure slower than plain decoding. Which
+            of two tokens of nearly equal logits is the choice, is decided by rounding where many share a call.
+        adapt: Whether audits move the threshold of `fidelity`, so that the share is kept on prompts unlike those that
+            it was calibrated on too. Without, held-out prompts have to prove it.
+        audit: Share of early tokens whose true reading is looked at once their layers have run; 0: none.
         max_depth: Hard limit on each prompt's depth, as a fraction of the full depth, at least 1; repeats beyond it are
             removed. A layer is decided before the later ones are known, so a repeat is kept only if the remaining
             layers, each run once, still fit.
@@ -87,19 +106,26 @@ def wrap_model(
     """
     given = [
         name
-        for name, value in (("budget", budget), ("plan", plan), ("policy", policy))
+        for name, value in (
+            ("budget", budget),
+            ("plan", plan),
+            ("policy", policy),
+            ("exits", exits),
+            ("fidelity", fidelity),
+        )
         if value is not None
     ]
     if len(given) != 1:
         raise ConfigError(
-            f"wrap_model was given {' and '.join(given) or 'none of budget, plan and policy'}; "
-            "expected exactly one of budget, plan and policy"
+            f"wrap_model was given {' and '.join(given) or 'none of budget, fidelity, plan, policy and exits'}; "
+            "expected exactly one of them"
         )
     if router_backend not in ("torch", "onnx"):
         raise ConfigError(f"router_backend is {router_backend!r}; expected 'torch' or 'onnx'")
-    if budget is None and (routers is not None or router_backend != "torch"):
+    promised = budget is not None or fidelity is not None
+    if not promised and (routers is not None or router_backend != "torch"):
         raise ConfigError(
-            f"routers and router_backend go with budget, but {given[0]} was given; leave them out"
+            f"routers and router_backend go with budget or fidelity, but {given[0]} was given; leave them out"
         )
     inner = _causal_lm(model)
     stack = proved_stack(inner, unlisted=unlisted)
@@ -116,9 +142,19 @@ def wrap_model(
     max_depth = _check_max_depth(max_depth)
 
     budgets, loaded = None, None
-    if budget is not None:
+    if promised:
         loaded = _resolve_routers(inner, routers)
         budgets = Budgets(loaded, router_backend)
+    if fidelity is not None and not isinstance(loaded, TrainedExits):
+        raise ConfigError(
+            f"fidelity={fidelity!r} needs exits, and the routers are of kind {loaded.kind if loaded else ''!r}; "
+            "train some with `dynadepth train --policy exits`, or give a budget"
+        )
+    if isinstance(loaded, TrainedExits):
+        exits = loaded.exits(
+            fidelity=fidelity, budget=budget, adapt=adapt, audit=audit, backend=router_backend
+        )
+    if budget is not None and budgets is not None and loaded is not None:
         chosen: Policy = budgets.policy(budget)
         movable = sorted(set(protected) - set(loaded.protect))
         if movable:
@@ -131,13 +167,19 @@ def wrap_model(
         chosen = (
             policy
             if policy is not None
-            else StaticPolicy(check_plans(plan, stack.num_layers, num_rows=1)[0])
+            else StaticPolicy(
+                identity_plan(stack.num_layers)
+                if plan is None
+                else check_plans(plan, stack.num_layers, num_rows=1)[0]
+            )
         )
     if chosen.num_layers != stack.num_layers:
         raise PlanError(
             f"the policy plans {chosen.num_layers} layers, but the model has {stack.num_layers}; "
             "use a policy made for this model"
         )
+    if exits is not None:
+        _check_exits(exits, stack, shortcuts)
     maps = resolve_shortcuts(shortcuts, inner, loaded)
     controller = Controller(
         stack.num_layers,
@@ -147,6 +189,9 @@ def wrap_model(
         budget=None if budget is None else float(budget),
         budgets=budgets,
         shortcuts=maps,
+        exits=exits,
+        fidelity=None if fidelity is None else float(fidelity),
+        adapt=adapt,
     )
     if isinstance(chosen, StaticPolicy):
         controller.check_limits(chosen.initial_plans(1))
@@ -221,7 +266,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             "assistant_early_exit changes the number of layers that the plan was made for; use assistant_model= or no "
             "assistant"
         )
-    if setting("prefill_chunk_size") and controller.policy.decision_layers:
+    reads_prompts = controller.policy.decision_layers or controller.exits is not None
+    if setting("prefill_chunk_size") and reads_prompts:
         raise UnsupportedModelError(
             f"prefill_chunk_size={setting('prefill_chunk_size')} shows the policy only a part of the prompt; "
             "leave it out, or wrap with plan="
@@ -267,8 +313,24 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         if prompt is None:
             prompt = candidate
     width = int(prompt.shape[1]) if prompt is not None and getattr(prompt, "ndim", 0) >= 2 else None
-    with controller.generation(width):
-        return type(model).generate(model, *args, **kwargs)
+    ends = setting("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+    dial = None if controller.exits is None else controller.exits.dial
+    if controller.exits is not None and dial is not None and dial.verify:
+        if kwargs.get("custom_generate") is not None:
+            raise UnsupportedModelError(
+                "custom_generate was given, and fidelity 1 decodes in a loop of its own; leave it out, or set "
+                "model.dynadepth.fidelity below 1"
+            )
+        kwargs["custom_generate"] = LosslessDecoding(
+            controller.exit_pace, controller.exits.window - 1, kwargs.get("streamer")
+        )
+    with controller.generation(width, ends=frozenset(int(each) for each in ends)):
+        output = type(model).generate(model, *args, **kwargs)
+    cache = output.get("past_key_values") if isinstance(output, dict) else None
+    if isinstance(cache, DepthCache):
+        cache.settle()
+    return output
 
 
 def _check_max_depth(given: Any) -> float | None:
@@ -290,6 +352,28 @@ def _check_protect(protect: Iterable[Any], stack: LayerStack) -> tuple[int, ...]
                 f"protect names layer {layer!r}; expected layer numbers from 0 to {stack.num_layers - 1}"
             )
     return layers
+
+
+def _check_exits(exits: Any, stack: LayerStack, shortcuts: GivenShortcuts) -> None:
+    """Refuse what new tokens cannot leave by."""
+    if not isinstance(exits, Exits):
+        raise ConfigError(
+            f"exits is a {type(exits).__name__}; expected Exits((head, ...)) with heads of your own"
+        )
+    reason = None if stack.traits is None else stack.traits.no_exits
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"no token of this {stack.model_type} may leave early: {reason}. Wrap it without exits"
+        )
+    last = exits.heads[-1].layer_idx
+    if last >= stack.num_layers:
+        raise ConfigError(
+            f"exits have a head before layer {last}; the model's layers are 0 to {stack.num_layers - 1}"
+        )
+    if shortcuts:
+        raise ConfigError(
+            "shortcuts go with plans that skip layers, and exits skip none; leave shortcuts out"
+        )
 
 
 def _resolve_routers(model: nn.Module, routers: Any) -> TrainedPolicy:

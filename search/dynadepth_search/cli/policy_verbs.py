@@ -59,15 +59,22 @@ def train(
         Path | None,
         typer.Option("--labels", help="Folder that `search prompts` wrote, for --policy drllm"),
     ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            "--task",
+            help="The training prompts, for --policy exits: JSON lines, or text, one prompt per line",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the routers; routers there are replaced")
     ],
     policy: Annotated[
-        Literal["menu", "routers", "drllm"],
+        Literal["menu", "routers", "drllm", "exits"],
         typer.Option(
             "--policy",
             help="menu: one of a few plans for each prompt; routers: one router for each layer; drllm: the published "
-            "routers, which imitate labels",
+            "routers, which imitate labels; exits: new tokens leave where they are decided",
         ),
     ] = "menu",
     objective: Objective = "preserve",
@@ -79,6 +86,23 @@ def train(
             "--accept-partial", help="Learn from what an unfinished scoring or search has so far"
         ),
     ] = False,
+    exit_layers: Annotated[
+        str,
+        typer.Option(
+            "--exit-layers",
+            help="Layers before which tokens may leave, such as 9,15 [default: chosen by held-out passes]",
+        ),
+    ] = "",
+    new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--new-tokens",
+            min=2,
+            help="The most tokens by which each prompt is continued, for --policy exits",
+        ),
+    ] = 64,
+    chat: Chat = False,
+    limit: Limit = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "fast",
@@ -87,10 +111,30 @@ def train(
     """Train a policy, calibrate its budget, and export it to ONNX."""
     needed = {"menu": {"--scores": scores}, "drllm": {"--labels": labels}}
     needed["routers"] = {"--scores": scores, "--plans": plans}
+    needed["exits"] = {"--task": task}
     missing = [option for option, value in needed[policy].items() if value is None]
     if missing:
         raise typer.BadParameter(f"--policy {policy} needs {' and '.join(missing)}")
     protected = layer_numbers(protect, "--protect")
+    if policy == "exits" and task is not None:
+        if protected or shortcuts is not None:
+            raise typer.BadParameter(
+                "--policy exits skips no layer; leave out --protect and --shortcuts"
+            )
+        _train_exits(
+            model,
+            task,
+            out,
+            layers=layer_numbers(exit_layers, "--exit-layers"),
+            new_tokens=new_tokens,
+            chat=chat,
+            limit=limit,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            as_json=as_json,
+        )
+        return
 
     from dynadepth.checkpoints.trained_policy import TrainedPolicy
     from dynadepth_search.scoring.score_table import read_scores
@@ -158,6 +202,69 @@ def train(
     print_result(result, as_json=as_json)
 
 
+def _train_exits(
+    model: str,
+    task: Path,
+    out: Path,
+    *,
+    layers: tuple[int, ...],
+    new_tokens: int,
+    chat: bool,
+    limit: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Train exit heads, calibrate them on text that they produced, and write the routers folder.
+
+    Args:
+        model: The base model, as the verb was given it.
+        task: File of the training prompts.
+        out: Folder of the routers. What is worked on lies in one beside it, named after it with `.work`.
+        layers: Exit layers; none: chosen.
+        new_tokens: The most tokens by which each prompt is continued.
+        chat: Whether prompts are turns of a chat.
+        limit: The most prompts; None: all.
+        seed: Seed of everything random.
+        device: Where the model runs.
+        dtype: Its dtype.
+        as_json: Whether the result is printed as JSON.
+    """
+    from dynadepth_search.data.tasks import read_task
+    from dynadepth_search.exits.building import clear_work, fit_exits
+    from dynadepth_search.exits.spec import ExitSpec
+    from dynadepth_search.training.router_fit import write_routers
+
+    spec = ExitSpec(layers=layers or None, new_tokens=new_tokens, seed=seed)
+    prompts = read_task(task, limit=limit)
+    base, tokenizer = load(model, device, dtype)
+    prompts = in_chat(prompts, tokenizer, chat=chat)
+    work = out.with_name(f"{out.name}.work")
+    with display() as progress:
+        trained = fit_exits(base, tokenizer, prompts, work, spec, progress=progress)
+    write_routers(out, trained)
+    clear_work(work)
+    promises = trained.promises
+    lowest, highest = trained.calibration.range
+    result: dict[str, Any] = {
+        "routers": str(out),
+        "policy": "exits",
+        "exit_layers": ",".join(str(head.layer_idx) for head in trained.heads),
+        "lowest_budget": lowest,
+        "highest_budget": highest,
+        "train_prompts": trained.training["train_prompts"],
+        "validation_prompts": trained.training["validation_prompts"],
+        "prompts_of_task": trained.training["prompts_of_task"],
+        "lowest_fidelity": promises.likely[-1],
+        **{
+            f"passes_at_{kept:.3f}_kept": passes
+            for kept, passes in zip(promises.kept[1:], promises.passes[1:], strict=True)
+        },
+    }
+    print_result(result, as_json=as_json)
+
+
 def evaluate_policy(
     *,
     model: Model,
@@ -208,6 +315,7 @@ def evaluate_policy(
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoints.save_load import load_policy
+    from dynadepth.errors import ConfigError
     from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
@@ -219,6 +327,11 @@ def evaluate_policy(
 
     others = _named(against or [])
     given = load_policy(routers)
+    if given.kind == "exits":
+        raise ConfigError(
+            f"the policy in {routers} is exits, which plan no prompt, and eval compares plans of prompts; `dynadepth "
+            "inspect` shows what exits keep of generated text"
+        )
     plans = plans or named_folder(given, "plans")
     scores = scores or named_folder(given, "scores")
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from dynadepth.checkpoints.save_load import load_policy
+from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPolicy
 from dynadepth.plans import EXECUTE, plan_depth, plan_text
 from dynadepth_search.evaluation.metrics import listed
 from dynadepth_search.inspecting.edit_maps import plan_map_picture
+from dynadepth_search.inspecting.exits_seen import inspect_exits
 from dynadepth_search.inspecting.inspection import Inspection, Picture, Table, edits_text
 
 __all__ = ["inspect_routers", "router_figures"]
@@ -30,6 +32,8 @@ def inspect_routers(folder: Path) -> Inspection:
         ShortcutError: The shortcuts beside the routers are damaged.
     """
     trained = load_policy(folder)
+    if isinstance(trained, TrainedExits):
+        return inspect_exits(trained)
     figures = router_figures(trained)
     return Inspection(
         kind="routers",

@@ -133,7 +133,11 @@ class _Fit:
         else:
             write_sealed(mark, self._asked)
         texts = TextFile(self._work / "texts.jsonl").continued(
-            self._model, self._prompts, self._spec, self._progress
+            self._model,
+            self._prompts,
+            new_tokens=self._spec.new_tokens,
+            batch_size=2 * self._spec.batch_size,
+            progress=self._progress,
         )
         fitted_on = [texts[row] for row in self._fitted_on]
         heldout = [texts[row] for row in self._heldout]

@@ -194,7 +194,11 @@ class _Fold:
         else:
             write_sealed(mark, self._asked)
         texts = TextFile(self.folder / "texts.jsonl").continued(
-            self._model, self._prompts, self._spec, self._progress
+            self._model,
+            self._prompts,
+            new_tokens=self._spec.new_tokens,
+            batch_size=2 * self._spec.batch_size,
+            progress=self._progress,
         )
         drawn = np.random.default_rng(self._spec.seed).permutation(len(texts)).tolist()
         count = max(1, min(self._spec.num_heldout, round(_HELD_OUT * len(texts))))

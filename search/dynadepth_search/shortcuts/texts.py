@@ -1,4 +1,4 @@
-"""The texts that shortcuts are fitted and judged on: prompts with the base model's own continuations, in a journal."""
+"""The texts that shortcuts and exits are made from: prompts with the base model's own continuations, in a journal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,6 @@ from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.batching import batches_of
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
-from dynadepth_search.shortcuts.spec import ShortcutSpec
 
 __all__ = ["TextFile"]
 
@@ -32,14 +31,21 @@ class TextFile:
         self._path = path
 
     def continued(
-        self, model: Any, prompts: Sequence[_Ids], spec: ShortcutSpec, progress: Progress = silent
+        self,
+        model: Any,
+        prompts: Sequence[_Ids],
+        *,
+        new_tokens: int,
+        batch_size: int = 32,
+        progress: Progress = silent,
     ) -> list[Text]:
         """Return every prompt with its continuation; those that are not in the file yet are made and added.
 
         Args:
             model: The unwrapped base model.
             prompts: Token ids of each prompt.
-            spec: Settings of the fit.
+            new_tokens: The most tokens of a continuation.
+            batch_size: Prompts of one batch.
             progress: Called with the stage, the number of finished prompts and of all.
 
         Raises:
@@ -50,21 +56,21 @@ class TextFile:
         def read(line: Stored) -> tuple[int, list[int]]:
             found = line.fields(["prompt", "continuation"])
             tokens = found["continuation"].entries()
-            if len(tokens) > spec.new_tokens:
-                line.damaged(f"{len(tokens)} tokens; expected {spec.new_tokens} or fewer")
+            if len(tokens) > new_tokens:
+                line.damaged(f"{len(tokens)} tokens; expected {new_tokens} or fewer")
             row = found["prompt"].whole(0, len(prompts) - 1)
             return row, [token.whole(0, vocabulary - 1) for token in tokens]
 
         known, length = read_journal(self._path, read, advice=_ADVICE)
         answers = dict(known)
         journal = Journal(self._path, length)
-        batches = batches_of([len(prompt) for prompt in prompts], 2 * spec.batch_size)
+        batches = batches_of([len(prompt) for prompt in prompts], batch_size)
         for rows in batches:
             progress("continuing prompts", len(answers), len(prompts))
             # Which prompts share a batch decides the last bits, so a batch is made as a whole or not at all.
             if not all(row in answers for row in rows):
                 made = continue_prompts(
-                    model, [prompts[row] for row in rows], new_tokens=spec.new_tokens
+                    model, [prompts[row] for row in rows], new_tokens=new_tokens
                 )
                 for row, text in zip(rows, made, strict=True):
                     answer = text.ids[text.prompt :].tolist()

@@ -37,6 +37,7 @@ def test_a_config_is_enough(capsys, config, whole_folder):
     assert code == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith(("m", "v")))
     assert lines == {"model": "Glm4ForCausalLM (model_type glm4)", "verdict": "exact"}
+    assert "late exits             exact\n" in out
 
 
 def test_json_has_the_whole_verdict(capsys, config):

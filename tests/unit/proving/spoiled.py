@@ -1,4 +1,4 @@
-"""Three Llamas spoiled on purpose, each in one line that no list of families would show."""
+"""Llamas spoiled on purpose, each in one line that no list of families would show."""
 
 from typing import ClassVar
 
@@ -52,6 +52,15 @@ class IndexedMaskLayer(LlamaDecoderLayer):
         return super().forward(hidden_states, attention_mask, position_ids, cache, **kwargs)
 
 
+class LoudLayer(LlamaDecoderLayer):
+    """Is told by its model how loud each token is, in an argument that nobody puts together over several forwards."""
+
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, cache=None, **kwargs):
+        loudness = kwargs.pop("loudness")
+        states = super().forward(hidden_states, attention_mask, position_ids, cache, **kwargs)
+        return states * loudness[:, -states.shape[1] :]
+
+
 class _Spoiled(LlamaForCausalLM):
     layer = LlamaDecoderLayer
 
@@ -72,6 +81,16 @@ class CountingLlama(_Spoiled):
 
 class IndexedMaskLlama(_Spoiled):
     layer = IndexedMaskLayer
+
+
+class LoudLlama(_Spoiled):
+    layer = LoudLayer
+
+    def forward(self, input_ids=None, **kwargs):
+        kwargs["loudness"] = 1.0 + (input_ids % 3)[..., None] / 10
+        return super().forward(input_ids=input_ids, **kwargs)
+
+    forward.__wrapped__ = LlamaForCausalLM.forward
 
 
 def spoiled(kind: type[LlamaForCausalLM], num_layers: int = 4) -> LlamaForCausalLM:

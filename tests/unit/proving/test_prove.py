@@ -13,11 +13,13 @@ from dynadepth.proving import prove as proving
 from dynadepth.proving import verdict as verdicts
 from dynadepth.proving.prove import prove, proved_stack
 from dynadepth.wrapping.bake import bake
-from dynadepth.wrapping.wrap import wrap_model
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from tests.tiny import tiny_model
+from tests.tiny_exits import random_exits
 from tests.unit.proving.spoiled import (
     CountingLlama,
     IndexedMaskLlama,
+    LoudLlama,
     NeighbourLlama,
     spoiled,
 )
@@ -110,6 +112,17 @@ def test_spoiled_models_are_refused_by_what_differs(kind):
         bake(model, "0,2-3")
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
     assert not hasattr(model, "dynadepth")
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_model_that_breaks_the_law_of_exits_alone_runs_plans_and_no_exits():
+    model = spoiled(LoudLlama)
+    wrap_model(model, plan="0,2-3")
+    unwrap_model(model)
+    names = set(model.__dict__)
+    with pytest.raises(UnsupportedModelError, match="may leave early: tokens that go on differ"):
+        wrap_model(model, fidelity=0.9, routers=random_exits(model))
+    assert set(model.__dict__) == names
 
 
 @pytest.mark.usefixtures("own_folder")

@@ -12,9 +12,11 @@ import typer
 from importlinter.api import read_configuration
 from transformers import AutoModelForCausalLM
 
+from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
 from dynadepth.shortcuts.save_load import save_shortcuts
 from tests.pages import PAGES, README, ROOT, anchors, blocks, section, shell_lines, without_blocks
+from tests.tiny_exits import random_exits
 from tests.tiny_shortcuts import random_shortcuts
 from tests.unit.proving.test_prove import DOZEN
 
@@ -25,10 +27,11 @@ PYTHON_PAGES = ("README.md", "docs/python.md", "docs/serving.md")
 
 @pytest.fixture
 def with_model(tiny_routed, tmp_path, monkeypatch):
-    """Stand in an empty folder that has the pages' `my-model` with its routers, and shortcuts of it."""
+    """Stand in an empty folder that has the pages' `my-model` with its routers, and shortcuts and exits of it."""
     shutil.copytree(tiny_routed, tmp_path / "my-model")
     model = AutoModelForCausalLM.from_pretrained(tiny_routed)
     save_shortcuts(tmp_path / "shortcuts", random_shortcuts(model))
+    save_policy(tmp_path / "exits", random_exits(model))
     monkeypatch.chdir(tmp_path)
 
 
@@ -36,6 +39,7 @@ def with_model(tiny_routed, tmp_path, monkeypatch):
 def with_tasks(with_model):
     """Stand there with a tiny task of the pages' names, before anything has been fitted."""
     shutil.rmtree("shortcuts")
+    shutil.rmtree("exits")
     rng = np.random.default_rng(0)
     for name, count in (("train.jsonl", 60), ("heldout.jsonl", 12)):
         prompts = ["".join(rng.choice(list("abcdefgh"), 6)) + "\nAnswer" for _ in range(count)]
@@ -236,7 +240,9 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     others += ["eval"]
     seen = [f"inspect {name}" for name in ("scores", "graded-labels", "my-model/routers", "report")]
     tuning = ["tune menu", "tune", "score", "tune search"]
-    assert verbs == [f"dynadepth {verb}" for verb in one_policy + others + seen + tuning]
+    exits = ["train", "generate"]
+    every = one_policy + others + exits + seen + tuning
+    assert verbs == [f"dynadepth {verb}" for verb in every]
     for step in steps:
         code = cli.main(step[1:])
         captured = capsys.readouterr()

@@ -9,12 +9,11 @@ from dynadepth.errors import LabelError
 from dynadepth_search.progress import silent
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.shortcuts import texts as texts_module
-from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
 from tests.tiny import VOCAB_SIZE, random_prompts, tiny_model
 from tests.tiny_text import as_lists
 
-SPEC = ShortcutSpec(new_tokens=6, batch_size=2)
+HOW = {"new_tokens": 6, "batch_size": 4}
 
 
 class Killed(BaseException):
@@ -32,7 +31,7 @@ def model():
 class TestJournal:
     @pytest.fixture
     def expected(self, model, tmp_path):
-        texts = TextFile(tmp_path / "calm.jsonl").continued(model, PROMPTS, SPEC)
+        texts = TextFile(tmp_path / "calm.jsonl").continued(model, PROMPTS, **HOW)
         return as_lists(texts), (tmp_path / "calm.jsonl").read_bytes()
 
     def test_it_holds_every_continuation(self, expected):
@@ -45,7 +44,7 @@ class TestJournal:
 
     def test_what_is_there_is_not_made_again(self, model, tmp_path, expected, monkeypatch):
         monkeypatch.setattr(texts_module, "continue_prompts", None)
-        again = TextFile(tmp_path / "calm.jsonl").continued(model, PROMPTS, SPEC)
+        again = TextFile(tmp_path / "calm.jsonl").continued(model, PROMPTS, **HOW)
         assert as_lists(again) == expected[0]
         assert (tmp_path / "calm.jsonl").read_bytes() == expected[1]
 
@@ -65,7 +64,7 @@ class TestJournal:
             patched.setattr(texts_module.Journal, "append", killed)
             if written < len(PROMPTS):
                 with pytest.raises(Killed):
-                    file.continued(model, PROMPTS, SPEC)
+                    file.continued(model, PROMPTS, **HOW)
         made = []
 
         def counted(model, prompts, **how):
@@ -73,7 +72,7 @@ class TestJournal:
             return continue_prompts(model, prompts, **how)
 
         monkeypatch.setattr(texts_module, "continue_prompts", counted)
-        assert as_lists(file.continued(model, PROMPTS, SPEC)) == expected[0]
+        assert as_lists(file.continued(model, PROMPTS, **HOW)) == expected[0]
         assert (tmp_path / "killed.jsonl").read_bytes() == expected[1]
         # Whole batches, of which four prompts share one, and finished ones not again.
         if written < len(PROMPTS):
@@ -83,7 +82,7 @@ class TestJournal:
     def test_a_torn_last_line_is_made_again(self, model, tmp_path, expected, cut):
         file = tmp_path / "torn.jsonl"
         file.write_bytes(expected[1][:-cut])
-        assert as_lists(TextFile(file).continued(model, PROMPTS, SPEC)) == expected[0]
+        assert as_lists(TextFile(file).continued(model, PROMPTS, **HOW)) == expected[0]
         assert file.read_bytes() == expected[1]
 
     @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ class TestJournal:
         file = tmp_path / "altered.jsonl"
         file.write_bytes(line.encode() + b"\n" + expected[1])
         with pytest.raises(LabelError, match=r"altered.jsonl, line 1.*delete the file and fit aga"):
-            TextFile(file).continued(model, PROMPTS, SPEC)
+            TextFile(file).continued(model, PROMPTS, **HOW)
 
     @pytest.mark.parametrize(
         "line",
@@ -120,12 +119,12 @@ class TestJournal:
         file = tmp_path / "altered.jsonl"
         file.write_bytes(line.encode() + b"\n" + expected[1])
         with pytest.raises(LabelError, match=r"altered.jsonl.*delete the file and fit again"):
-            TextFile(file).continued(model, PROMPTS, SPEC)
+            TextFile(file).continued(model, PROMPTS, **HOW)
 
     def test_progress(self, model, tmp_path):
         said = []
         TextFile(tmp_path / "new.jsonl").continued(
-            model, PROMPTS, SPEC, lambda *what: said.append(what)
+            model, PROMPTS, **HOW, progress=lambda *what: said.append(what)
         )
         assert said == [("continuing prompts", done, 10) for done in (0, 4, 8, 10)]
-        TextFile(tmp_path / "other.jsonl").continued(model, PROMPTS, SPEC, silent)
+        TextFile(tmp_path / "other.jsonl").continued(model, PROMPTS, **HOW, progress=silent)

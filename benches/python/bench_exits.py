@@ -1,0 +1,414 @@
+"""Late exits: what they keep of given and of freely written text, what they cost in passes and time, on a real model.
+
+    python benches/python/bench_exits.py --model smollm2 --json exits.json
+    python benches/python/bench_exits.py --model smollm2 --unseen passage --json unseen.json
+
+Exits are trained on prompts of three kinds (or on two, with `--unseen`) and judged on held-out prompts (of the third).
+`given` reads the base model's own text and the prompts themselves, and says how many passes each way to leave needs for
+99, 98 and 95 % of the tokens, each with the threshold that is best on just these tokens. `written` lets the model write
+with exits on, the dial moved by its own audits, and reads the text again. `time` compares with the base model's own
+decoding, in turns; nothing else may run meanwhile. A killed run goes on. `--quick` only shows that the bench works.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynadepth import load_policy
+from dynadepth.checkpoints.save_load import save_policy
+from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.errors import BudgetError
+from dynadepth.execution.reading import StateReader
+from dynadepth.exits.exit_forward import Exits
+from dynadepth.models.loading import load_model, load_tokenizer
+from dynadepth.proving.prove import proved_stack
+from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
+from dynadepth_search.data.kinds import KINDS, fetch_kinds
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.exits.building import fit_exits
+from dynadepth_search.exits.choosing import ExitScores, passes_at, thresholds_for
+from dynadepth_search.exits.exit_states import ExitStates, collect_states
+from dynadepth_search.exits.lens_training import read_choices
+from dynadepth_search.exits.producing import base_choices, produce
+from dynadepth_search.exits.spec import ExitSpec
+from dynadepth_search.scoring.batching import batches_of, pad_left
+from dynadepth_search.scoring.generating import continue_prompts
+from dynadepth_search.scoring.own_text import Text
+from dynadepth_search.scoring.runtime_checks import wrapped
+from dynadepth_search.scoring.scorer import Scorer
+
+MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA3, "qwen": QWEN_CODER}
+SHARES = (0.99, 0.98, 0.95)
+STAGES = ("given", "written", "time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
+    parser.add_argument("--train", type=int, default=400, help="prompts, calibration included")
+    parser.add_argument("--heldout", type=int, default=96)
+    parser.add_argument("--unseen", choices=KINDS, help="a kind that no training prompt is of")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--fidelities", nargs="+", type=float, default=[0.99, 0.98, 0.95])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=5, help="of the times, each way once")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--out", type=Path, help="folder of the run [default: runs/bench-exits/MODEL]"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        name = options.model if options.unseen is None else f"{options.model}-no-{options.unseen}"
+        folder = options.out or Path("runs/bench-exits") / name
+        if options.quick:
+            folder, options.train, options.heldout = Path(scratch), 42, 6
+            options.new_tokens, options.rounds, options.batches = 16, 1, [1, 2]
+        report = Bench(options, folder).run()
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write("\n".join(lines_of(report)) + "\n")
+
+
+class Bench:
+    """One run: a model, trained exits, and held-out prompts."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self._options, self._folder = options, folder
+        source = str(fetch_model(default_cache(), source=MODELS[options.model]))
+        self._model, self._tokenizer = load_model(source, dtype="fast"), load_tokenizer(source)
+        self._stack = proved_stack(self._model)
+        train, heldout = fetch_kinds(default_cache(), train=options.train, heldout=options.heldout)
+        unseen = options.unseen
+        seen = [
+            example
+            for example, kind in zip(train.task.examples, train.kinds, strict=True)
+            if kind != unseen
+        ]
+        judged = [
+            (example, kind)
+            for example, kind in zip(heldout.task.examples, heldout.kinds, strict=True)
+            if unseen in (None, kind)
+        ]
+        self._kinds = [kind for _, kind in judged]
+        self._exits = self._trained(seen)
+        scorer = Scorer(self._model, self._tokenizer)
+        self._prompts = [scorer.encode(example).prompt_ids for example, _ in judged]
+        self._own: list[Text] = []
+
+    def _trained(self, examples: Sequence[Example]) -> TrainedExits:
+        """Return the exits; they are trained once for a folder."""
+        routers = self._folder / "routers"
+        if not routers.exists():
+            spec = ExitSpec(new_tokens=self._options.new_tokens)
+            if self._options.quick:
+                spec = ExitSpec(
+                    layers=(9,), new_tokens=16, rounds=0, lens_epochs=0, router_epochs=2
+                )
+            task = Task("kinds to train on", tuple(examples))
+            work = self._folder / "routers.work"
+            save_policy(
+                routers, fit_exits(self._model, self._tokenizer, task, work, spec, progress=say)
+            )
+        loaded = load_policy(routers, model=self._model)
+        assert isinstance(loaded, TrainedExits)
+        return loaded
+
+    def run(self) -> dict[str, Any]:
+        options = self._options
+        report: dict[str, Any] = {
+            "model": options.model,
+            "dtype": str(self._model.dtype),
+            "unseen": options.unseen,
+            "exit layers": [head.layer_idx for head in self._exits.heads],
+            "layers": self._exits.num_layers,
+            "prompts": len(self._prompts),
+            "train": self._exits.training["train_prompts"],
+            "calibration": self._exits.promises.to_dict(),
+        }
+        if "given" in options.stages or "written" in options.stages:
+            self._own = self._continue()
+        if "given" in options.stages:
+            report["given"] = self._given()
+        if "written" in options.stages:
+            report["written"] = self._written()
+        if "time" in options.stages:
+            report["time"] = self._times()
+        return report
+
+    def _continue(self) -> list[Text]:
+        """Return the base model's own text."""
+        found: dict[int, Text] = {}
+        for rows in batches_of([len(prompt) for prompt in self._prompts], 16):
+            say("base text", len(found), len(self._prompts))
+            texts = continue_prompts(
+                self._model,
+                [self._prompts[row] for row in rows],
+                new_tokens=self._options.new_tokens,
+            )
+            found |= dict(zip(rows, texts, strict=True))
+        return [found[row] for row in range(len(self._prompts))]
+
+    def _given(self) -> list[dict[str, Any]]:
+        layers = [head.layer_idx for head in self._exits.heads]
+        with tempfile.TemporaryDirectory() as scratch:
+            states = collect_states(
+                self._model,
+                self._stack,
+                self._own,
+                layers,
+                Path(scratch),
+                batch_size=16,
+                name="states",
+                progress=say,
+            )
+        rows = []
+        for name, tokens in (
+            ("own text", states.take(states.own)),
+            ("prompts", states.take(~states.own)),
+        ):
+            for way, scores in self._ways(tokens).items():
+                thresholds = thresholds_for(scores, SHARES, self._exits.num_layers)
+                passes = [passes_at(scores, each, self._exits.num_layers)[0] for each in thresholds]
+                right = {
+                    str(layer): float(each.right.float().mean()) for layer, each in scores.items()
+                }
+                rows.append(
+                    {
+                        "text": name,
+                        "way": way,
+                        "tokens": len(tokens),
+                        "passes": passes,
+                        "right": right,
+                    }
+                )
+        return rows
+
+    def _ways(self, tokens: ExitStates) -> dict[str, dict[int, ExitScores]]:
+        """Return how each way to leave scores tokens."""
+        ways: dict[str, dict[int, ExitScores]] = {"router": {}, "margin": {}, "logit lens": {}}
+        device = self._model.device
+        with StateReader(self._model, self._stack) as reader:
+            for head in self._exits.heads:
+                layer = head.layer_idx
+                lens = {
+                    name: each for name, each in head.tensors.items() if name.startswith("lens")
+                }
+                nothing = {name: torch.zeros_like(each) for name, each in lens.items()}
+                found = read_choices(lens, tokens, layer, reader.read, device)
+                plain = read_choices(nothing, tokens, layer, reader.read, device)
+                right, plainly = found[0] == tokens.choice, plain[0] == tokens.choice
+                ways["router"][layer] = ExitScores(head.score(tokens.before[layer]), right)
+                ways["margin"][layer] = ExitScores(found[1], right)
+                ways["logit lens"][layer] = ExitScores(plain[1], plainly)
+        return ways
+
+    def _written(self) -> list[dict[str, Any]]:
+        rows = []
+        for fidelity in self._options.fidelities:
+            for adapt in (True, False):
+                row = self._write(fidelity, adapt=adapt)
+                if row is not None:
+                    rows.append(row)
+                    say(json.dumps(row), len(rows), 0)
+        return rows
+
+    def _write(self, fidelity: float, *, adapt: bool) -> dict[str, Any] | None:
+        """Write with exits on, and read the text again; None if the promise cannot be made."""
+        try:
+            exits = self._exits.exits(fidelity=fidelity)
+        except BudgetError as error:
+            say(str(error), 0, 0)
+            return None
+        assert exits.dial is not None
+        exits.dial.adapt = adapt
+        begun = exits.dial.threshold
+        produced, fidelity_seen = self._produce(exits)
+        layers, window = self._exits.num_layers, self._exits.window
+        choices = base_choices(
+            self._model,
+            [each.text for each in produced],
+            batch_size=8,
+            name="reading",
+            progress=say,
+        )
+        kept = [
+            1.0 - float(each.changed(chosen, layers).mean())
+            for each, chosen in zip(produced, choices, strict=True)
+        ]
+        same = [common(each.text, own) for each, own in zip(produced, self._own, strict=True)]
+        return {
+            "fidelity": fidelity,
+            "dial": "moved by audits" if adapt else "fixed",
+            "passes": float(np.mean([each.passes(layers, window) for each in produced])),
+            "kept": 100 * float(np.mean(kept)),
+            "kept by kind": {
+                kind: 100
+                * float(
+                    np.mean([k for k, its in zip(kept, self._kinds, strict=True) if its == kind])
+                )
+                for kind in sorted(set(self._kinds))
+            },
+            "kept, by its own audits": None if fidelity_seen is None else 100 * fidelity_seen,
+            "identical": 100 * float(np.mean([whole for _, whole in same])),
+            "common beginning, median": float(np.median([length for length, _ in same])),
+            "common beginning, mean": float(np.mean([length for length, _ in same])),
+            "threshold": [begun, exits.dial.threshold],
+        }
+
+    def _produce(self, exits: Exits) -> tuple[Any, float | None]:
+        seen: list[float | None] = []
+        produced = produce(
+            self._model,
+            self._prompts,
+            exits,
+            new_tokens=self._options.new_tokens,
+            batch_size=4,
+            name="writing",
+            progress=say,
+            finished=lambda model: seen.append(model.dynadepth.exit_totals.fidelity),
+        )
+        return produced, seen[0]
+
+    def _times(self) -> list[dict[str, Any]]:
+        """Return how long new tokens take, over the base model's, in turns on the same prompts."""
+        rows = []
+        for batch in self._options.batches:
+            prompts = sorted(self._prompts, key=len)[len(self._prompts) // 2 :][:batch]
+            ids, mask = pad_left(prompts, self._model.device)
+            ways: dict[str, Callable[[], float]] = {}
+            for fidelity in self._options.fidelities:
+                for audit in (1.0, 0.1):
+                    try:
+                        exits = self._exits.exits(fidelity=fidelity, audit=audit)
+                    except BudgetError:
+                        continue
+                    ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits, ids, mask)
+            if batch == 1:
+                ways["prompt lookup"] = self._plain(ids, mask, prompt_lookup_num_tokens=4)
+                ways["early exit drafts"] = self._plain(
+                    ids, mask, assistant_early_exit=self._exits.heads[0].layer_idx
+                )
+            base = self._plain(ids, mask)
+            base()
+            for way, timed in ways.items():
+                try:
+                    timed()
+                    ratios = [timed() / base() for _ in range(self._options.rounds)]
+                except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+                    rows.append({"batch": batch, "way": way, "failed": str(error)[:80]})
+                    continue
+                rows.append(
+                    {
+                        "batch": batch,
+                        "way": way,
+                        "time": float(np.median(ratios)),
+                        "lowest": min(ratios),
+                        "highest": max(ratios),
+                    }
+                )
+                say(json.dumps(rows[-1]), len(rows), 0)
+        return rows
+
+    def _plain(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Callable[[], float]:
+        def timed() -> float:
+            begun = time.perf_counter()
+            new = self._options.new_tokens
+            with torch.inference_mode():
+                self._model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=0,
+                    **more,
+                )
+            return time.perf_counter() - begun
+
+        return timed
+
+    def _with(self, exits: Exits, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], float]:
+        plain = self._plain(ids, mask)
+
+        def timed() -> float:
+            with wrapped(self._model, exits=exits):
+                return plain()
+
+        return timed
+
+
+def common(text: Text, own: Text) -> tuple[int, bool]:
+    """Return how many new tokens two texts begin with alike, and whether they are the same."""
+    ours, base = (each.ids[each.prompt :] for each in (text, own))
+    length = min(len(ours), len(base))
+    differ = np.flatnonzero(ours[:length] != base[:length])
+    return (int(differ[0]) if len(differ) else length), np.array_equal(ours, base)
+
+
+def lines_of(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{report['model']} in {report['dtype']}, exits before {report['exit layers']} of {report['layers']} layers, "
+        f"{report['train']} training and {report['prompts']} held-out prompts, unseen: {report['unseen']}, "
+        f"{os.cpu_count()} cores",
+    ]
+    if "given" in report:
+        lines += [
+            "",
+            "| text | way | tokens | right if all leave | 99 % | 98 % | 95 % |",
+            "|---" * 7 + "|",
+        ]
+        lines += [
+            f"| {row['text']} | {row['way']} | {row['tokens']} | "
+            + ", ".join(f"{100 * share:.1f}" for share in row["right"].values())
+            + f" | {' | '.join(f'{each:.3f}' for each in row['passes'])} |"
+            for row in report["given"]
+        ]
+    if "written" in report:
+        lines += [
+            "",
+            "| promise | dial | passes | kept, % | by its audits | by kind | identical, % | common beginning | mean |",
+            "|---" * 9 + "|",
+        ]
+        lines += [
+            f"| {row['fidelity']:g} | {row['dial']} | {row['passes']:.3f} | {row['kept']:.1f} | "
+            f"{row['kept, by its own audits'] or float('nan'):.1f} | "
+            + ", ".join(f"{kind} {share:.1f}" for kind, share in row["kept by kind"].items())
+            + f" | {row['identical']:.0f} | {row['common beginning, median']:.0f} | "
+            f"{row['common beginning, mean']:.1f} |"
+            for row in report["written"]
+        ]
+    if "time" in report:
+        lines += ["", "| batch | way | time over the base's |", "|---" * 3 + "|"]
+        lines += [
+            f"| {row['batch']} | {row['way']} | "
+            + (
+                f"does not run: {row['failed']}"
+                if "failed" in row
+                else f"{row['time']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+            )
+            + " |"
+            for row in report["time"]
+        ]
+    return lines
+
+
+def say(stage: str, done: int, total: int) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Late exits: new tokens that stop at a layer, and the layers that they owe."""

@@ -1,0 +1,123 @@
+"""What exits keep and cost at some thresholds, on text that they produced from held-out prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.evaluation.risk_bounds import mean_loss_bound
+from dynadepth.exits.dial import Dial
+from dynadepth.exits.exit_calibration import ExitCalibration
+from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
+from dynadepth_search.exits.producing import base_choices, produce
+from dynadepth_search.progress import Progress
+
+__all__ = ["Row", "calibration_of", "measure_row"]
+
+_Floats = npt.NDArray[np.float64]
+# One-sided, 95 %.
+_Z = 1.645
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """What prompts had at one threshold.
+
+    Attributes:
+        threshold: In log-odds.
+        passes: Mean passes of each prompt's new tokens. Shape (prompts,).
+        changed: Share of each prompt's new tokens that the base model would not have chosen. Shape (prompts,).
+    """
+
+    threshold: float
+    passes: _Floats
+    changed: _Floats
+
+
+def measure_row(
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    heads: Sequence[ExitWeights],
+    threshold: float,
+    *,
+    window: int,
+    new_tokens: int,
+    batch_size: int,
+    num_layers: int,
+    progress: Progress,
+) -> Row:
+    """Produce text at a threshold, and compare it with the base model's choices.
+
+    Args:
+        model: The unwrapped base model.
+        prompts: Token ids of each prompt.
+        heads: The exit heads.
+        threshold: In log-odds.
+        window: Most tokens of a row that later layers run for in one call.
+        new_tokens: The most tokens of a continuation.
+        batch_size: Prompts of one batch.
+        num_layers: Decoder layers of the model.
+        progress: Called with the stage, the number of finished prompts and of all.
+    """
+    dial = Dial(threshold, fidelity=1.0, adapt=False)
+    exits = Exits(tuple(TrainedHead(head, dial) for head in heads), window, audit=0)
+    name = f"producing at {threshold:.2f}"
+    texts = produce(
+        model,
+        prompts,
+        exits,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        name=name,
+        progress=progress,
+    )
+    choices = base_choices(
+        model,
+        [each.text for each in texts],
+        batch_size=batch_size,
+        name="reading it again",
+        progress=progress,
+    )
+    changed = [
+        float(each.changed(chosen, num_layers).mean()) if len(chosen) else 0.0
+        for each, chosen in zip(texts, choices, strict=True)
+    ]
+    passes = [
+        each.passes(num_layers, window) if len(each.layers_run) > 1 else 1.0 for each in texts
+    ]
+    return Row(threshold, np.array(passes), np.array(changed))
+
+
+def calibration_of(rows: Sequence[Row], num_prompts: int, *, never: float) -> ExitCalibration:
+    """Return the table of some rows, with a first one at which no token leaves.
+
+    Args:
+        rows: Of the same prompts; a row that is not looser than the one before and cheaper is left out.
+        num_prompts: Number of prompts.
+        never: A threshold that no score reaches.
+
+    Raises:
+        ConfigError: At none of the rows fewer layers run than at the first.
+    """
+    ordered = sorted(rows, key=lambda row: -row.threshold)
+    columns: list[tuple[float, float, float, float, float]] = [(never, 1.0, 1.0, 1.0, 1.0)]
+    for row in ordered:
+        passes, changed = float(row.passes.mean()), row.changed
+        if not (row.threshold < columns[-1][0] and passes < columns[-1][1]):
+            continue
+        error = float(changed.std(ddof=1)) / len(changed) ** 0.5 if len(changed) > 1 else 1.0
+        kept = 1.0 - float(changed.mean())
+        likely = max(0.0, kept - _Z * error)
+        columns.append((row.threshold, passes, kept, likely, 1.0 - mean_loss_bound(changed)))
+    thresholds, passes_, kept_, likely_, certain = zip(*columns, strict=True)
+    return ExitCalibration(
+        thresholds=thresholds,
+        passes=passes_,
+        kept=kept_,
+        likely=likely_,
+        certain=certain,
+        prompts=num_prompts,
+    )
