@@ -6,7 +6,8 @@
 Exits are trained on prompts of three kinds (or on two, with `--unseen`) and judged on held-out prompts (of the third).
 `given` reads the base model's own text and the prompts themselves, and says how many passes each way to leave needs for
 99, 98 and 95 % of the tokens, each with the threshold that is best on just these tokens. `written` lets the model write
-with exits on, the dial moved by its own audits, and reads the text again. `time` compares with the base model's own
+with exits on, the dial moved by its own audits, and reads the text again; with fidelity 1 it verifies every early token
+(lossless), and the text is compared with the base model's. `time` compares with the base model's own
 decoding, in turns; nothing else may run meanwhile. A killed run goes on. `--quick` only shows that the bench works.
 """
 
@@ -29,6 +30,7 @@ from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import BudgetError
 from dynadepth.execution.reading import StateReader
 from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.pace import Pace
 from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.proving.prove import proved_stack
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
@@ -144,6 +146,7 @@ class Bench:
             report["given"] = self._given()
         if "written" in options.stages:
             report["written"] = self._written()
+            report["lossless"] = self._lossless()
         if "time" in options.stages:
             report["time"] = self._times()
         return report
@@ -268,6 +271,26 @@ class Bench:
             "threshold": [begun, exits.dial.threshold],
         }
 
+    def _lossless(self) -> dict[str, Any]:
+        """Write with every early token verified, one prompt at a time, and compare with the base model's own text."""
+        same = tokens = 0
+        with wrapped(self._model, exits=self._exits.exits(fidelity=1.0)) as model:
+            model.dynadepth.exit_pace = Pace(measured=False)
+            for row, (prompt, own) in enumerate(zip(self._prompts, self._own, strict=True)):
+                say("lossless", row, len(self._prompts))
+                (text,) = continue_prompts(model, [prompt], new_tokens=self._options.new_tokens)
+                same += np.array_equal(text.ids, own.ids)
+                tokens += len(text.ids) - text.prompt
+            totals = model.dynadepth.exit_totals
+        return {
+            "answers": len(self._prompts),
+            "identical": same,
+            "tokens": tokens,
+            "drafts": totals.drafted.drafts,
+            "kept": totals.drafted.kept,
+            "passes": totals.passes,
+        }
+
     def _produce(self, exits: Exits) -> tuple[Any, float | None]:
         seen: list[float | None] = []
         produced = produce(
@@ -297,6 +320,9 @@ class Bench:
                         continue
                     ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits, ids, mask)
             if batch == 1:
+                sure = self._exits.exits(fidelity=1.0)
+                ways["lossless, always drafting"] = self._with(sure, ids, mask, measured=False)
+                ways["lossless, by its own pace"] = self._with(sure, ids, mask, measured=True)
                 ways["prompt lookup"] = self._plain(ids, mask, prompt_lookup_num_tokens=4)
                 ways["early exit drafts"] = self._plain(
                     ids, mask, assistant_early_exit=self._exits.heads[0].layer_idx
@@ -340,11 +366,14 @@ class Bench:
 
         return timed
 
-    def _with(self, exits: Exits, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], float]:
-        plain = self._plain(ids, mask)
+    def _with(
+        self, exits: Exits, ids: torch.Tensor, mask: torch.Tensor, *, measured: bool = True
+    ) -> Callable[[], float]:
+        plain, pace = self._plain(ids, mask), Pace(measured=measured)
 
         def timed() -> float:
-            with wrapped(self._model, exits=exits):
+            with wrapped(self._model, exits=exits) as model:
+                model.dynadepth.exit_pace = pace
                 return plain()
 
         return timed
@@ -389,6 +418,14 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             + f" | {row['identical']:.0f} | {row['common beginning, median']:.0f} | "
             f"{row['common beginning, mean']:.1f} |"
             for row in report["written"]
+        ]
+    if "lossless" in report:
+        found = report["lossless"]
+        lines += [
+            "",
+            f"Lossless: {found['identical']} of {found['answers']} answers are the base model's own ({found['tokens']} "
+            f"tokens, one prompt at a time against its batches of 16), {found['kept']} of {found['drafts']} drafts "
+            f"kept, passes {found['passes']:.3f}.",
         ]
     if "time" in report:
         lines += ["", "| batch | way | time over the base's |", "|---" * 3 + "|"]
