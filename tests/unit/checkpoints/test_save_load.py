@@ -145,7 +145,10 @@ def test_the_card_shows_the_table(folder):
         (lambda c: c["base_model"].update(fingerprint=3), "base_model.fingerprint is 3"),
         (lambda c: c.update(schema_version="1"), "schema_version '1'; expected a whole number"),
         (lambda c: c.pop("schema_version"), "schema_version None"),
-        (lambda c: c.update(kind="forest"), "kind is 'forest'; expected one of menu, routers"),
+        (
+            lambda c: c.update(kind="forest"),
+            "kind is 'forest'; expected one of exits, menu, routers",
+        ),
         (lambda c: c.pop("kind"), "kind is None"),
         (lambda c: c.update(kind="menu"), "unknown key 'action_order'"),
         (lambda c: c["router"].update(num_layers=5), "'bias' is torch.float32 of shape (4, 3)"),

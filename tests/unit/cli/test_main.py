@@ -76,10 +76,13 @@ def test_help_names_the_verbs_of_the_runtime_and_of_the_search_application(capsy
         ([], ""),
         (["genrate"], "No such command 'genrate'. Did you mean 'generate'?"),
         (["generate"], "Missing option '--model'"),
-        (["generate", "--model", "m", "--prompt", "p"], "give either --budget or --plan"),
+        (
+            ["generate", "--model", "m", "--prompt", "p"],
+            "give one of --budget, --fidelity and --plan",
+        ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--budget", "0.8", "--plan", "1"],
-            "give either --budget or --plan",
+            "give one of --budget, --fidelity and --plan",
         ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--plan", "1", "--routers", "r"],

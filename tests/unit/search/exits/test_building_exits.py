@@ -98,14 +98,18 @@ def test_a_promise_is_set_and_changed_without_unwrapping(calm, base):
         controller.fidelity = middle
         assert controller.exits.dial.threshold > before
         kept = controller.exits.dial.threshold
-        for wrong in (1.0, lowest - 0.01, "much", None):
+        for wrong in (lowest - 0.01, 0.99999, "much", None, True):
             with pytest.raises(BudgetError):
                 controller.fidelity = wrong
         assert controller.exits.dial.threshold == kept
         assert controller.fidelity == middle
         assert controller.budget is None
+        # Verified, so whatever the threshold nothing is changed.
+        controller.fidelity = 1.0
+        assert controller.exits.dial.verify
         controller.budget = 1.0
         assert controller.fidelity is None
+        assert not controller.exits.dial.verify
         assert not controller.exits.dial.adapt
         with pytest.raises(ConfigError, match="exits plan none"), controller.at_budget(0.9):
             pass
@@ -118,8 +122,6 @@ def test_what_a_wrap_refuses(calm, base):
     names = set(model.__dict__)
     with pytest.raises(ConfigError, match="exactly one"):
         wrap_model(model, fidelity=0.9, budget=0.9, routers=found)
-    with pytest.raises(BudgetError, match="fidelity 1"):
-        wrap_model(model, fidelity=1.0, routers=found)
     with pytest.raises(ConfigError, match="audit=0"):
         wrap_model(model, fidelity=found.promises.likely[-1], routers=found, audit=0)
     with pytest.raises(BudgetError, match="adapt=True"):
