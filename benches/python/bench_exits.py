@@ -247,22 +247,27 @@ class Bench:
             name="reading",
             progress=say,
         )
-        kept = [
-            1.0 - float(each.changed(chosen, layers).mean())
-            for each, chosen in zip(produced, choices, strict=True)
+        # One token is the prompt's own forward; there is nothing to leave early.
+        decoded = [
+            (each, chosen, kind, own)
+            for each, chosen, kind, own in zip(
+                produced, choices, self._kinds, self._own, strict=True
+            )
+            if each.num_decoded > 0
         ]
-        same = [common(each.text, own) for each, own in zip(produced, self._own, strict=True)]
+        kept = [1.0 - float(each.changed(chosen, layers).mean()) for each, chosen, *_ in decoded]
+        kinds = [kind for *_, kind, _ in decoded]
+        same = [common(each.text, own) for each, *_, own in decoded]
         return {
             "fidelity": fidelity,
             "dial": "moved by audits" if adapt else "fixed",
-            "passes": float(np.mean([each.passes(layers, window) for each in produced])),
+            "passes": float(np.mean([each.passes(layers, window) for each, *_ in decoded])),
+            "answers": len(decoded),
             "kept": 100 * float(np.mean(kept)),
             "kept by kind": {
                 kind: 100
-                * float(
-                    np.mean([k for k, its in zip(kept, self._kinds, strict=True) if its == kind])
-                )
-                for kind in sorted(set(self._kinds))
+                * float(np.mean([k for k, its in zip(kept, kinds, strict=True) if its == kind]))
+                for kind in sorted(set(kinds))
             },
             "kept, by its own audits": None if fidelity_seen is None else 100 * fidelity_seen,
             "identical": 100 * float(np.mean([whole for _, whole in same])),

@@ -161,7 +161,7 @@ class _Training:
             notes["given text"].append(self._given(scores))
         rows = self._rows(heads, scores)
         never = 1.0 + max(float(each.score.max()) for each in scores.values())
-        promises = calibration_of(rows, len(self._heldout), never=never)
+        promises = calibration_of(rows, never=never)
         return TrainedExits(
             heads=tuple(heads),
             layers=self._num_layers,
@@ -305,11 +305,13 @@ class _Training:
 
     def _rows(self, heads: Sequence[ExitWeights], scores: dict[int, ExitScores]) -> list[Row]:
         """Return what held-out prompts have at each threshold; one row is a line of a journal."""
-        path, count = self._folder / "calibration.jsonl", len(self._heldout)
+        path = self._folder / "calibration.jsonl"
 
         def read(line: Stored) -> Row:
             found = line.fields(["threshold", "passes", "changed"])
-            columns = [np.array(found[name].numbers(count)) for name in ("passes", "changed")]
+            columns = [np.array(found[name].numbers()) for name in ("passes", "changed")]
+            if len(columns[0]) != len(columns[1]):
+                line.damaged("passes and changed of different lengths")
             return Row(found["threshold"].number(), *columns)
 
         rows, length = read_journal(path, read, advice=_ADVICE)

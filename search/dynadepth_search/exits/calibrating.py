@@ -24,12 +24,12 @@ _Z = 1.645
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """What prompts had at one threshold.
+    """What prompts had at one threshold; those that were answered with one token have nothing to decode, and no part.
 
     Attributes:
         threshold: In log-odds.
-        passes: Mean passes of each prompt's new tokens. Shape (prompts,).
-        changed: Share of each prompt's new tokens that the base model would not have chosen. Shape (prompts,).
+        passes: Mean passes of each prompt's decoded tokens. Shape (prompts,).
+        changed: Share of each prompt's decoded tokens that the base model would not have chosen. Shape (prompts,).
     """
 
     threshold: float
@@ -81,22 +81,18 @@ def measure_row(
         name="reading it again",
         progress=progress,
     )
-    changed = [
-        float(each.changed(chosen, num_layers).mean()) if len(chosen) else 0.0
-        for each, chosen in zip(texts, choices, strict=True)
-    ]
-    passes = [
-        each.passes(num_layers, window) if len(each.layers_run) > 1 else 1.0 for each in texts
-    ]
+    decoded = [pair for pair in zip(texts, choices, strict=True) if pair[0].num_decoded > 0]
+    changed = [float(each.changed(chosen, num_layers).mean()) for each, chosen in decoded]
+    passes = [each.passes(num_layers, window) for each, _ in decoded]
     return Row(threshold, np.array(passes), np.array(changed))
 
 
-def calibration_of(rows: Sequence[Row], num_prompts: int, *, never: float) -> ExitCalibration:
+def calibration_of(rows: Sequence[Row], *, never: float) -> ExitCalibration:
     """Return the table of some rows, with a first one at which no token leaves.
 
     Args:
-        rows: Of the same prompts; a row that is not looser than the one before and cheaper is left out.
-        num_prompts: Number of prompts.
+        rows: Of the same prompts, as far as they were answered with several tokens; a row that is not looser than the
+            one before and cheaper is left out.
         never: A threshold that no score reaches.
 
     Raises:
@@ -105,6 +101,8 @@ def calibration_of(rows: Sequence[Row], num_prompts: int, *, never: float) -> Ex
     ordered = sorted(rows, key=lambda row: -row.threshold)
     columns: list[tuple[float, float, float, float, float]] = [(never, 1.0, 1.0, 1.0, 1.0)]
     for row in ordered:
+        if not len(row.passes):
+            continue
         passes, changed = float(row.passes.mean()), row.changed
         if not (row.threshold < columns[-1][0] and passes < columns[-1][1]):
             continue
@@ -119,5 +117,5 @@ def calibration_of(rows: Sequence[Row], num_prompts: int, *, never: float) -> Ex
         kept=kept_,
         likely=likely_,
         certain=certain,
-        prompts=num_prompts,
+        prompts=min((len(row.passes) for row in rows), default=0),
     )

@@ -34,20 +34,28 @@ class Produced:
     text: Text
     layers_run: _Ids
 
+    @property
+    def num_decoded(self) -> int:
+        """New tokens but the first, which the prompt's own forward gives; passes and changes are over these."""
+        return len(self.layers_run) - 1
+
     def passes(self, num_layers: int, window: int) -> float:
-        """Return the mean passes of its new tokens but the first, which the prompt's own forward gives."""
+        """Return the mean passes of its decoded tokens, of which there have to be some."""
         return passes_alone(self.layers_run[1:], num_layers, window)
 
     def changed(self, choices: _Ids, num_layers: int) -> npt.NDArray[np.bool_]:
-        """Return which new tokens left early and are not the base model's choice.
+        """Return which decoded tokens left early and are not the base model's choice.
 
         Args:
             choices: What the base model would have chosen for each new token. Shape (new tokens,).
             num_layers: Decoder layers of the model.
+
+        Returns:
+            Shape (decoded tokens,), bool.
         """
         new = self.text.ids[self.text.prompt :]
         wrong: npt.NDArray[np.bool_] = (self.layers_run < num_layers) & (new != choices)
-        return wrong
+        return wrong[1:]
 
 
 def produce(
