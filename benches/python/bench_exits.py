@@ -76,8 +76,9 @@ def main() -> None:
         name = options.model if options.unseen is None else f"{options.model}-no-{options.unseen}"
         folder = options.out or Path("runs/bench-exits") / name
         if options.quick:
-            folder, options.train, options.heldout = Path(scratch), 42, 6
-            options.new_tokens, options.rounds, options.batches = 16, 1, [1, 2]
+            folder, options.train, options.heldout = Path(scratch), 30, 3
+            options.new_tokens, options.rounds, options.batches = 8, 1, [1]
+            options.fidelities = [0.95]
         report = Bench(options, folder).run()
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
