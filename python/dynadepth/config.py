@@ -13,6 +13,7 @@ from dynadepth.errors import ConfigError
 
 __all__ = [
     "check_fields",
+    "check_lowest",
     "config_from_dict",
     "config_to_dict",
     "did_you_mean",
@@ -44,6 +45,23 @@ def plain_number(value: Any) -> Any:
     if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_lowest(config: Any, lowest: Mapping[str, float]) -> None:
+    """Check that fields of a dataclass are not below a number each.
+
+    Args:
+        config: An instance of a dataclass.
+        lowest: The lowest value accepted, by field.
+
+    Raises:
+        ConfigError: Names the class, the field, the value and what was expected.
+    """
+    for name, least in lowest.items():
+        if getattr(config, name) < least:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} is {getattr(config, name)}; expected {least} or more"
+            )
 
 
 def check_fields(config: Any) -> None:

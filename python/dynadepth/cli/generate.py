@@ -134,6 +134,11 @@ def generate(
     answer_file = None if out is None else AnswerFile(out, settings)
     base = load_model(model, device=device, dtype=dtype)
     wrapped = wrap_model(base, **how)
+    if show_exits and wrapped.dynadepth.exits is None:
+        raise ConfigError(
+            f"--show-exits was given, and the routers {routers or 'beside the model'} are no exits; train some with "
+            "`dynadepth train --policy exits`"
+        )
     answering = _Answering(wrapped, load_tokenizer(model), **sampling)
     tokens = answering.encode(prompts, chat=chat, task=task)
     start = time.perf_counter()
@@ -143,11 +148,6 @@ def generate(
         printed, line = answer["text"], "depth {depth:.3f}, plan {plan}, {new_tokens} tokens"
         if wrapped.dynadepth.exits is not None:
             line, printed = answering.exits_seen(answer, colours=show_exits)
-        elif show_exits:
-            raise ConfigError(
-                f"--show-exits was given, and the routers {routers or 'beside the model'} are no exits; train "
-                "some with `dynadepth train --policy exits`"
-            )
         del answer["ids"]
         result = {**answer, "model": model, "budget": budget, "fidelity": fidelity}
     else:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from types import MethodType
-from typing import Any, Protocol
+from types import MethodType, TracebackType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from dynadepth.models.structure import (
 __all__ = [
     "NOTHING",
     "PER_ROW",
+    "OnUnwrapped",
     "Scope",
     "Skipped",
     "check_installed",
@@ -376,6 +377,38 @@ def remove_executor(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if module.__dict__.pop(_INSTALLED, None) is not None:
             _set_class(module, type(module)._dynadepth_base)  # type: ignore[attr-defined]
+
+
+_Entered = TypeVar("_Entered", bound="OnUnwrapped")
+
+
+class OnUnwrapped:
+    """A context manager that puts the executor on a model that is not wrapped, and leaves it as it found it.
+
+    It owns the scopes that the layers obey meanwhile.
+
+    Args:
+        stack: The layers, proved.
+
+    Raises:
+        UnsupportedModelError: On entering: the model has not been proved.
+        WrapError: On entering: the model is wrapped.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        self._stack = stack
+
+    def __enter__(self: _Entered) -> _Entered:
+        install_executor(self._stack, self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        remove_executor(self._stack.layers)
 
 
 def obeys(layer: nn.Module, owner: object) -> bool:

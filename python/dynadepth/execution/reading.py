@@ -1,19 +1,17 @@
 """Readings: what a model's own norm and head say of states, in an ordinary forward in which no layer runs."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from dynadepth.execution.executor import (
     NOTHING,
+    OnUnwrapped,
     Scope,
     Skipped,
     enter_scope,
-    install_executor,
     leave_scope,
-    remove_executor,
 )
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.models.structure import LayerStack
@@ -60,7 +58,7 @@ def read_states(model: Any, states: torch.Tensor) -> torch.Tensor:
     return logits[:, -1]
 
 
-class StateReader:
+class StateReader(OnUnwrapped):
     """Reads states after the last layer of a model that is not wrapped; leaves the model as it found it.
 
     Gradients flow from the logits to the states.
@@ -75,19 +73,8 @@ class StateReader:
     """
 
     def __init__(self, model: Any, stack: LayerStack) -> None:
-        self._model, self._stack = model, stack
-
-    def __enter__(self) -> "StateReader":
-        install_executor(self._stack, self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        remove_executor(self._stack.layers)
+        super().__init__(stack)
+        self._model = model
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits of states.

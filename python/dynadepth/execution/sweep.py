@@ -6,7 +6,6 @@ family's own masks and positions gathered for the rows.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,12 +18,11 @@ from dynadepth.errors import PlanError, UnsupportedModelError
 from dynadepth.execution.executor import (
     NOTHING,
     PER_ROW,
+    OnUnwrapped,
     Scope,
     Skipped,
     enter_scope,
-    install_executor,
     leave_scope,
-    remove_executor,
 )
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.models.structure import LayerStack, position_arguments
@@ -68,7 +66,7 @@ class StateObserver(Protocol):
         """
 
 
-class Sweeper:
+class Sweeper(OnUnwrapped):
     """Runs sweeps on a model that is not wrapped; a context manager that leaves the model as it found it.
 
     Args:
@@ -100,8 +98,8 @@ class Sweeper:
     def __init__(
         self, model: Any, stack: LayerStack, skips: Sequence[Skipped] | None = None
     ) -> None:
+        super().__init__(stack)
         self._model = model
-        self._stack = stack
         self.skips = (NOTHING,) * stack.num_layers if skips is None else tuple(skips)
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module):
@@ -113,18 +111,6 @@ class Sweeper:
     def fixed_rows(self) -> bool:
         """Whether the model needs as many rows after its layers as before them."""
         return self._stack.traits is not None and self._stack.traits.fixed_rows
-
-    def __enter__(self) -> "Sweeper":
-        install_executor(self._stack, self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        remove_executor(self._stack.layers)
 
     def sweep(
         self,

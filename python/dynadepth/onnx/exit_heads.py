@@ -68,9 +68,7 @@ class OnnxExitHead:
             "hidden_states": host_array(states),
             "threshold": np.asarray(self._dial.threshold, dtype=np.float32),
         }
-        names = {item.name for item in self._session.get_inputs()}
-        wanted = [f"{output}_{self.layer_idx}"]
-        (found,) = self._session.run(wanted, {name: feed[name] for name in names})
+        (found,) = self._session.run([f"{output}_{self.layer_idx}"], feed)
         return torch.from_numpy(found).to(states.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxExitHead":

@@ -5,6 +5,7 @@ What is worked on lies beside the routers folder, in one named after it with `.w
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from dynadepth.checkpoints.paths import base_model_name
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.config import config_to_dict
-from dynadepth.errors import LabelError, TaskError
+from dynadepth.errors import TaskError
 from dynadepth.evaluation.folds import draw_parts
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.execution.reading import StateReader
@@ -37,13 +38,12 @@ from dynadepth_search.exits.router_training import router_scores, train_router
 from dynadepth_search.exits.spec import ExitSpec
 from dynadepth_search.files.journal import Journal, read_journal
 from dynadepth_search.files.locking import locked
-from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.texts import TextFile
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.compatibility import dtype_name, mark_asked, task_fields
 
 __all__ = ["fit_exits"]
 
@@ -132,11 +132,7 @@ class _Training:
         }
 
     def run(self) -> TrainedExits:
-        mark = self._folder / "asked.json"
-        if mark.exists():
-            check_asked(mark, self._asked, read_sealed(mark, LabelError, make_again=_ADVICE))
-        else:
-            write_sealed(mark, self._asked)
+        mark_asked(self._folder / "asked.json", self._asked, advice=_ADVICE)
         train = self._states("train", self._train, self._candidates)
         heldout = self._states("held-out", self._heldout, self._candidates)
         with StateReader(self._model, self._stack) as reader:
@@ -156,7 +152,8 @@ class _Training:
             (threshold,) = thresholds_for(scores, [_PRODUCED_AT], self._num_layers)
             texts = self._produced(number, heads, threshold)
             more = self._collect(f"round {number + 1}", texts, layers, own_only=True)
-            train = ExitStates.joined([_only(train, layers), more])
+            chosen = {layer: train.before[layer] for layer in layers}
+            train = ExitStates.joined([replace(train, before=chosen), more])
             heads, scores = self._heads(lenses, train, heldout)
             notes["given text"].append(self._given(scores))
         rows = self._rows(heads, scores)
@@ -340,16 +337,6 @@ class _Training:
                 }
             )
         return rows
-
-
-def _only(states: ExitStates, layers: Sequence[int]) -> ExitStates:
-    return ExitStates(
-        {layer: states.before[layer] for layer in layers},
-        states.final,
-        states.choice,
-        states.text,
-        states.own,
-    )
 
 
 def clear_work(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dynadepth.config import config_to_dict
+from dynadepth.config import check_lowest, config_to_dict
 from dynadepth.errors import ConfigError
 
 __all__ = ["ExitSpec"]
@@ -57,11 +57,7 @@ class ExitSpec:
             "window": 1,
             "batch_size": 1,
         }
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"ExitSpec.{name} is {getattr(self, name)}; expected {least} or more"
-                )
+        check_lowest(self, lowest)
         if not 0 < self.heldout < 1:
             raise ConfigError(
                 f"ExitSpec.heldout is {self.heldout}; expected a share between 0 and 1"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dynadepth.config import check_fields
+from dynadepth.config import check_fields, check_lowest
 from dynadepth.errors import ConfigError
 from dynadepth_search.scoring.objectives import Objective, check_objective
 
@@ -60,8 +60,4 @@ class StaticSpec:
             "num_confirmed": 20,
             "seed": 0,
         }
-        for name, lowest in ranges.items():
-            if getattr(self, name) < lowest:
-                raise ConfigError(
-                    f"StaticSpec.{name} is {getattr(self, name)}; expected {lowest} or more"
-                )
+        check_lowest(self, ranges)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dynadepth.checkpoints.paths import base_model_name
 from dynadepth.config import config_to_dict
-from dynadepth.errors import LabelError, ShortcutError, TaskError
+from dynadepth.errors import ShortcutError, TaskError
 from dynadepth.evaluation.folds import draw_parts
 from dynadepth.execution.executor import check_unwrapped
 from dynadepth.files import write_text_atomic
@@ -24,7 +24,6 @@ from dynadepth.shortcuts.save_load import CONFIG_NAME, load_shortcuts, save_shor
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.files.locking import locked
-from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
@@ -34,7 +33,7 @@ from dynadepth_search.shortcuts.distilling import Distilled, distil
 from dynadepth_search.shortcuts.moment_files import MomentFiles
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.compatibility import check_asked, dtype_name, mark_asked, task_fields
 
 __all__ = ["fit_shortcuts"]
 
@@ -126,12 +125,7 @@ class _Fit:
             check_asked(path, self._asked, shortcuts.training.get("asked", {}))
             self._clear()
             return shortcuts
-        mark = self._work / "asked.json"
-        if mark.exists():
-            advice = "delete the folder and fit again"
-            check_asked(mark, self._asked, read_sealed(mark, LabelError, make_again=advice))
-        else:
-            write_sealed(mark, self._asked)
+        mark_asked(self._work / "asked.json", self._asked, advice="delete the folder and fit again")
         texts = TextFile(self._work / "texts.jsonl").continued(
             self._model,
             self._prompts,

@@ -32,14 +32,13 @@ from dynadepth.shortcuts.moments import Moments
 from dynadepth.wrapping.bake import bake
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.files.locking import locked
-from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.scoring.batching import batches_of, pad_left
 from dynadepth_search.scoring.own_text import Text, compare_models
 from dynadepth_search.scoring.scorer import Scorer
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 from dynadepth_search.shortcuts.texts import TextFile
-from dynadepth_search.storage.compatibility import check_asked, dtype_name, task_fields
+from dynadepth_search.storage.compatibility import dtype_name, mark_asked, task_fields
 
 __all__ = ["FoldedPlan", "FoldedRun", "fold_plan"]
 
@@ -188,11 +187,7 @@ class _Fold:
         }
 
     def run(self) -> FoldedPlan:
-        mark = self.folder / "asked.json"
-        if mark.exists():
-            check_asked(mark, self._asked, read_sealed(mark, LabelError, make_again=_ADVICE))
-        else:
-            write_sealed(mark, self._asked)
+        mark_asked(self.folder / "asked.json", self._asked, advice=_ADVICE)
         texts = TextFile(self.folder / "texts.jsonl").continued(
             self._model,
             self._prompts,

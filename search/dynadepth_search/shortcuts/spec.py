@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dynadepth.config import config_to_dict
+from dynadepth.config import check_lowest, config_to_dict
 from dynadepth.errors import ConfigError
 from dynadepth.shortcuts.maps import Rank
 
@@ -50,11 +50,7 @@ class ShortcutSpec:
             "distil_steps": 0,
             "batch_size": 1,
         }
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"ShortcutSpec.{name} is {getattr(self, name)}; expected {least} or more"
-                )
+        check_lowest(self, lowest)
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
             raise ConfigError(f"ridges are {self.ridges}; expected one or more, each above 0")
 

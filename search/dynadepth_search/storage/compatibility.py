@@ -12,6 +12,7 @@ from dynadepth.config import config_from_dict
 from dynadepth.errors import ConfigError, LabelError, ShortcutError, TaskError
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import ChatForm, Kind, Scoring, Task
+from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.files.stored import Stored
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "check_stored_fingerprint",
     "check_stored_task",
     "dtype_name",
+    "mark_asked",
     "shortcut_fields",
     "stored_config",
     "stored_hashes",
@@ -46,6 +48,23 @@ def check_asked(path: Path, asked: dict[str, Any], stored: dict[str, Any]) -> No
             f"{path} was made with {name} = {known}, but now it is {given}; results of different searches do not "
             "mix: ask for the same, or use another folder"
         )
+
+
+def mark_asked(path: Path, asked: dict[str, Any], *, advice: str) -> None:
+    """Write down what a run was asked for; where that is done already, check that the same is asked for now.
+
+    Args:
+        path: The file.
+        asked: The settings requested now, as values that JSON can hold.
+        advice: What the user can do about a damaged file.
+
+    Raises:
+        LabelError: The settings differ, or the file is damaged.
+    """
+    if path.exists():
+        check_asked(path, asked, read_sealed(path, LabelError, make_again=advice))
+    else:
+        write_sealed(path, asked)
 
 
 def task_fields(task: Task) -> dict[str, Any]:
