@@ -353,7 +353,7 @@ def test_a_policy_says_what_it_needs(place: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("verb", "choices"),
     [
-        ("train", ["menu|routers|drllm", "preserve|reward"]),
+        ("train", ["menu|routers|drllm|exits", "preserve|reward"]),
         ("score", ["menu|routers", "raw|normalized|letter"]),
         ("eval", ["raw|normalized|letter"]),
         ("demo", ["raw|normalized|letter", "preserve|reward"]),
