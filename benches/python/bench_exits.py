@@ -206,15 +206,15 @@ class Bench:
         device = self._model.device
         with StateReader(self._model, self._stack) as reader:
             for head in self._exits.heads:
-                layer = head.layer_idx
+                layer, before = head.layer_idx, tokens.before[head.layer_idx]
                 lens = {
                     name: each for name, each in head.tensors.items() if name.startswith("lens")
                 }
                 nothing = {name: torch.zeros_like(each) for name, each in lens.items()}
-                found = read_choices(lens, tokens, layer, reader.read, device)
-                plain = read_choices(nothing, tokens, layer, reader.read, device)
+                found = read_choices(lens, before, reader.read, device)
+                plain = read_choices(nothing, before, reader.read, device)
                 right, plainly = found[0] == tokens.choice, plain[0] == tokens.choice
-                ways["router"][layer] = ExitScores(head.score(tokens.before[layer]), right)
+                ways["router"][layer] = ExitScores(head.score(before), right)
                 ways["margin"][layer] = ExitScores(found[1], right)
                 ways["logit lens"][layer] = ExitScores(plain[1], plainly)
         return ways

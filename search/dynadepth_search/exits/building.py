@@ -135,18 +135,21 @@ class _Training:
         mark_asked(self._folder / "asked.json", self._asked, advice=_ADVICE)
         train = self._states("train", self._train, self._candidates)
         heldout = self._states("held-out", self._heldout, self._candidates)
+        # Exits are judged on the model's own text.
+        heldout = heldout.take(heldout.own)
         with StateReader(self._model, self._stack) as reader:
             affine = {
                 layer: affine_lens(train, layer, width=self._width) for layer in self._candidates
             }
-            scores = {
-                layer: self._scores(lens, train, heldout, layer, reader)[1]
-                for layer, lens in affine.items()
-            }
+            scores = {}
+            for layer, lens in affine.items():
+                right = [self._right(lens, each, layer, reader) for each in (train, heldout)]
+                scores[layer] = self._scores(train, heldout, layer, *right)[1]
             layers, tried = choose_layers(scores, self._num_layers, most=self._spec.most_exits)
             layers = self._spec.layers or layers
             lenses = {layer: self._lens(affine[layer], train, layer, reader) for layer in layers}
-        heads, scores = self._heads(lenses, train, heldout)
+        right_train, right_heldout = (self._all_right(lenses, each) for each in (train, heldout))
+        heads, scores = self._heads(lenses, train, heldout, right_train, right_heldout)
         notes: dict[str, Any] = {"passes of layers": tried, "given text": [self._given(scores)]}
         for number in range(self._spec.rounds):
             (threshold,) = thresholds_for(scores, [_PRODUCED_AT], self._num_layers)
@@ -154,7 +157,12 @@ class _Training:
             more = self._collect(f"round {number + 1}", texts, layers, own_only=True)
             chosen = {layer: train.before[layer] for layer in layers}
             train = ExitStates.joined([replace(train, before=chosen), more])
-            heads, scores = self._heads(lenses, train, heldout)
+            # The lenses stay, so what they say of the former tokens is known.
+            right_more = self._all_right(lenses, more)
+            right_train = {
+                layer: torch.cat([known, right_more[layer]]) for layer, known in right_train.items()
+            }
+            heads, scores = self._heads(lenses, train, heldout, right_train, right_heldout)
             notes["given text"].append(self._given(scores))
         rows = self._rows(heads, scores)
         never = 1.0 + max(float(each.score.max()) for each in scores.values())
@@ -227,39 +235,59 @@ class _Training:
             write_bytes_atomic(path, save(lens))
         return load_file(path) if path.exists() else lens
 
+    def _right(
+        self, lens: dict[str, Tensor], states: ExitStates, layer: int, reader: StateReader
+    ) -> Tensor:
+        """Return whether the reading through a lens is the base model's choice, at each token. Shape (n,), bool."""
+        self._progress(f"reading through the lens of layer {layer}", 0, 1)
+        choices, _ = read_choices(lens, states.before[layer], reader.read, self._device)
+        self._progress(f"reading through the lens of layer {layer}", 1, 1)
+        return choices == states.choice
+
+    def _all_right(
+        self, lenses: dict[int, dict[str, Tensor]], states: ExitStates
+    ) -> dict[int, Tensor]:
+        with StateReader(self._model, self._stack) as reader:
+            return {
+                layer: self._right(lens, states, layer, reader) for layer, lens in lenses.items()
+            }
+
     def _scores(
         self,
-        lens: dict[str, Tensor],
         train: ExitStates,
         heldout: ExitStates,
         layer: int,
-        reader: StateReader,
+        right_train: Tensor,
+        right_heldout: Tensor,
     ) -> tuple[dict[str, Tensor], ExitScores]:
-        """Return a router for a lens, and what both say of held-out tokens of the model's own text."""
+        """Return a router for a lens, and what both say of held-out tokens."""
         self._progress(f"training the router of layer {layer}", 0, 1)
-        right = read_choices(lens, train, layer, reader.read, self._device)[0] == train.choice
         router = train_router(
             train.before[layer],
-            right,
+            right_train,
             width=self._spec.router_width,
             epochs=self._spec.router_epochs,
             seed=self._spec.seed,
             device=self._device,
         )
-        own = heldout.take(heldout.own)
-        choices, _ = read_choices(lens, own, layer, reader.read, self._device)
-        score = router_scores(router, own.before[layer], self._device)
+        score = router_scores(router, heldout.before[layer], self._device)
         self._progress(f"training the router of layer {layer}", 1, 1)
-        return router, ExitScores(score, choices == own.choice)
+        return router, ExitScores(score, right_heldout)
 
     def _heads(
-        self, lenses: dict[int, dict[str, Tensor]], train: ExitStates, heldout: ExitStates
+        self,
+        lenses: dict[int, dict[str, Tensor]],
+        train: ExitStates,
+        heldout: ExitStates,
+        right_train: dict[int, Tensor],
+        right_heldout: dict[int, Tensor],
     ) -> tuple[list[ExitWeights], dict[int, ExitScores]]:
         heads, scores = [], {}
-        with StateReader(self._model, self._stack) as reader:
-            for layer, lens in lenses.items():
-                router, scores[layer] = self._scores(lens, train, heldout, layer, reader)
-                heads.append(ExitWeights(layer, {**lens, **router}))
+        for layer, lens in lenses.items():
+            router, scores[layer] = self._scores(
+                train, heldout, layer, right_train[layer], right_heldout[layer]
+            )
+            heads.append(ExitWeights(layer, {**lens, **router}))
         return heads, scores
 
     def _given(self, scores: dict[int, ExitScores]) -> dict[str, Any]:

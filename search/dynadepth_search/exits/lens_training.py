@@ -112,14 +112,13 @@ def train_lens(
 
 
 def read_choices(
-    tensors: dict[str, Tensor], states: ExitStates, layer_idx: int, read: Read, device: torch.device
+    tensors: dict[str, Tensor], before: Tensor, read: Read, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return what an exit would choose at each token, and how far its first choice is before the second.
 
     Args:
         tensors: The lens.
-        states: The tokens.
-        layer_idx: The exit layer.
+        before: The states that enter the exit layer. Shape (n, hidden), any floating dtype.
         read: The model's own norm and head.
         device: Where it is read.
 
@@ -129,7 +128,7 @@ def read_choices(
     on = {name: each.to(device) for name, each in tensors.items()}
     choices, margins = [], []
     with torch.no_grad():
-        for part in states.before[layer_idx].split(_READ):
+        for part in before.split(_READ):
             lens = apply_lens(on, part.to(device)).to(part.dtype)
             best = read(lens).float().topk(2, dim=-1)
             choices.append(best.indices[:, 0].cpu())
