@@ -115,7 +115,7 @@ def unwrapped(model):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({}, ConfigError, "none of budget, plan and policy"),
+        ({}, ConfigError, "none of budget, fidelity, plan, policy and exits"),
         ({"plan": PLAN, "budget": 0.8}, ConfigError, "budget and plan; expected exactly one"),
         ({"plan": [1, 1, 1]}, PlanError, "names 3 layers, but the model has 4"),
         ({"plan": [1, 1, 3, 1]}, PlanError, "action 3 at layer 2"),
