@@ -37,6 +37,7 @@ __all__ = [
     "check_unwrapped",
     "enter_scope",
     "install_executor",
+    "is_compiled",
     "is_installed",
     "leave_scope",
     "obeys",
@@ -279,6 +280,12 @@ def _empty_layer(base: Any) -> nn.Module:
 def is_installed(stack: LayerStack) -> bool:
     """Say whether an executor is on any of these layers, or on a layer inside a module that replaced one."""
     return any(_INSTALLED in module.__dict__ for module in stack.layers.modules())
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Say whether torch has compiled the own forward of a layer that an executor is on."""
+    installed = layer.__dict__.get(_INSTALLED)
+    return installed is not None and installed.compiled is not None
 
 
 def check_installed(layers: Iterable[Any], owner: object, num_layers: int) -> None:

@@ -33,6 +33,7 @@ class LayerCall:
         extras: What the last visit of the whole batch returned after the states, as many values as the family has. Each
             is None if no visit ran the whole batch, since values of some rows are not those of the batch. None: the
             layer returns a tensor.
+        layer: The layer.
     """
 
     layer_idx: int
@@ -40,7 +41,7 @@ class LayerCall:
     arguments: dict[str, Any]
     signature: LayerSignature
     extras: tuple[Any, ...] | None
-    _layer: nn.Module
+    layer: nn.Module
     _forward: Callable[..., Any]
     _traits: LayerTraits
 
@@ -97,10 +98,10 @@ class LayerCall:
             arguments = {**arguments, self.signature.cache_name: cache}
         feed_forward = self._traits.feed_forward
         if wanted is None or feed_forward is None:
-            output = self._forward(self._layer, hidden_states, **arguments)
+            output = self._forward(self.layer, hidden_states, **arguments)
         else:
-            with _FeedForwardSubset(wanted, getattr(self._layer, feed_forward)):
-                output = self._forward(self._layer, hidden_states, **arguments)
+            with _FeedForwardSubset(wanted, getattr(self.layer, feed_forward)):
+                output = self._forward(self.layer, hidden_states, **arguments)
         if (
             self.extras is not None
             and isinstance(output, (tuple, list))

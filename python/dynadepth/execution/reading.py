@@ -13,6 +13,7 @@ from dynadepth.execution.executor import (
     enter_scope,
     leave_scope,
 )
+from dynadepth.execution.few_tokens import few_token_products
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.models.structure import LayerStack
 
@@ -54,7 +55,8 @@ def read_states(model: Any, states: torch.Tensor) -> torch.Tensor:
         Shape (states, vocabulary), model dtype.
     """
     tokens = torch.zeros((len(states), 1), dtype=torch.long, device=model.device)
-    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    with few_token_products(model.get_output_embeddings(), len(states)):
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False, return_dict=True).logits
     return logits[:, -1]
 
 

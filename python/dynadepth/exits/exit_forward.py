@@ -16,6 +16,7 @@ from dynadepth.config import plain_number
 from dynadepth.errors import ConfigError
 from dynadepth.execution.callbacks import VisitEvent
 from dynadepth.execution.executor import PER_ROW
+from dynadepth.execution.few_tokens import few_token_products
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.execution.plan_forward import PlanScope
 from dynadepth.exits.dial import Dial
@@ -127,7 +128,8 @@ class ExitScope(PlanScope):
                 call.arguments = merged_arguments(
                     pieces, layer_idx, cache, call.signature.mask_name
                 )
-            states = self._visit(call, states, cache)
+            with few_token_products(call.layer, states.shape[:2].numel() if self._joined else 0):
+                states = self._visit(call, states, cache)
         if not last:
             return states
         if self._left is None and owed.verify:

@@ -16,6 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.errors import UnsupportedModelError
+from dynadepth.execution.few_tokens import few_token_products
 from dynadepth.exits.pace import Pace
 from dynadepth.models.structure import position_arguments, takes
 
@@ -191,7 +192,8 @@ class _Row:
         owed.hold, owed.verify = not may_leave, True
         waiting = len(owed)
         try:
-            output = self._forward(newest, self._mask_with(len(drafts)), keep=0)
+            with few_token_products(self._model.get_output_embeddings(), len(drafts) + 1):
+                output = self._forward(newest, self._mask_with(len(drafts)), keep=0)
         finally:
             owed.hold = owed.verify = False
         # Some families put the tokens that settle into rows, by the number of tokens that they were given.

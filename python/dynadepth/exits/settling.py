@@ -18,6 +18,7 @@ from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of
 from dynadepth.execution.executor import Scope, enter_scope, leave_scope, scope_paused
+from dynadepth.execution.few_tokens import few_token_products
 from dynadepth.execution.layer_call import LayerCall
 from dynadepth.execution.plan_forward import Planner
 from dynadepth.exits.audit import Audit
@@ -165,7 +166,8 @@ class Owed:
             arguments = merged_arguments(pieces, layer_idx, cache, signature.mask_name)
             if signature.cache_name is not None:
                 arguments[signature.cache_name] = cache
-            output = layer(states, **arguments)
+            with few_token_products(layer, states.shape[:2].numel()):
+                output = layer(states, **arguments)
             states = output[0] if isinstance(output, (tuple, list)) else output
             layer_calls += 1
         if states is not None:
