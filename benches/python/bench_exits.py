@@ -7,8 +7,9 @@ Exits are trained on prompts of three kinds (or on two, with `--unseen`) and jud
 `given` reads the base model's own text and the prompts themselves, and says how many passes each way to leave needs for
 99, 98 and 95 % of the tokens, each with the threshold that is best on just these tokens. `written` lets the model write
 with exits on, the dial moved by its own audits, and reads the text again; with fidelity 1 it verifies every early token
-(lossless), and the text is compared with the base model's. `time` compares with the base model's own
-decoding, in turns; nothing else may run meanwhile. A killed run goes on. `--quick` only shows that the bench works.
+(lossless), and the text is compared with the base model's. `time` compares with the base model's own decoding, in
+turns, and `profile` says where a token's milliseconds go; nothing else may run meanwhile. A killed run goes on.
+`--quick` only shows that the bench works.
 """
 
 import argparse
@@ -17,20 +18,24 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from late_exits.part_clock import PartClock
 
 from dynadepth import load_policy
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.drafting.pace import Pace
 from dynadepth.errors import BudgetError
+from dynadepth.execution.few_tokens import few_token_products
 from dynadepth.execution.reading import StateReader
 from dynadepth.exits.exit_forward import Exits
-from dynadepth.exits.pace import Pace
 from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.proving.prove import proved_stack
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
@@ -50,7 +55,7 @@ from dynadepth_search.scoring.scorer import Scorer
 
 MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA3, "qwen": QWEN_CODER}
 SHARES = (0.99, 0.98, 0.95)
-STAGES = ("given", "written", "time")
+STAGES = ("given", "written", "time", "profile")
 
 
 def main() -> None:
@@ -64,7 +69,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--fidelities", nargs="+", type=float, default=[0.99, 0.98, 0.95])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=5, help="of the times, each way once")
+    parser.add_argument("--rounds", type=int, default=3, help="of the times, each way once")
+    parser.add_argument("--timed-prompts", type=int, default=12, help="at batch 1")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument(
         "--out", type=Path, help="folder of the run [default: runs/bench-exits/MODEL]"
@@ -77,6 +83,7 @@ def main() -> None:
         folder = options.out or Path("runs/bench-exits") / name
         if options.quick:
             folder, options.train, options.heldout = Path(scratch), 30, 3
+            options.timed_prompts = 1
             options.new_tokens, options.rounds, options.batches = 8, 1, [1]
             options.fidelities = [0.95]
         report = Bench(options, folder).run()
@@ -141,8 +148,7 @@ class Bench:
             "train": self._exits.training["train_prompts"],
             "calibration": self._exits.promises.to_dict(),
         }
-        if "given" in options.stages or "written" in options.stages:
-            self._own = self._continue()
+        self._own = self._continue()
         if "given" in options.stages:
             report["given"] = self._given()
         if "written" in options.stages:
@@ -150,6 +156,8 @@ class Bench:
             report["lossless"] = self._lossless()
         if "time" in options.stages:
             report["time"] = self._times()
+        if "profile" in options.stages:
+            report["profile"] = self._profile()
         return report
 
     def _continue(self) -> list[Text]:
@@ -311,78 +319,148 @@ class Bench:
         )
         return produced, seen[0]
 
+    def _timed_prompts(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return batches of prompts for times; of single prompts, as many as were asked for.
+
+        Only of prompts that the base model gives a long answer by itself: text behind an answer's end is no use's.
+        """
+        count = self._options.timed_prompts if batch == 1 else 1
+        long = [
+            prompt
+            for prompt, own in zip(self._prompts, self._own, strict=True)
+            if 2 * (len(own.ids) - own.prompt) >= self._options.new_tokens
+        ]
+        step = max(1, len(long) // (count * batch))
+        chosen = long[::step][: count * batch]
+        return [
+            pad_left(chosen[at : at + batch], self._model.device)
+            for at in range(0, len(chosen), batch)
+        ]
+
     def _times(self) -> list[dict[str, Any]]:
-        """Return how long new tokens take, over the base model's, in turns on the same prompts."""
+        """Return how long a step of new tokens takes, over the base model's, in turns on the same prompts."""
         rows = []
         for batch in self._options.batches:
-            prompts = sorted(self._prompts, key=len)[len(self._prompts) // 2 :][:batch]
-            ids, mask = pad_left(prompts, self._model.device)
-            ways: dict[str, Callable[[], float]] = {}
+            ways: dict[str, Way] = {}
             for fidelity in self._options.fidelities:
                 for audit in (1.0, 0.1):
                     try:
                         exits = self._exits.exits(fidelity=fidelity, audit=audit)
                     except BudgetError:
                         continue
-                    ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits, ids, mask)
+                    ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits)
             if batch == 1:
                 sure = self._exits.exits(fidelity=1.0)
-                ways["lossless, always drafting"] = self._with(sure, ids, mask, measured=False)
-                ways["lossless, by its own pace"] = self._with(sure, ids, mask, measured=True)
-                ways["prompt lookup"] = self._plain(ids, mask, prompt_lookup_num_tokens=4)
-                ways["early exit drafts"] = self._plain(
-                    ids, mask, assistant_early_exit=self._exits.heads[0].layer_idx
+                ways["lossless, always drafting"] = self._with(sure, Pace(measured=False))
+                ways["lossless, by its own pace"] = self._with(sure, Pace())
+                ways["prompt lookup"] = partial(self._plain, prompt_lookup_num_tokens=7)
+                ways["prompt lookup, products for few tokens"] = partial(
+                    self._few, prompt_lookup_num_tokens=7
                 )
-            base = self._plain(ids, mask)
-            base()
-            for way, timed in ways.items():
-                try:
-                    timed()
-                    ratios = [timed() / base() for _ in range(self._options.rounds)]
-                except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-                    rows.append({"batch": batch, "way": way, "failed": str(error)[:80]})
-                    continue
-                rows.append(
-                    {
-                        "batch": batch,
-                        "way": way,
-                        "time": float(np.median(ratios)),
-                        "lowest": min(ratios),
-                        "highest": max(ratios),
-                    }
+                ways["early exit drafts"] = partial(
+                    self._plain, assistant_early_exit=self._exits.heads[0].layer_idx
                 )
-                say(json.dumps(rows[-1]), len(rows), 0)
+            else:
+                ways["base, products for few tokens"] = self._few
+            rows += [{"batch": batch, **row} for row in self._in_turns(ways, batch)]
         return rows
 
-    def _plain(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Callable[[], float]:
-        def timed() -> float:
-            begun = time.perf_counter()
-            new = self._options.new_tokens
-            with torch.inference_mode():
-                self._model.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    do_sample=False,
-                    pad_token_id=0,
-                    **more,
-                )
-            return time.perf_counter() - begun
+    def _in_turns(self, ways: Mapping[str, "Way"], batch: int) -> list[dict[str, Any]]:
+        prompts = self._timed_prompts(batch)
+        times: dict[str, list[list[float]]] = {"base": [], **{way: [] for way in ways}}
+        self._plain(*prompts[0])
+        tried = {way: _failure(timed, prompts[0]) for way, timed in ways.items()}
+        failed = {way: error for way, error in tried.items() if error is not None}
+        for turn in range(self._options.rounds):
+            say(f"times at batch {batch}", turn, self._options.rounds)
+            for each in times.values():
+                each.append([])
+            for given in prompts:
+                for way, timed in {"base": self._plain, **ways}.items():
+                    if way not in failed:
+                        seconds, steps = timed(*given)
+                        times[way][-1].append(seconds / steps)
+        base = np.array(times["base"])
+        rows: list[dict[str, Any]] = []
+        for way in ways:
+            if way in failed:
+                rows.append({"way": way, "failed": failed[way]})
+                continue
+            found = np.array(times[way])
+            by_turn = found.sum(axis=1) / base.sum(axis=1)
+            by_prompt = found.sum(axis=0) / base.sum(axis=0)
+            rows.append(
+                {
+                    "way": way,
+                    "time": float(np.median(by_turn)),
+                    "lowest": float(by_turn.min()),
+                    "highest": float(by_turn.max()),
+                    "by prompt": by_prompt.tolist(),
+                }
+            )
+        return rows
 
-        return timed
+    def _plain(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> tuple[float, int]:
+        """Return the seconds of a generation, and the new tokens of its longest row."""
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            text = self._model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=self._options.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **more,
+            )
+        return time.perf_counter() - begun, text.shape[1] - ids.shape[1]
 
-    def _with(
-        self, exits: Exits, ids: torch.Tensor, mask: torch.Tensor, *, measured: bool = True
-    ) -> Callable[[], float]:
-        plain, pace = self._plain(ids, mask), Pace(measured=measured)
+    def _few(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> tuple[float, int]:
+        # The tool of ours that has nothing to do with exits, for those who compare with us.
+        with torch.inference_mode(), few_token_products(self._model, 2):
+            return self._plain(ids, mask, **more)
 
-        def timed() -> float:
+    def _with(self, exits: Exits, pace: Pace | None = None) -> "Way":
+        def timed(ids: torch.Tensor, mask: torch.Tensor) -> tuple[float, int]:
             with wrapped(self._model, exits=exits) as model:
-                model.dynadepth.exit_pace = pace
-                return plain()
+                if pace is not None:
+                    model.dynadepth.exit_pace = pace
+                return self._plain(ids, mask)
 
         return timed
+
+    def _profile(self) -> list[dict[str, Any]]:
+        """Return where the time of a new token goes, at batch 1, beside the base model's."""
+        ways: dict[str, Exits | None] = {"base": None}
+        for fidelity in (*self._options.fidelities, 1.0):
+            with suppress(BudgetError):
+                ways[f"exits {fidelity:g}" if fidelity < 1 else "lossless"] = self._exits.exits(
+                    fidelity=fidelity
+                )
+        rows = []
+        for way, exits in ways.items():
+            clock = PartClock(self._model, self._stack)
+            seconds, tokens = 0.0, 0
+            for given in self._timed_prompts(1):
+                say(f"profile of {way}", len(rows), len(ways))
+                with clock.over(exits) as timed:
+                    way_of = self._plain if timed is None else self._with(timed, Pace())
+                    took, new = way_of(*given)
+                seconds, tokens = seconds + took, tokens + new
+            rows.append({"way": way, "parts": clock.parts(seconds, tokens)})
+        return rows
+
+
+# A way to decode prompts, given with their mask: the seconds, and the new tokens of the longest row.
+Way = Callable[[torch.Tensor, torch.Tensor], tuple[float, int]]
+
+
+def _failure(timed: Way, given: tuple[torch.Tensor, torch.Tensor]) -> str | None:
+    """Run a way for the first time; say why it does not run, if so."""
+    try:
+        timed(*given)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        return str(error)[:80]
+    return None
 
 
 def common(text: Text, own: Text) -> tuple[int, bool]:
@@ -444,6 +522,13 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             )
             + " |"
             for row in report["time"]
+        ]
+    if "profile" in report:
+        parts = list(report["profile"][0]["parts"])
+        lines += ["", f"| way | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
+        lines += [
+            f"| {row['way']} | {' | '.join(f'{each:.2f}' for each in row['parts'].values())} |"
+            for row in report["profile"]
         ]
     return lines
 

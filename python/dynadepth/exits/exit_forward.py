@@ -155,14 +155,15 @@ class ExitScope(PlanScope):
         super().finish()
         if (generation := generation_of(self._planner)) is not None:
             generation.has_begun = True
-        if self._owed is None or self._is_prefill or self._num_tokens != 1:
+        owed = self._owed
+        if owed is None or self._is_prefill or (self._num_tokens != 1 and not owed.verify):
             return
         planner = self._planner
-        if self._run_before is not None and not self._owed.verify:
-            self._owed.steps.append(self._run_before)
+        if self._run_before is not None and not owed.verify:
+            owed.steps.append(self._run_before)
         planner.exit_stats.step(self._leaving, self._num_writing, self._layer_calls)
         audit = planner.exit_audit
-        if audit is None or self._owed.verify:
+        if audit is None or owed.verify:
             return
         if self._left is None and self._early is None:
             audit.went_on(self._counts)

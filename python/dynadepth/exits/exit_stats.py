@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dynadepth.drafting.pace import PaceTotals
 from dynadepth.exits.audit import Audited
-from dynadepth.exits.pace import PaceTotals
 
 __all__ = ["ExitStats", "ExitTotals", "passes_alone"]
 

@@ -3,7 +3,8 @@
 The tokens of one row are drafted by tokens that leave early, until one goes on. In that call the owed layers of all of
 them run, the model's own norm and head read every place, and drafts are kept up to the first that the base model would
 not have chosen; what follows is rolled back. So the text is the base model's own, up to how rounding differs between a
-call with several tokens and calls with one.
+call with several tokens and calls with one. Where the newest tokens have stood in the text before, what followed them
+there is drafted instead, which costs no layer of its own.
 """
 
 import time
@@ -15,9 +16,10 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from dynadepth.caching.depth_cache import DepthCache
+from dynadepth.drafting.pace import Drafts, Pace
+from dynadepth.drafting.prompt_lookup import PromptLookup
 from dynadepth.errors import UnsupportedModelError
 from dynadepth.execution.few_tokens import few_token_products
-from dynadepth.exits.pace import Pace
 from dynadepth.models.structure import position_arguments, takes
 
 __all__ = ["LosslessDecoding"]
@@ -78,7 +80,13 @@ class LosslessDecoding:
         """
         self._check(input_ids, generation_config, model_kwargs)
         row = _Row(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            self._most,
         )
         with torch.no_grad():
             row.prefill()
@@ -92,27 +100,31 @@ class LosslessDecoding:
 
     def _cycle(self, row: "_Row") -> None:
         """Draft and verify once."""
-        drafting = self._pace.drafts()
         begun = time.perf_counter()
+        looked_up = row.looked_up()
+        kind = self._pace.choose(lookup=bool(looked_up))
+        if kind is Drafts.LOOKUP:
+            drafts = looked_up
+            logits = row.run_all(drafts)
+        else:
+            drafts, logits = self._draft(row, may_leave=kind is Drafts.EXITS)
+        kept, tokens = row.verify(drafts, logits)
+        self._pace.cycle(
+            kind, drafts=len(drafts), kept=kept, tokens=tokens, seconds=time.perf_counter() - begun
+        )
+
+    def _draft(self, row: "_Row", *, may_leave: bool) -> tuple[list[_Draft], torch.Tensor]:
+        """Return drafts by tokens that leave, and the logits of all places up to the token that went on."""
         drafts: list[_Draft] = []
         while True:
-            may = drafting and len(drafts) < self._most and row.room(len(drafts))
+            may = may_leave and len(drafts) < self._most and row.room(len(drafts))
             logits, left = row.step(drafts, may_leave=may)
             if not left:
-                break
+                return drafts, logits
             drafts.append(row.draw(drafts, logits[:, -1]))
             if row.would_stop(drafts):
                 # Nothing is drafted behind an end.
-                logits, _ = row.step(drafts, may_leave=False)
-                break
-        kept, tokens = row.verify(drafts, logits)
-        self._pace.cycle(
-            drafting=drafting,
-            drafts=len(drafts),
-            kept=kept,
-            tokens=tokens,
-            seconds=time.perf_counter() - begun,
-        )
+                return drafts, row.step(drafts, may_leave=False)[0]
 
     def _stream(self, row: "_Row") -> None:
         if self._streamer is not None:
@@ -159,6 +171,7 @@ class _Row:
         criteria: Any,
         config: Any,
         model_kwargs: dict[str, Any],
+        most_drafts: int,
     ) -> None:
         self._model, self._processors, self._criteria, self._config = (
             model,
@@ -174,6 +187,8 @@ class _Row:
         self._seen = ids.shape[1]
         self._scores: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
+        self._known = 0
+        self._lookup = PromptLookup(most_drafts)
         self.finished = False
 
     def prefill(self) -> None:
@@ -184,20 +199,39 @@ class _Row:
         self._cache.activate_past_recording()
         self._accept(output.logits[:, -1])
 
+    def looked_up(self) -> list[_Draft]:
+        """Return what prompt lookup drafts, as far as a token of the base model can still follow."""
+        self._lookup.extend(self._ids[0, self._known :].tolist())
+        self._known = self._ids.shape[1]
+        drafts = self._lookup.drafts()
+        while drafts and not self.room(len(drafts) - 1):
+            drafts.pop()
+        return [_Draft(self._ids.new_tensor([[token]]), None) for token in drafts]
+
+    def run_all(self, drafts: list[_Draft]) -> torch.Tensor:
+        """Run the newest token and drafts through every layer at once; return the logits of these places."""
+        ids = torch.cat([self._ids[:, -1:], *(draft.token for draft in drafts)], dim=1)
+        return self._verifiable(ids, len(drafts), may_leave=False)
+
     def step(self, drafts: list[_Draft], *, may_leave: bool) -> tuple[torch.Tensor, bool]:
         """Run the newest token; return the logits of all places that are known now, and whether it left."""
         newest = drafts[-1].token if drafts else self._ids[:, -1:]
         cache: DepthCache = self._cache
-        owed = cache.owed
+        waiting = len(cache.owed)
+        logits = self._verifiable(newest, len(drafts), may_leave=may_leave)
+        # Some families put the tokens that settle into rows, by the number of tokens that they were given.
+        return logits.flatten(0, 1)[None], len(cache.owed) > waiting
+
+    def _verifiable(self, ids: torch.Tensor, drafted: int, *, may_leave: bool) -> torch.Tensor:
+        """Return the logits of a forward that gives out all tokens that settle in it."""
+        owed = self._cache.owed
         owed.hold, owed.verify = not may_leave, True
-        waiting = len(owed)
         try:
-            with few_token_products(self._model.get_output_embeddings(), len(drafts) + 1):
-                output = self._forward(newest, self._mask_with(len(drafts)), keep=0)
+            with few_token_products(self._model.get_output_embeddings(), drafted + 1):
+                logits: torch.Tensor = self._forward(ids, self._mask_with(drafted), keep=0).logits
         finally:
             owed.hold = owed.verify = False
-        # Some families put the tokens that settle into rows, by the number of tokens that they were given.
-        return output.logits.flatten(0, 1)[None], len(owed) > waiting
+        return logits
 
     def draw(self, drafts: list[_Draft], logits: torch.Tensor) -> _Draft:
         """Choose the token that an early reading says."""

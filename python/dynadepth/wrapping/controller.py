@@ -19,6 +19,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.drafting.pace import Pace
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
 from dynadepth.execution.context_stack import Context, contexts_of, open_context
@@ -26,7 +27,6 @@ from dynadepth.execution.plan_forward import PlanScope
 from dynadepth.exits.audit import Audit, Audited
 from dynadepth.exits.exit_forward import Exits, ExitScope
 from dynadepth.exits.exit_stats import ExitStats, ExitTotals
-from dynadepth.exits.pace import Pace
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy

@@ -1,0 +1,1 @@
+"""Drafts for lossless decoding: where they come from beside exits, and whether they are worth their time."""
