@@ -18,9 +18,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,18 @@ from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.exits.building import fit_exits
 from dynadepth_search.exits.choosing import ExitScores, passes_at, thresholds_for
 from dynadepth_search.exits.exit_states import ExitStates, collect_states
+from dynadepth_search.exits.judging.timing import (
+    Batch,
+    Way,
+    decode,
+    decode_with,
+    long_answers,
+    time_in_turns,
+)
+from dynadepth_search.exits.judging.written import base_texts, write_with_exits
 from dynadepth_search.exits.lens_training import read_choices
-from dynadepth_search.exits.producing import base_choices, produce
 from dynadepth_search.exits.spec import ExitSpec
-from dynadepth_search.scoring.batching import batches_of, pad_left
+from dynadepth_search.scoring.batching import pad_left
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
@@ -148,7 +155,9 @@ class Bench:
             "train": self._exits.training["train_prompts"],
             "calibration": self._exits.promises.to_dict(),
         }
-        self._own = self._continue()
+        self._own = base_texts(
+            self._model, self._prompts, new_tokens=options.new_tokens, progress=say
+        )
         if "given" in options.stages:
             report["given"] = self._given()
         if "written" in options.stages:
@@ -159,19 +168,6 @@ class Bench:
         if "profile" in options.stages:
             report["profile"] = self._profile()
         return report
-
-    def _continue(self) -> list[Text]:
-        """Return the base model's own text."""
-        found: dict[int, Text] = {}
-        for rows in batches_of([len(prompt) for prompt in self._prompts], 16):
-            say("base text", len(found), len(self._prompts))
-            texts = continue_prompts(
-                self._model,
-                [self._prompts[row] for row in rows],
-                new_tokens=self._options.new_tokens,
-            )
-            found |= dict(zip(rows, texts, strict=True))
-        return [found[row] for row in range(len(self._prompts))]
 
     def _given(self) -> list[dict[str, Any]]:
         layers = [head.layer_idx for head in self._exits.heads]
@@ -247,41 +243,29 @@ class Bench:
         assert exits.dial is not None
         exits.dial.adapt = adapt
         begun = exits.dial.threshold
-        produced, fidelity_seen = self._produce(exits)
-        layers, window = self._exits.num_layers, self._exits.window
-        choices = base_choices(
+        found = write_with_exits(
             self._model,
-            [each.text for each in produced],
-            batch_size=8,
-            name="reading",
+            self._prompts,
+            self._own,
+            exits,
+            new_tokens=self._options.new_tokens,
             progress=say,
         )
-        # One token is the prompt's own forward; there is nothing to leave early.
-        decoded = [
-            (each, chosen, kind, own)
-            for each, chosen, kind, own in zip(
-                produced, choices, self._kinds, self._own, strict=True
-            )
-            if each.num_decoded > 0
-        ]
-        kept = [1.0 - float(each.changed(chosen, layers).mean()) for each, chosen, *_ in decoded]
-        kinds = [kind for *_, kind, _ in decoded]
-        same = [common(each.text, own) for each, *_, own in decoded]
+        kinds = np.array(self._kinds)[found.prompts]
         return {
             "fidelity": fidelity,
             "dial": "moved by audits" if adapt else "fixed",
-            "passes": float(np.mean([each.passes(layers, window) for each, *_ in decoded])),
-            "answers": len(decoded),
-            "kept": 100 * float(np.mean(kept)),
+            "passes": float(found.passes.mean()),
+            "answers": len(found.prompts),
+            "kept": 100 * float(found.kept.mean()),
             "kept by kind": {
-                kind: 100
-                * float(np.mean([k for k, its in zip(kept, kinds, strict=True) if its == kind]))
-                for kind in sorted(set(kinds))
+                str(kind): 100 * float(found.kept[kinds == kind].mean())
+                for kind in np.unique(kinds)
             },
-            "kept, by its own audits": None if fidelity_seen is None else 100 * fidelity_seen,
-            "identical": 100 * float(np.mean([whole for _, whole in same])),
-            "common beginning, median": float(np.median([length for length, _ in same])),
-            "common beginning, mean": float(np.mean([length for length, _ in same])),
+            "kept, by its own audits": None if found.audited is None else 100 * found.audited,
+            "identical": 100 * float(found.identical.mean()),
+            "common beginning, median": float(np.median(found.common)),
+            "common beginning, mean": float(found.common.mean()),
             "threshold": [begun, exits.dial.threshold],
         }
 
@@ -305,170 +289,104 @@ class Bench:
             "passes": totals.passes,
         }
 
-    def _produce(self, exits: Exits) -> tuple[Any, float | None]:
-        seen: list[float | None] = []
-        produced = produce(
-            self._model,
-            self._prompts,
-            exits,
-            new_tokens=self._options.new_tokens,
-            batch_size=4,
-            name="writing",
-            progress=say,
-            finished=lambda model: seen.append(model.dynadepth.exit_totals.fidelity),
-        )
-        return produced, seen[0]
-
-    def _timed_prompts(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return batches of prompts for times; of single prompts, as many as were asked for.
-
-        Only of prompts that the base model gives a long answer by itself: text behind an answer's end is no use's.
-        """
+    def _batches(self, batch: int) -> list[Batch]:
+        """Return batches of prompts with long answers, for times; of single prompts, as many as were asked for."""
         count = self._options.timed_prompts if batch == 1 else 1
-        long = [
-            prompt
-            for prompt, own in zip(self._prompts, self._own, strict=True)
-            if 2 * (len(own.ids) - own.prompt) >= self._options.new_tokens
-        ]
+        long = long_answers(self._own, self._options.new_tokens)
         step = max(1, len(long) // (count * batch))
-        chosen = long[::step][: count * batch]
+        chosen = [self._prompts[row] for row in long[::step][: count * batch]]
         return [
             pad_left(chosen[at : at + batch], self._model.device)
             for at in range(0, len(chosen), batch)
         ]
 
     def _times(self) -> list[dict[str, Any]]:
-        """Return how long a step of new tokens takes, over the base model's, in turns on the same prompts."""
+        """Return how long a step of new tokens takes, over the base model's."""
         rows = []
         for batch in self._options.batches:
             ways: dict[str, Way] = {}
             for fidelity in self._options.fidelities:
                 for audit in (1.0, 0.1):
-                    try:
+                    with suppress(BudgetError):
                         exits = self._exits.exits(fidelity=fidelity, audit=audit)
-                    except BudgetError:
-                        continue
-                    ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits)
+                        ways[f"exits {fidelity:g}, audit {audit:g}"] = self._with(exits)
             if batch == 1:
                 sure = self._exits.exits(fidelity=1.0)
                 ways["lossless, always drafting"] = self._with(sure, Pace(measured=False))
                 ways["lossless, by its own pace"] = self._with(sure, Pace())
-                ways["prompt lookup"] = partial(self._plain, prompt_lookup_num_tokens=7)
-                ways["prompt lookup, products for few tokens"] = partial(
-                    self._few, prompt_lookup_num_tokens=7
+                ways["prompt lookup"] = self._base(prompt_lookup_num_tokens=7)
+                ways["prompt lookup, products for few tokens"] = self._base(
+                    few=True, prompt_lookup_num_tokens=7
                 )
-                ways["early exit drafts"] = partial(
-                    self._plain, assistant_early_exit=self._exits.heads[0].layer_idx
+                ways["early exit drafts"] = self._base(
+                    assistant_early_exit=self._exits.heads[0].layer_idx
                 )
             else:
-                ways["base, products for few tokens"] = self._few
-            rows += [{"batch": batch, **row} for row in self._in_turns(ways, batch)]
+                ways["base, products for few tokens"] = self._base(few=True)
+            rows += self._in_turns(ways, batch)
         return rows
 
-    def _in_turns(self, ways: Mapping[str, "Way"], batch: int) -> list[dict[str, Any]]:
-        prompts = self._timed_prompts(batch)
-        times: dict[str, list[list[float]]] = {"base": [], **{way: [] for way in ways}}
-        self._plain(*prompts[0])
-        tried = {way: _failure(timed, prompts[0]) for way, timed in ways.items()}
-        failed = {way: error for way, error in tried.items() if error is not None}
-        for turn in range(self._options.rounds):
-            say(f"times at batch {batch}", turn, self._options.rounds)
-            for each in times.values():
-                each.append([])
-            for given in prompts:
-                for way, timed in {"base": self._plain, **ways}.items():
-                    if way not in failed:
-                        seconds, steps = timed(*given)
-                        times[way][-1].append(seconds / steps)
-        base = np.array(times["base"])
-        rows: list[dict[str, Any]] = []
-        for way in ways:
-            if way in failed:
-                rows.append({"way": way, "failed": failed[way]})
-                continue
-            found = np.array(times[way])
-            by_turn = found.sum(axis=1) / base.sum(axis=1)
-            by_prompt = found.sum(axis=0) / base.sum(axis=0)
-            rows.append(
-                {
-                    "way": way,
-                    "time": float(np.median(by_turn)),
-                    "lowest": float(by_turn.min()),
-                    "highest": float(by_turn.max()),
-                    "by prompt": by_prompt.tolist(),
-                }
-            )
-        return rows
+    def _in_turns(self, ways: Mapping[str, Way], batch: int) -> list[dict[str, Any]]:
+        batches = self._batches(batch)
+        if not batches:
+            say(f"no answer is long enough for batches of {batch}", 0, 0)
+            return []
+        tried = {name: _failure(way, batches[0]) for name, way in ways.items()}
+        times = time_in_turns(
+            self._base(),
+            {name: way for name, way in ways.items() if tried[name] is None},
+            batches,
+            rounds=self._options.rounds,
+            progress=say,
+        )
+        return [
+            {"batch": batch, "way": name}
+            | (times[name].to_dict() if name in times else {"failed": tried[name]})
+            for name in ways
+        ]
 
-    def _plain(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> tuple[float, int]:
-        """Return the seconds of a generation, and the new tokens of its longest row."""
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            text = self._model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=self._options.new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                **more,
-            )
-        return time.perf_counter() - begun, text.shape[1] - ids.shape[1]
+    def _base(self, *, few: bool = False, **more: Any) -> Way:
+        def way(batch: Batch) -> tuple[float, int]:
+            # The tool of ours that has nothing to do with exits, for those who compare with us.
+            module = self._model if few else None
+            with torch.inference_mode(), few_token_products(module, 2):
+                return decode(self._model, batch, new_tokens=self._options.new_tokens, **more)
 
-    def _few(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> tuple[float, int]:
-        # The tool of ours that has nothing to do with exits, for those who compare with us.
-        with torch.inference_mode(), few_token_products(self._model, 2):
-            return self._plain(ids, mask, **more)
+        return way
 
-    def _with(self, exits: Exits, pace: Pace | None = None) -> "Way":
-        def timed(ids: torch.Tensor, mask: torch.Tensor) -> tuple[float, int]:
-            with wrapped(self._model, exits=exits) as model:
-                if pace is not None:
-                    model.dynadepth.exit_pace = pace
-                return self._plain(ids, mask)
-
-        return timed
+    def _with(self, exits: Exits, pace: Pace | None = None) -> Way:
+        new = self._options.new_tokens
+        return lambda batch: decode_with(self._model, batch, exits, new_tokens=new, pace=pace)
 
     def _profile(self) -> list[dict[str, Any]]:
         """Return where the time of a new token goes, at batch 1, beside the base model's."""
         ways: dict[str, Exits | None] = {"base": None}
         for fidelity in (*self._options.fidelities, 1.0):
             with suppress(BudgetError):
-                ways[f"exits {fidelity:g}" if fidelity < 1 else "lossless"] = self._exits.exits(
-                    fidelity=fidelity
-                )
+                name = f"exits {fidelity:g}" if fidelity < 1 else "lossless"
+                ways[name] = self._exits.exits(fidelity=fidelity)
         rows = []
-        for way, exits in ways.items():
-            clock = PartClock(self._model, self._stack)
+        for name, exits in ways.items():
+            clock, pace = PartClock(self._model, self._stack), Pace()
             seconds, tokens = 0.0, 0
-            for given in self._timed_prompts(1):
-                say(f"profile of {way}", len(rows), len(ways))
+            for batch in self._batches(1):
+                say(f"profile of {name}", len(rows), len(ways))
                 with clock.over(exits) as timed:
-                    way_of = self._plain if timed is None else self._with(timed, Pace())
-                    took, new = way_of(*given)
+                    way = self._base() if timed is None else self._with(timed, pace)
+                    took, new = way(batch)
                 seconds, tokens = seconds + took, tokens + new
-            rows.append({"way": way, "parts": clock.parts(seconds, tokens)})
+            if tokens:
+                rows.append({"way": name, "parts": clock.parts(seconds, tokens)})
         return rows
 
 
-# A way to decode prompts, given with their mask: the seconds, and the new tokens of the longest row.
-Way = Callable[[torch.Tensor, torch.Tensor], tuple[float, int]]
-
-
-def _failure(timed: Way, given: tuple[torch.Tensor, torch.Tensor]) -> str | None:
+def _failure(way: Way, batch: Batch) -> str | None:
     """Run a way for the first time; say why it does not run, if so."""
     try:
-        timed(*given)
+        way(batch)
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         return str(error)[:80]
     return None
-
-
-def common(text: Text, own: Text) -> tuple[int, bool]:
-    """Return how many new tokens two texts begin with alike, and whether they are the same."""
-    ours, base = (each.ids[each.prompt :] for each in (text, own))
-    length = min(len(ours), len(base))
-    differ = np.flatnonzero(ours[:length] != base[:length])
-    return (int(differ[0]) if len(differ) else length), np.array_equal(ours, base)
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:
@@ -512,18 +430,18 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             f"kept, passes {found['passes']:.3f}.",
         ]
     if "time" in report:
-        lines += ["", "| batch | way | time over the base's |", "|---" * 3 + "|"]
+        lines += ["", "| batch | way | time of a step over the base's |", "|---" * 3 + "|"]
         lines += [
             f"| {row['batch']} | {row['way']} | "
             + (
                 f"does not run: {row['failed']}"
                 if "failed" in row
-                else f"{row['time']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+                else f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {row['milliseconds']:.1f} ms"
             )
             + " |"
             for row in report["time"]
         ]
-    if "profile" in report:
+    if report.get("profile"):
         parts = list(report["profile"][0]["parts"])
         lines += ["", f"| way | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
         lines += [

@@ -5,6 +5,8 @@ from typing import Any
 
 import typer
 
+from dynadepth.exits.token_pieces import token_pieces
+
 __all__ = ["coloured", "legend"]
 
 # From the earliest exit to the latest; tokens that went through all layers stay plain.
@@ -21,16 +23,10 @@ def coloured(tokenizer: Any, ids: Sequence[int], layers_run: Sequence[int], num_
         num_layers: Decoder layers of the model.
     """
     colours = _colours(layers_run, num_layers)
-    parts, shown, waiting = [], "", ""
-    for end, layers in enumerate(layers_run, start=1):
-        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
-        # Half of a character: its other tokens are still to come.
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            continue
-        waiting = text[len(shown) :]
-        shown = text
-        parts.append(typer.style(waiting, fg=colours.get(layers)) if waiting else "")
-    return "".join(parts)
+    return "".join(
+        typer.style(text, fg=colours.get(layers))
+        for text, layers in token_pieces(tokenizer, ids, layers_run)
+    )
 
 
 def legend(layers_run: Sequence[int], num_layers: int) -> str:

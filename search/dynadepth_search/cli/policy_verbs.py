@@ -4,8 +4,9 @@ Each verb checks its options, loads what they name and calls functions that Pyth
 inside the verbs.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,9 +38,15 @@ from dynadepth_search.cli.options import (
     scalar_values,
 )
 
+if TYPE_CHECKING:
+    from dynadepth.checkpoints.trained_exits import TrainedExits
+    from dynadepth_search.data.tasks import Task
+    from dynadepth_search.inspecting.inspection import Inspection
+
 __all__ = ["evaluate_policy", "inspect_run", "report", "train"]
 
 _BUDGETS = (0.95, 0.9, 0.85, 0.8)
+_FIDELITIES = (0.99, 0.98, 0.95)
 
 
 def train(
@@ -291,6 +298,16 @@ def evaluate_policy(
             "--budget", help="Mean depth; give it several times [default: 0.95 0.9 0.85 0.8]"
         ),
     ] = None,
+    fidelity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--fidelity",
+            help="For exits: the share of new tokens to keep; give it several times [default: 0.99 0.98 0.95]",
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=2, help="For exits: the most tokens of an answer")
+    ] = 64,
     against: Annotated[
         list[Path] | None,
         typer.Option("--against", help="Folder of other routers to compare; give it several times"),
@@ -315,7 +332,7 @@ def evaluate_policy(
 ) -> None:
     """Compare policies on held-out prompts with plans that do not look at the prompt; writes a report."""
     from dynadepth.checkpoints.save_load import load_policy
-    from dynadepth.errors import ConfigError
+    from dynadepth.checkpoints.trained_exits import TrainedExits
     from dynadepth_search.data.tasks import Task, read_task
     from dynadepth_search.evaluation.comparison import Front
     from dynadepth_search.evaluation.evaluating import EvaluationConfig, check_trained_on, evaluate
@@ -327,11 +344,32 @@ def evaluate_policy(
 
     others = _named(against or [])
     given = load_policy(routers)
-    if given.kind == "exits":
-        raise ConfigError(
-            f"the policy in {routers} is exits, which plan no prompt, and eval compares plans of prompts; `dynadepth "
-            "inspect` shows what exits keep of generated text"
+    if isinstance(given, TrainedExits):
+        unfit = {
+            "--scores": scores,
+            "--against": against,
+            "--unseen": unseen,
+            "--runner": None if runner == "local" else runner,
+        }
+        _refuse_given(unfit, f"the policy in {routers} is exits, which nobody scores or compares")
+        prompts = read_task(task, scoring=scoring, limit=limit)
+        _evaluate_exits(
+            model,
+            given,
+            prompts,
+            out,
+            plans=plans,
+            shortcuts=shortcuts,
+            fidelities=fidelity or (),
+            budgets=budget or (),
+            new_tokens=new_tokens,
+            chat=chat,
+            device=device,
+            dtype=dtype,
+            as_json=as_json,
         )
+        return
+    _refuse_given({"--fidelity": fidelity}, f"the policy in {routers} plans prompts")
     plans = plans or named_folder(given, "plans")
     scores = scores or named_folder(given, "scores")
     config = EvaluationConfig(budgets=tuple(budget or _BUDGETS), seed=seed)
@@ -400,6 +438,94 @@ def evaluate_policy(
     print_evaluation(content, page, as_json=as_json)
 
 
+def _refuse_given(given: Mapping[str, Any], why: str) -> None:
+    """Refuse options that were given and mean nothing here."""
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise typer.BadParameter(f"{why}; leave out {' and '.join(names)}")
+
+
+def _evaluate_exits(
+    model: str,
+    exits: "TrainedExits",
+    prompts: "Task",
+    out: Path,
+    *,
+    plans: Path | None,
+    shortcuts: Path | None,
+    fidelities: Sequence[float],
+    budgets: Sequence[float],
+    new_tokens: int,
+    chat: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Evaluate late exits on held-out prompts, and write the page and print it.
+
+    Args:
+        model: The base model, as the verb was given it.
+        exits: Its exits.
+        prompts: The held-out prompts.
+        out: Folder of results and page.
+        plans: Folder of static plans to compare with; None: nothing but the base model.
+        shortcuts: The shortcuts that these plans were found with, as the verb was given them; None: nothing.
+        fidelities: Shares to keep; if these and the budgets are empty: some.
+        budgets: Mean passes.
+        new_tokens: The most tokens of an answer.
+        chat: Whether prompts are turns of a chat.
+        device: Where the model runs.
+        dtype: Its dtype.
+        as_json: Whether the result is printed as JSON.
+    """
+    from dynadepth_search.exits.judging.evaluating import Promise, evaluate_exits
+    from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
+    from dynadepth_search.search.static import read_static
+    from dynadepth_search.storage.compatibility import check_same_shortcuts
+
+    asked = [Promise("fidelity", each) for each in fidelities]
+    asked += [Promise("budget", each) for each in budgets]
+    base, tokenizer = load(model, device, dtype)
+    exits.check_model(base)
+    heldout = in_chat(prompts, tokenizer, chat=chat)
+    static = None if plans is None else read_static(plans, model=base)
+    own = None if shortcuts is None else load_shortcuts_for(base, shortcuts)
+    if static is not None:
+        check_same_shortcuts(
+            static.shortcuts,
+            own,
+            what=f"the plans in {plans} were",
+            advice="give the --shortcuts that these plans were found with",
+        )
+    with display() as progress:
+        content = evaluate_exits(
+            base,
+            tokenizer,
+            heldout=heldout,
+            exits=exits,
+            promises=asked or [Promise("fidelity", each) for each in _FIDELITIES],
+            folder=out,
+            pool=None if static is None else (static.pool, static.pool_values),
+            shortcuts=own,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+    _show_exits(see_exit_evaluation(content), out, as_json=as_json)
+
+
+def _show_exits(found: "Inspection", out: Path, *, as_json: bool) -> None:
+    from dynadepth_search.inspecting.inspecting import print_inspection, write_inspection
+    from dynadepth_search.report.report import REPORT_NAME
+    from dynadepth_search.report.terminal import result_console
+
+    page = write_inspection(found, out / REPORT_NAME)
+    if as_json:
+        print_result({**found.figures, "report": str(page)}, as_json=True)
+        return
+    print_inspection(found, result_console())
+    typer.echo(f"report: {page}")
+
+
 def report(
     *,
     run: Annotated[Path, typer.Option("--run", help="Folder that `eval` or `demo` wrote")],
@@ -417,7 +543,14 @@ def report(
 ) -> None:
     """Draw the report of an evaluation again and print its summary, or print its tables."""
     from dynadepth_search.evaluation.evaluating import EVALUATION_NAME, read_evaluation
+    from dynadepth_search.exits.judging.evaluating import EXIT_EVALUATION_NAME
+    from dynadepth_search.inspecting.exits_judged import inspect_exit_evaluation
     from dynadepth_search.report.report import read_run, report_markdown, write_report
+
+    if (run / EXIT_EVALUATION_NAME).is_file():
+        _refuse_given({"--markdown": markdown}, f"{run} holds an evaluation of late exits")
+        _show_exits(inspect_exit_evaluation(run), out or run, as_json=as_json)
+        return
 
     inner = run / "evaluation"
     content = read_evaluation(inner if (inner / EVALUATION_NAME).is_file() else run)

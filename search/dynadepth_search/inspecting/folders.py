@@ -8,6 +8,7 @@ from dynadepth.checkpoints.paths import FOLDER_NAME
 from dynadepth.errors import ConfigError
 from dynadepth.shortcuts.save_load import CONFIG_NAME as SHORTCUTS
 from dynadepth_search.evaluation.evaluating import EVALUATION_NAME
+from dynadepth_search.exits.judging.evaluating import EXIT_EVALUATION_NAME
 from dynadepth_search.search.static_files import MENU
 from dynadepth_search.storage.label_manifest import MANIFEST as LABELS
 from dynadepth_search.storage.score_store import MANIFEST as SCORES
@@ -21,6 +22,7 @@ _KINDS = {
     "scores": (SCORES, "score"),
     "routers": (ROUTERS, "train"),
     "evaluation": (EVALUATION_NAME, "eval"),
+    "exit evaluation": (EXIT_EVALUATION_NAME, "eval"),
 }
 # Where a folder that stands for one holds it, and the file that tells it: a base model, the run of a demo.
 _INSIDE = {"routers": (FOLDER_NAME, "config.json"), "evaluation": ("evaluation", "report.json")}
@@ -41,7 +43,7 @@ def kind_of(folder: str | os.PathLike[str]) -> tuple[str, Path]:
         folder: The folder; a base model stands for its `routers`, the run of a demo for its `evaluation`.
 
     Returns:
-        `labels`, `scores`, `routers` or `evaluation`, and the folder where they are.
+        `labels`, `scores`, `routers`, `evaluation` or `exit evaluation`, and the folder where they are.
 
     Raises:
         ConfigError: It is no folder, or holds none of these, or several.
@@ -83,5 +85,5 @@ def _nothing(place: Path) -> str:
 
 
 def _writers() -> str:
-    *first, last = (f"`dynadepth {verb}`" for _, verb in _KINDS.values())
+    *first, last = (f"`dynadepth {verb}`" for verb in dict.fromkeys(v for _, v in _KINDS.values()))
     return f"{', '.join(first)} or {last}"

@@ -9,8 +9,9 @@ from rich.console import Console
 from dynadepth.errors import ConfigError
 from dynadepth.files import write_text_atomic
 from dynadepth_search.inspecting.evaluation_seen import inspect_evaluation
+from dynadepth_search.inspecting.exits_judged import inspect_exit_evaluation
 from dynadepth_search.inspecting.folders import kind_of
-from dynadepth_search.inspecting.inspection import Inspection, Picture, Table
+from dynadepth_search.inspecting.inspection import Inspection, Passage, Picture, Table
 from dynadepth_search.inspecting.labels_seen import inspect_labels
 from dynadepth_search.inspecting.routers_seen import inspect_routers
 from dynadepth_search.inspecting.scores_seen import inspect_scores
@@ -21,6 +22,8 @@ __all__ = ["inspect_folder", "inspection_html", "print_inspection", "write_inspe
 
 # Sentences that a terminal shows; an evaluation may have more notes.
 _SAID = 6
+# Of pieces of text, from the earliest exit to the latest.
+_SHADES = ("#b7e4c7", "#bde0fe", "#fff3bf", "#e5d4ef")
 
 
 def inspect_folder(
@@ -55,6 +58,8 @@ def inspect_folder(
         return inspect_scores(place)
     if kind == "routers":
         return inspect_routers(place)
+    if kind == "exit evaluation":
+        return inspect_exit_evaluation(place)
     return inspect_evaluation(place, Path(folder))
 
 
@@ -74,6 +79,9 @@ def inspection_html(found: Inspection) -> str:
     ]
     for part in found.parts:
         parts.append(f"<h2>{escape(part.title)}</h2>")
+        if isinstance(part, Passage):
+            parts.append(_passage(part))
+            continue
         if isinstance(part, Picture):
             parts.append(card(part.svg))
         else:
@@ -82,6 +90,25 @@ def inspection_html(found: Inspection) -> str:
     if found.facts:
         parts += ["<h2>What it was made with</h2>", *sections(found.facts)]
     return html_page(f"dynadepth: {found.title}", parts)
+
+
+def _passage(part: Passage) -> str:
+    """Return a coloured text; a reader who sees no colours sees in a title what each piece took."""
+    early = sorted({layers for _, layers in part.pieces if layers < part.whole})
+    shades = {layers: _SHADES[min(at, len(_SHADES) - 1)] for at, layers in enumerate(early)}
+    spans = "".join(
+        f'<span style="background:{shades[layers]}" title="before layer {layers}">{escape(text)}</span>'
+        if layers in shades
+        else escape(text)
+        for text, layers in part.pieces
+    )
+    above = "".join(f"{note(name)}<pre>{escape(text)}</pre>" for name, text in part.before)
+    legend = ", ".join(
+        f'<span style="background:{shade}">before layer {layers}</span>'
+        for layers, shade in shades.items()
+    )
+    legend = legend or "no token left early"
+    return card(f'{above}<p class="note">with exits: {legend}</p><pre>{spans}</pre>')
 
 
 def write_inspection(found: Inspection, page: str | os.PathLike[str]) -> Path:

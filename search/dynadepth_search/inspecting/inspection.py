@@ -7,7 +7,7 @@ from typing import Any
 
 from dynadepth.plans import REPEAT, SKIP
 
-__all__ = ["Inspection", "Picture", "Table", "edits_text", "share_text"]
+__all__ = ["Inspection", "Passage", "Picture", "Table", "edits_text", "share_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +47,32 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A generated text whose pieces are coloured by the layers that they took, for the page alone.
+
+    Args:
+        title: What it shows.
+        before: Texts above it, each with its name.
+        pieces: What each token adds, and the layers that had run when it was chosen.
+        whole: Layers of the model: pieces that took all of them are not coloured.
+    """
+
+    title: str
+    before: Sequence[tuple[str, str]]
+    pieces: Sequence[tuple[str, int]]
+    whole: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """What a folder holds.
 
     Args:
-        kind: `labels`, `null control`, `scores`, `routers` or `evaluation`.
+        kind: `labels`, `null control`, `scores`, `routers`, `evaluation` or `exit evaluation`.
         title: Names the folder's content.
         said: The most important of it, in sentences; the first one is the verdict.
         figures: Every figure, as values that JSON can hold.
-        parts: Tables and pictures, in the order in which they are shown.
+        parts: Tables, pictures and texts, in the order in which they are shown.
         facts: What it was made with, as sections of plain values; for the page alone.
         page: A page that exists already for this kind; empty: one is made of all of the above.
     """
@@ -64,7 +81,7 @@ class Inspection:
     title: str
     said: Sequence[str]
     figures: Mapping[str, Any]
-    parts: Sequence[Table | Picture]
+    parts: Sequence[Table | Picture | Passage]
     facts: Mapping[str, Any] = field(default_factory=dict)
     page: str = ""
 

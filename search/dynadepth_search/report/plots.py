@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dynadepth_search.evaluation.metrics import METRIC_LABELS, SHARES, show_budget
 
-__all__ = ["STYLE", "action_map", "inline_svg", "learning_plot", "pareto_plot"]
+__all__ = ["STYLE", "action_map", "fidelity_plot", "inline_svg", "learning_plot", "pareto_plot"]
 
 _INK, _MUTED, _GRID = "#1f2933", "#697586", "#e4e7eb"
 STYLE = {
@@ -155,6 +155,41 @@ def _limits(
     others = [unit * policy["metrics"][metric]["mean"] for policy in policies]
     reachable = [value for value in others if value >= low - 0.5 * (high - low)]
     return min([low, *reachable]) - margin, high + margin
+
+
+def fidelity_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw what late exits keep against their passes, beside static mixtures of as many.
+
+    Args:
+        rows: The rows of an evaluation of late exits.
+
+    Returns:
+        An svg element.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+        panel = figure.subplots()
+        passes = [row["passes"]["mean"] for row in rows]
+        marker, colour, *_ = _MARKS["routed"]
+        for row, x in zip(rows, passes, strict=True):
+            ends = [100 * row["kept"]["low"], 100 * row["kept"]["high"]]
+            panel.plot([x, x], ends, color=colour, lw=1.4, alpha=0.75)
+            if row["dial"] == "fidelity":
+                panel.plot(x, 100 * row["value"], "_", color=_MUTED, ms=14, mew=1.4)
+        kept = [100 * row["kept"]["mean"] for row in rows]
+        panel.plot(passes, kept, marker, color=colour, ms=7.5, label="late exits")
+        panel.plot([], [], "_", color=_MUTED, ms=14, mew=1.4, label="promised")
+        static = [(row["passes"]["mean"], row["static"]) for row in rows if row["static"]]
+        if static:
+            line = [(1.0, 100.0), *sorted((x, 100 * each["kept"]) for x, each in static)]
+            panel.plot(*zip(*sorted(line), strict=True), ".-", color=_MUTED, label="static mixture")
+        panel.plot(1.0, 100.0, "*", color=_INK, ms=11, label="base model")
+        panel.set_xlabel("mean passes of a new token (1 = every layer once)")
+        panel.set_title("new tokens that are the base model's own choice, %")
+        panel.grid(color=_GRID, lw=0.8)
+        panel.set_axisbelow(True)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+        return inline_svg(figure, "fidelity against passes", "fidelity")
 
 
 def action_map(actions: Sequence[Mapping[str, Any]]) -> str:

@@ -1,11 +1,16 @@
-"""Exits from the command line: train, inspect, generate; and `eval`, which refuses them."""
+"""Exits from the command line: train, inspect, generate and eval."""
 
+import html
 import json
+import re
 
 import pytest
+import torch
 
+from dynadepth import unwrap_model, wrap_model
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
+from dynadepth.models.loading import load_model, load_tokenizer
 from tests.tiny_exits import PROMISES, random_exits
 
 pytestmark = pytest.mark.usefixtures("search_verbs")
@@ -87,9 +92,113 @@ def test_json_has_the_figures(folder, capsys, tmp_path):
     assert [row["passes"] for row in found["promises"]] == list(PROMISES.passes[1:])
 
 
-def test_eval_says_that_they_plan_nothing(folder, capsys, tmp_path):
-    task = tmp_path / "task.txt"
-    task.write_text("why\n")
-    argv = ["eval", "--model", "none", "--routers", str(folder), "--task", str(task)]
-    assert cli.main([*argv, "--out", str(tmp_path / "report")]) == 1
-    assert "plan no prompt" in " ".join(capsys.readouterr().err.split())
+@pytest.fixture
+def trained(tiny_base, tmp_path):
+    """Exits of the tiny model, some held-out prompts, and static plans from others."""
+    model = load_model(str(tiny_base))
+    save_policy(tmp_path / "exits", random_exits(model))
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("".join(f"why is {word}\n" for word in ("snow", "red", "it deep", "1")))
+    others = tmp_path / "others.txt"
+    others.write_text("".join(f"the river {number} is deep\n" for number in range(44)))
+    argv = ["search", "static", "--model", tiny_base, "--task", others]
+    argv += ["--size", 2, "--min-depth", 0.5, "--out", tmp_path / "plans"]
+    assert cli.main([str(each) for each in argv]) == 0
+    return tmp_path
+
+
+def by_hand(base, folder, prompts, new_tokens, **promise):
+    """Return passes, kept and identical of each answer, from the model's own forwards, one prompt at a time."""
+    model, tokenizer = load_model(str(base)), load_tokenizer(str(base))
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        given = {"max_new_tokens": new_tokens, "do_sample": False}
+        own = model.generate(ids, **given)
+        wrap_model(model, routers=folder / "exits", **promise)
+        text = model.generate(ids, **given)
+        passes, run = model.dynadepth.exit_totals.passes, model.dynadepth.last_layers_run
+        unwrap_model(model)
+        choices = model(text).logits.argmax(dim=-1)[0, ids.shape[1] : -1]
+        new = text[0, ids.shape[1] + 1 :]
+        early = torch.as_tensor(run[0, : len(new)]) < 4
+        changed = float((early & (choices != new)).float().mean())
+        rows.append((passes, 1 - changed, torch.equal(text, own)))
+    return rows
+
+
+def test_eval_measures_what_a_user_would(tiny_base, trained, capsys):
+    out = trained / "report"
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--out", out]
+    argv += ["--task", trained / "heldout.txt", "--plans", trained / "plans", "--new-tokens", 9]
+    argv += ["--budget", 0.8, "--budget", 0.65, "--fidelity", 0.2, "--json"]
+    code, printed, err = run(capsys, *argv)
+    assert code == 0, err
+    found = json.loads(printed)["exit_evaluation"]
+    assert [(row["dial"], row["value"]) for row in found["rows"]] == [
+        ("budget", 0.8),
+        ("budget", 0.65),
+    ]
+    assert "fidelity 0.2" in found["refused"][0]
+    prompts = (trained / "heldout.txt").read_text().splitlines()
+    for row in found["rows"]:
+        expected = by_hand(tiny_base, trained, prompts, 9, budget=row["value"])
+        for name, values in zip(
+            ("passes", "kept", "identical"), zip(*expected, strict=True), strict=True
+        ):
+            assert row[name]["mean"] == pytest.approx(sum(values) / len(values), abs=1e-9)
+        assert row["time"]["batches"] >= 1
+    # Something was changed, or the figures would say nothing.
+    assert found["rows"][1]["kept"]["mean"] < 1
+    static = found["rows"][1]["static"]
+    depths = [sum(map(int, plan)) / 4 for plan in static["plans"]]
+    mixed = sum(d * s for d, s in zip(depths, static["shares"], strict=True))
+    assert mixed == pytest.approx(found["rows"][1]["passes"]["mean"])
+    text = "".join(piece for piece, _ in found["examples"][0]["answers"][1])
+    page = (out / "report.html").read_text()
+    assert html.escape(text[:8]) in re.sub(r"</?span[^>]*>", "", page)
+    assert "before layer" in page
+
+    # The page is drawn again from the file, by two verbs.
+    (out / "report.html").unlink()
+    assert run(capsys, "report", "--run", out)[0] == 0
+    assert (out / "report.html").read_text() == page
+    code, shown, _ = run(capsys, "inspect", out, "--html", trained / "page.html")
+    assert code == 0
+    assert "budget 0.65" in shown
+    assert (trained / "page.html").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--against", "{folder}/exits"), "leave out --against"),
+        (("--scores", "{folder}/plans"), "leave out --scores"),
+        (("--fidelity", "0.2"), "expected a share from"),
+        (("--budget", "0.1"), "budget 0.1"),
+        (("--fidelity", "0.9", "--new-tokens", "1"), "--new-tokens"),
+    ],
+)
+def test_wrong_evaluations_say_so(tiny_base, trained, capsys, more, message):
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits"]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report"]
+    code, _, err = run(capsys, *argv, *(each.format(folder=trained) for each in more))
+    assert code in (1, 2)
+    assert message in " ".join(err.split())
+    assert not (trained / "report").exists()
+
+
+def test_a_damaged_evaluation_is_refused(tiny_base, trained, capsys):
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 4]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--budget", 0.8]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    path = trained / "report" / "exit_evaluation.json"
+    path.write_text(path.read_text().replace('"window": 8', '"window": 9'))
+    for verb in (("report", "--run"), ("inspect",)):
+        code, _, err = run(capsys, *verb, trained / "report")
+        assert code == 1
+        assert "evaluate again" in err
+    path.unlink()
+    code, _, err = run(capsys, "report", "--run", trained / "report", "--markdown")
+    assert code == 1

@@ -1,0 +1,309 @@
+"""The evaluation of late exits: what they keep and cost on held-out prompts, beside static plans of equal passes."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.errors import BudgetError, ConfigError, TaskError
+from dynadepth.evaluation.intervals import mean_interval
+from dynadepth.evaluation.mixtures import mix_to_depth
+from dynadepth.exits.exit_forward import Exits
+from dynadepth.exits.token_pieces import token_pieces
+from dynadepth.files import read_versioned_json
+from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth_search.data.tasks import Task
+from dynadepth_search.exits.judging.timing import (
+    Batch,
+    Way,
+    decode,
+    decode_with,
+    long_answers,
+    time_in_turns,
+)
+from dynadepth_search.exits.judging.written import (
+    Written,
+    base_texts,
+    write_under_plan,
+    write_with_exits,
+)
+from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.progress import Progress
+from dynadepth_search.scoring.batching import pad_left
+from dynadepth_search.scoring.own_text import Text
+from dynadepth_search.scoring.scorer import Scorer
+
+__all__ = ["EXIT_EVALUATION_NAME", "Promise", "evaluate_exits", "read_exit_evaluation"]
+
+EXIT_EVALUATION_NAME = "exit_evaluation.json"
+SCHEMA_VERSION = 1
+# Answers that are shown, and prompts that are timed.
+_SHOWN, _TIMED = 3, 4
+_TIME_ROUNDS = 2
+
+
+class Promise(NamedTuple):
+    """What is asked of exits.
+
+    Attributes:
+        dial: `fidelity` or `budget`, as `wrap_model` takes them.
+        value: The share of kept tokens, below 1, or the mean passes.
+    """
+
+    dial: str
+    value: float
+
+    def of(self, exits: TrainedExits) -> Exits:
+        """Return the exits at this promise, at the beginning of their traffic."""
+        given: dict[str, Any] = {self.dial: self.value}
+        return exits.exits(**given)
+
+    def __str__(self) -> str:
+        return f"{self.dial} {self.value:g}"
+
+
+def evaluate_exits(
+    model: Any,
+    tokenizer: Any,
+    *,
+    heldout: Task,
+    exits: TrainedExits,
+    promises: Sequence[Promise],
+    folder: str | os.PathLike[str],
+    pool: tuple[Plans, npt.NDArray[np.float64]] | None = None,
+    shortcuts: Shortcuts | None = None,
+    new_tokens: int = 64,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Let a model write with exits on, read the text again, and write `exit_evaluation.json`.
+
+    The opponent of each promise is the best mixture of static plans of equal passes, chosen on other prompts; it writes
+    and is read in the same way.
+
+    Args:
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        tokenizer: Its tokenizer.
+        heldout: Prompts that trained and calibrated nothing; answers are not looked at.
+        exits: The trained exits of this model.
+        promises: What is asked of them.
+        folder: Where the file goes.
+        pool: Static plans and what they are worth on other prompts. Shapes (plans, num_layers) and (plans,). None: no
+            opponent but the base model.
+        shortcuts: What rows take in place of layers that static plans skip; None: nothing.
+        new_tokens: The most tokens of an answer.
+        progress: Called with the stage, the number of finished steps and of all.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        BudgetError: None of the promises is supported by the exits' held-out prompts.
+        TaskError: A prompt cannot be encoded, or no answer has more than one token.
+        UnsupportedModelError: The model does not run late exits exactly.
+    """
+    scorer = Scorer(model, tokenizer, scoring=heldout.scoring, chat=heldout.chat)
+    prompts = [scorer.encode(example).prompt_ids for example in heldout.examples]
+    own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
+    made, refused = _supported(exits, promises)
+    run = _Run(model, prompts, own, shortcuts, new_tokens, progress)
+    rows, written = [], []
+    for promise in made:
+        found = write_with_exits(
+            model,
+            prompts,
+            own,
+            promise.of(exits),
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+        if not len(found.prompts):
+            raise TaskError(
+                f"none of the {len(prompts)} answers has a token beside the first, so there is nothing to leave early; "
+                "give prompts that are answered at length"
+            )
+        rows.append({**promise._asdict(), **_figures(found)})
+        written.append(found)
+    times = run.times(exits, made)
+    for row, time in zip(rows, times, strict=True):
+        row["time"] = time
+        row["static"] = None if pool is None else run.mixture(pool, row["passes"]["mean"])
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "model": exits.base_model,
+        "task": {"name": heldout.name, "prompts": len(prompts)},
+        "new_tokens": new_tokens,
+        "num_layers": exits.num_layers,
+        "exit_layers": [head.layer_idx for head in exits.heads],
+        "window": exits.window,
+        "answers": rows[0]["kept"]["n"],
+        "rows": rows,
+        "refused": refused,
+        "examples": _examples(tokenizer, own, written),
+    }
+    write_sealed(Path(folder) / EXIT_EVALUATION_NAME, content)
+    return content
+
+
+def read_exit_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `evaluate_exits` wrote.
+
+    Args:
+        folder: Where it was written.
+
+    Returns:
+        The content.
+
+    Raises:
+        ConfigError: The file is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    path = Path(folder) / EXIT_EVALUATION_NAME
+    again = "evaluate again"
+    content = read_versioned_json(
+        path,
+        SCHEMA_VERSION,
+        error=ConfigError,
+        make_again=again,
+        missing="make it with `dynadepth eval`",
+    )
+    return check_seal(content, path, ConfigError, make_again=again)
+
+
+class _Run:
+    """One evaluation: the prompts, and what was measured of static plans so far."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[npt.NDArray[np.int64]],
+        own: Sequence[Text],
+        shortcuts: Shortcuts | None,
+        new_tokens: int,
+        progress: Progress,
+    ) -> None:
+        self._model, self._prompts, self._own = model, prompts, own
+        self._shortcuts = shortcuts
+        self._new_tokens, self._progress = new_tokens, progress
+        self._plans: dict[str, Written] = {}
+
+    def mixture(
+        self, pool: tuple[Plans, npt.NDArray[np.float64]], passes: float
+    ) -> dict[str, Any] | None:
+        """Return what the best static mixture of so many passes keeps; None if no plan is as shallow."""
+        plans, values = pool
+        depths = plan_depth(plans)
+        if not depths.min() <= passes <= depths.max():
+            return None
+        mixed = mix_to_depth(depths, values, passes)
+        both = [(mixed.low, 1.0 - mixed.weight), (mixed.high, mixed.weight)]
+        parts = [(index, share) for index, share in both if share > 0]
+        kept = identical = 0.0
+        for index, share in parts:
+            found = self._under(plans[index])
+            kept += share * float(found.kept.mean())
+            identical += share * float(found.identical.mean())
+        return {
+            "plans": [plan_text(plans[index]) for index, _ in parts],
+            "shares": [share for _, share in parts],
+            "kept": kept,
+            "identical": identical,
+        }
+
+    def _under(self, plan: npt.NDArray[np.uint8]) -> Written:
+        name = plan_text(plan)
+        if name not in self._plans:
+            self._plans[name] = write_under_plan(
+                self._model,
+                self._prompts,
+                self._own,
+                plan,
+                shortcuts=self._shortcuts,
+                new_tokens=self._new_tokens,
+                progress=self._progress,
+            )
+        return self._plans[name]
+
+    def times(
+        self, exits: TrainedExits, promises: Sequence[Promise]
+    ) -> list[dict[str, Any] | None]:
+        """Return the time of each promise over the base model's; None each if no answer is long enough."""
+        long = long_answers(self._own, self._new_tokens)
+        chosen = long[:: max(1, len(long) // _TIMED)][:_TIMED]
+        if not chosen:
+            return [None] * len(promises)
+        model, new = self._model, self._new_tokens
+        batches = [pad_left([self._prompts[row]], model.device) for row in chosen]
+        ways: dict[str, Way] = {
+            str(promise): partial(_decode_with, model, promise.of(exits), new)
+            for promise in promises
+        }
+        times = time_in_turns(
+            lambda batch: decode(model, batch, new_tokens=new),
+            ways,
+            batches,
+            rounds=_TIME_ROUNDS,
+            progress=self._progress,
+        )
+        return [times[name].to_dict() for name in ways]
+
+
+def _decode_with(model: Any, exits: Exits, new_tokens: int, batch: Batch) -> tuple[float, int]:
+    return decode_with(model, batch, exits, new_tokens=new_tokens)
+
+
+def _supported(exits: TrainedExits, promises: Sequence[Promise]) -> tuple[list[Promise], list[str]]:
+    """Return the promises that can be made, and why others cannot."""
+    refusals = {promise: _refusal(exits, promise) for promise in promises}
+    made = [promise for promise, error in refusals.items() if error is None]
+    refused = [f"{promise}: {error}" for promise, error in refusals.items() if error is not None]
+    if not made:
+        raise BudgetError("; ".join(refused) or "no fidelity and no budget was given")
+    return made, refused
+
+
+def _refusal(exits: TrainedExits, promise: Promise) -> str | None:
+    try:
+        promise.of(exits)
+    except BudgetError as error:
+        return str(error)
+    return None
+
+
+def _figures(found: Written) -> dict[str, Any]:
+    return {
+        "passes": mean_interval(found.passes).to_dict(),
+        "kept": mean_interval(found.kept).to_dict(),
+        "identical": mean_interval(found.identical).to_dict(),
+        "common": float(np.median(found.common)),
+        "audited": found.audited,
+    }
+
+
+def _examples(
+    tokenizer: Any, own: Sequence[Text], written: Sequence[Written]
+) -> list[dict[str, Any]]:
+    """Return some answers: the prompt, the base model's, and in pieces those with exits, one for each promise."""
+    prompts = written[0].prompts
+    examples = []
+    for row in prompts[:: max(1, len(prompts) // _SHOWN)][:_SHOWN].tolist():
+        text = own[row]
+        examples.append(
+            {
+                "prompt": tokenizer.decode(text.ids[: text.prompt], skip_special_tokens=True),
+                "base": tokenizer.decode(text.ids[text.prompt :], skip_special_tokens=True),
+                "answers": [_pieces(tokenizer, found, row) for found in written],
+            }
+        )
+    return examples
+
+
+def _pieces(tokenizer: Any, found: Written, row: int) -> list[tuple[str, int]]:
+    produced = found.produced[row]
+    ids = produced.text.ids[produced.text.prompt :].tolist()
+    return token_pieces(tokenizer, ids, produced.layers_run.tolist())

@@ -1,0 +1,176 @@
+"""What late exits, or a plan, make of freely written text: passes, tokens that are the base model's choice, answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.exits.exit_forward import Exits
+from dynadepth.plans import check_plans, plan_depth
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth_search.exits.producing import Produced, base_choices, produce
+from dynadepth_search.progress import Progress
+from dynadepth_search.scoring.batching import batches_of
+from dynadepth_search.scoring.generating import continue_prompts
+from dynadepth_search.scoring.own_text import Text
+from dynadepth_search.scoring.runtime_checks import wrapped
+
+__all__ = ["Written", "base_texts", "write_under_plan", "write_with_exits"]
+
+_Floats = npt.NDArray[np.float64]
+_READ_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """Texts that were written from N prompts; arrays are over those with at least one decoded token.
+
+    Attributes:
+        prompts: Which prompts they are. Shape (texts,), int64.
+        passes: Mean passes of the decoded tokens. Shape (texts,), float64.
+        kept: Share of the decoded tokens that are the base model's own choice after the same text. Shape (texts,).
+        common: New tokens with which the text and the base model's own begin alike. Shape (texts,), int64.
+        identical: Whether all of the text is the base model's own. Shape (texts,), bool.
+        audited: Share of kept tokens that its own audits measured; None where there were none.
+        produced: The texts of all prompts, and how many layers each token had.
+    """
+
+    prompts: npt.NDArray[np.int64]
+    passes: _Floats
+    kept: _Floats
+    common: npt.NDArray[np.int64]
+    identical: npt.NDArray[np.bool_]
+    audited: float | None
+    produced: Sequence[Produced]
+
+
+def base_texts(
+    model: Any, prompts: Sequence[npt.NDArray[np.int64]], *, new_tokens: int, progress: Progress
+) -> list[Text]:
+    """Return the base model's own greedy text after each prompt.
+
+    Args:
+        model: The unwrapped base model.
+        prompts: Token ids of each prompt.
+        new_tokens: The most tokens of a continuation.
+        progress: Called with the stage, the number of finished prompts and of all.
+    """
+    found: dict[int, Text] = {}
+    for rows in batches_of([len(prompt) for prompt in prompts], 16):
+        progress("base text", len(found), len(prompts))
+        texts = continue_prompts(model, [prompts[row] for row in rows], new_tokens=new_tokens)
+        found |= dict(zip(rows, texts, strict=True))
+    return [found[row] for row in range(len(prompts))]
+
+
+def write_with_exits(
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    own: Sequence[Text],
+    exits: Exits,
+    *,
+    new_tokens: int,
+    progress: Progress,
+) -> Written:
+    """Let a model write with exits on, and read the text again.
+
+    Args:
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        prompts: Token ids of each prompt.
+        own: The base model's own texts, from `base_texts`.
+        exits: Where new tokens may leave; their dial moves as it does for a user.
+        new_tokens: The most tokens of a continuation.
+        progress: Called with the stage, the number of finished prompts and of all.
+    """
+    audited: list[float | None] = []
+    produced = produce(
+        model,
+        prompts,
+        exits,
+        new_tokens=new_tokens,
+        batch_size=4,
+        name="writing with exits",
+        progress=progress,
+        finished=lambda wrapped_model: audited.append(wrapped_model.dynadepth.exit_totals.fidelity),
+    )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    passes = [
+        each.passes(num_layers, exits.window) if each.num_decoded else 0.0 for each in produced
+    ]
+    return _judged(model, produced, own, passes, audited[0], progress)
+
+
+def write_under_plan(
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    own: Sequence[Text],
+    plan: Any,
+    *,
+    shortcuts: Shortcuts | None = None,
+    new_tokens: int,
+    progress: Progress,
+) -> Written:
+    """Let a model write under one plan for all prompts, and read the text again.
+
+    Args:
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        prompts: Token ids of each prompt.
+        own: The base model's own texts, from `base_texts`.
+        plan: The plan. Shape (num_layers,), uint8.
+        shortcuts: What rows take in place of layers that it skips; None: nothing.
+        new_tokens: The most tokens of a continuation.
+        progress: Called with the stage, the number of finished prompts and of all.
+
+    Raises:
+        PlanError: The plan does not fit this model.
+    """
+    with wrapped(model, plan=plan, shortcuts=shortcuts) as inner:
+        texts = base_texts(inner, prompts, new_tokens=new_tokens, progress=progress)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    passes = float(plan_depth(check_plans(plan, num_layers, num_rows=1))[0])
+    # No token waits for later layers, and every one may be another than the base model's.
+    produced = [
+        Produced(text, np.zeros(len(text.ids) - text.prompt, dtype=np.int64)) for text in texts
+    ]
+    return _judged(model, produced, own, [passes] * len(texts), None, progress)
+
+
+def _judged(
+    model: Any,
+    produced: Sequence[Produced],
+    own: Sequence[Text],
+    passes: Sequence[float],
+    audited: float | None,
+    progress: Progress,
+) -> Written:
+    choices = base_choices(
+        model,
+        [each.text for each in produced],
+        batch_size=_READ_ROWS,
+        name="reading it again",
+        progress=progress,
+    )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    # One new token is the prompt's own forward; there is nothing to leave early.
+    rows = [row for row, each in enumerate(produced) if each.num_decoded > 0]
+    kept = [1.0 - float(produced[row].changed(choices[row], num_layers).mean()) for row in rows]
+    same = [_common(produced[row].text, own[row]) for row in rows]
+    return Written(
+        prompts=np.array(rows, dtype=np.int64),
+        passes=np.array([passes[row] for row in rows], dtype=np.float64),
+        kept=np.array(kept, dtype=np.float64),
+        common=np.array([length for length, _ in same], dtype=np.int64),
+        identical=np.array([whole for _, whole in same], dtype=np.bool_),
+        audited=audited,
+        produced=produced,
+    )
+
+
+def _common(text: Text, own: Text) -> tuple[int, bool]:
+    """Return how many new tokens two texts begin with alike, and whether they are the same."""
+    ours, base = (each.ids[each.prompt :] for each in (text, own))
+    length = min(len(ours), len(base))
+    differ = np.flatnonzero(ours[:length] != base[:length])
+    return (int(differ[0]) if len(differ) else length), np.array_equal(ours, base)

@@ -1,0 +1,122 @@
+"""What an evaluation of late exits holds: what became of each promise, and answers by where their tokens stopped."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynadepth_search.evaluation.metrics import listed
+from dynadepth_search.exits.judging.evaluating import read_exit_evaluation
+from dynadepth_search.inspecting.inspection import Inspection, Passage, Picture, Table
+from dynadepth_search.report.plots import fidelity_plot
+
+__all__ = ["inspect_exit_evaluation", "see_exit_evaluation"]
+
+
+def inspect_exit_evaluation(folder: Path) -> Inspection:
+    """Inspect an evaluation of late exits.
+
+    Args:
+        folder: Where it was written.
+
+    Raises:
+        ConfigError: It is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    return see_exit_evaluation(read_exit_evaluation(folder))
+
+
+def see_exit_evaluation(content: Mapping[str, Any]) -> Inspection:
+    """Return the tables, the plot and the answers of an evaluation of late exits.
+
+    Args:
+        content: What `evaluate_exits` returned.
+    """
+    rows = content["rows"]
+    layers = listed([f"layer {layer}" for layer in content["exit_layers"]])
+    said = [
+        _verdict(rows[0]),
+        f"New tokens may leave before {layers} of {content['num_layers']}; prompts are read in full. "
+        f"{content['answers']} of {content['task']['prompts']} answers have more than one token; the figures are means "
+        "over these, each counting once.",
+        *(f"Not measured: {text}" for text in content["refused"]),
+    ]
+    return Inspection(
+        kind="exit evaluation",
+        title=f"late exits of {content['model'] or 'a model'} on {content['task']['name']}",
+        said=said,
+        figures={"exit_evaluation": content},
+        parts=[
+            _promises(rows),
+            Picture(
+                title="Fidelity against passes",
+                svg=fidelity_plot(rows),
+                note="Bars: 95 % intervals of the mean over prompts.",
+            ),
+            *_answers(content),
+        ],
+        facts={},
+    )
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    kept, static = row["kept"], row["static"]
+    said = (
+        f"At {_promise(row)}, {_share(kept['mean'])} % of the new tokens ({_share(kept['low'])} to "
+        f"{_share(kept['high'])}) are the base model's own choice after the same text, at {row['passes']['mean']:.3f} "
+        f"passes; {100 * row['identical']['mean']:.0f} % of the answers are identical"
+    )
+    if row["time"] is not None:
+        said += f"; a new token takes {row['time']['median']:.2f} of the base model's time"
+    if static is not None:
+        said += f". The best static mixture of as many passes keeps {_share(static['kept'])} %"
+    return f"{said}."
+
+
+def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
+    head = ["promise", "passes", "kept, %", "by its own audits, %", "identical answers, %"]
+    head += ["common beginning", "time over the base's", "static mixture keeps, %"]
+    return Table(
+        title="Promises",
+        head=head,
+        rows=[
+            [
+                _promise(row),
+                f"{row['passes']['mean']:.3f}",
+                f"{_share(row['kept']['mean'])} ({_share(row['kept']['low'])} to {_share(row['kept']['high'])})",
+                "" if row["audited"] is None else _share(row["audited"]),
+                f"{100 * row['identical']['mean']:.0f}",
+                f"{row['common']:.0f}",
+                ""
+                if row["time"] is None
+                else f"{row['time']['median']:.3f} ({row['time']['low']:.3f} to {row['time']['high']:.3f})",
+                "" if row["static"] is None else _share(row["static"]["kept"]),
+            ]
+            for row in rows
+        ],
+        note="Kept: new tokens that are the base model's own choice after the same text. Passes: layer calls per new "
+        "token over the layers, each answer decoded alone. Common beginning: tokens up to the first that differs from "
+        "the base model's answer, median. Time: of a new token, one prompt at a time; median and range of the turns.",
+    )
+
+
+def _answers(content: Mapping[str, Any]) -> list[Passage]:
+    found = []
+    for number, example in enumerate(content["examples"], start=1):
+        for row, pieces in zip(content["rows"], example["answers"], strict=True):
+            found.append(
+                Passage(
+                    title=f"Answer {number} at {_promise(row)}",
+                    before=(("prompt", example["prompt"]), ("base model", example["base"])),
+                    pieces=[(text, layers) for text, layers in pieces],
+                    whole=content["num_layers"],
+                )
+            )
+    return found
+
+
+def _promise(row: Mapping[str, Any]) -> str:
+    return f"{row['dial']} {row['value']:g}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
