@@ -92,6 +92,7 @@ def surveyed(model_type: str) -> dict[str, Any]:
         "layers": verdict.num_layers,
         "worst": verdict.worst,
         "noise": verdict.noise,
+        "no_exits": None if verdict.traits is None else verdict.traits.no_exits,
         "seconds": round(time.monotonic() - begin, 2),
     }
 
@@ -104,14 +105,17 @@ def kind_of(reason: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the survey as Markdown."""
     exact = [row for row in rows if row["verdict"] == "exact"]
+    leaving = [row for row in exact if row["no_exits"] is None]
     lines = [
-        f"transformers {transformers.__version__}: {len(rows)} families, {len(exact)} exact.",
+        f"transformers {transformers.__version__}: {len(rows)} families, {len(exact)} exact, {len(leaving)} of "
+        "them with late exits too.",
         "",
-        "| exact | layers of the copy | largest difference | seconds |",
-        "|---|---:|---:|---:|",
+        "| exact | late exits | layers of the copy | largest difference | seconds |",
+        "|---|---|---:|---:|---:|",
     ]
     lines += [
-        f"| `{row['family']}` | {row['layers']} | {row['worst']:.0e} | {row['seconds']:.1f} |"
+        f"| `{row['family']}` | {'yes' if row['no_exits'] is None else 'no'} | {row['layers']} | {row['worst']:.0e} | "
+        f"{row['seconds']:.1f} |"
         for row in exact
     ]
     lines += ["", "| refused: why | families |", "|---|---|"]
