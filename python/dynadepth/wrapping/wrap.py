@@ -157,7 +157,8 @@ def wrap_model(
     if budget is not None and budgets is not None and loaded is not None:
         chosen: Policy = budgets.policy(budget)
         movable = sorted(set(protected) - set(loaded.protect))
-        if movable:
+        # With exits every layer runs once for every token, sooner or later.
+        if movable and exits is None:
             raise ConfigError(
                 f"layers {movable} are to be protected, but the budget was calibrated with routers that may skip them; "
                 "train routers with these layers protected"
