@@ -1,6 +1,6 @@
 """The pace of lossless decoding: which drafts are worth their time, measured while they are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from threading import Lock
 from typing import Any
@@ -11,13 +11,14 @@ __all__ = ["Drafts", "Pace", "PaceTotals"]
 _TRIAL, _PERIOD = 6, 48
 # Where both kinds of drafts could be made, the slower one is timed again this often.
 _OTHER_PERIOD = 16
-# Each new time counts this much of the running mean.
-_WEIGHT = 0.1
+# Each new token's time counts this much of the running mean; the first ones count alike. Drafts that fail for a
+# sentence say little about the next one.
+_WEIGHT = 0.01
 # Drafts must be slower than plain decoding by this before they stop.
 _SLACK = 1.02
-_FEWEST = 8
-# After so many tokens in other ways, drafts that were too slow are tried again.
-_PAUSE = 512
+_FEWEST = 24
+# After so many tokens in other ways, drafts that were too slow are tried again; each time in a row, twice as many.
+_PAUSE, _LONGEST_PAUSE = 128, 4096
 
 
 class Drafts(Enum):
@@ -66,11 +67,13 @@ class PaceTotals:
 class _Timed:
     """Cycles of one kind."""
 
+    # Since the last pause: cycles, tokens, and the time of a token.
     cycles: int = 0
-    # Since the last pause, time of a token.
+    tokens: int = 0
     seconds: float | None = None
-    # Tokens until it is tried again.
+    # Tokens until it is tried again, and how many they are to be the next time.
     pause: int = 0
+    next_pause: int = _PAUSE
 
 
 class Pace:
@@ -87,7 +90,7 @@ class Pace:
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._totals = PaceTotals()
+            self._totals, self._draft_tokens = PaceTotals(), 0
             self._timed = {kind: _Timed() for kind in Drafts}
 
     @property
@@ -130,18 +133,22 @@ class Pace:
         with self._lock:
             # By tokens: a cycle of many tokens says more than one of a single token.
             pace, timed = seconds / max(1, tokens), self._timed[kind]
-            timed.cycles += 1
-            timed.seconds = _mean(timed.seconds, pace, tokens)
+            timed.cycles, timed.tokens = timed.cycles + 1, timed.tokens + tokens
+            timed.seconds = _mean(timed.seconds, pace, tokens, timed.tokens)
             for other in self._timed.values():
                 other.pause = max(0, other.pause - tokens * (other is not timed))
             plain, drafting = self._timed[Drafts.NONE].seconds, self._totals.draft_seconds
             paused = False
             if kind is not Drafts.NONE:
-                drafting = _mean(drafting, pace, tokens)
+                self._draft_tokens += tokens
+                drafting = _mean(drafting, pace, tokens, self._draft_tokens)
                 slow = plain is not None and timed.seconds > _SLACK * plain
+                if timed.cycles >= _FEWEST and not slow:
+                    timed.next_pause = _PAUSE
                 paused = self._measured and slow and timed.cycles >= _FEWEST
                 if paused:
-                    self._timed[kind] = _Timed(pause=_PAUSE)
+                    longer = min(2 * timed.next_pause, _LONGEST_PAUSE)
+                    self._timed[kind] = _Timed(pause=timed.next_pause, next_pause=longer)
             looked_up = kind is Drafts.LOOKUP
             known = self._totals
             self._totals = PaceTotals(
@@ -159,19 +166,20 @@ class Pace:
     # A deep copy of a wrapped model continues with its own times; locks are not copied.
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            timed = {
-                kind: _Timed(each.cycles, each.seconds, each.pause)
-                for kind, each in self._timed.items()
+            state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+            return {
+                **state,
+                "_timed": {kind: replace(each) for kind, each in self._timed.items()},
             }
-            return {"_measured": self._measured, "_totals": self._totals, "_timed": timed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = Lock()
 
 
-def _mean(known: float | None, new: float, count: int) -> float:
+def _mean(known: float | None, new: float, count: int, total: int) -> float:
+    """Return a running mean after `count` more of `total` tokens."""
     if known is None:
         return new
-    weight = 1.0 - (1.0 - _WEIGHT) ** count
+    weight = max(count / max(1, total), 1.0 - (1.0 - _WEIGHT) ** count)
     return known + weight * (new - known)

@@ -28,14 +28,26 @@ def play(
     return chosen
 
 
-def test_slow_drafts_stop_and_are_tried_again() -> None:
+def test_slow_drafts_stop_and_are_tried_again_ever_more_seldom() -> None:
     pace = Pace()
     slow = {Drafts.EXITS: 3 * PLAIN}
-    play(pace, 200, slow, lookup=False)
+    chosen = play(pace, 150, slow, lookup=False)
     assert pace.totals.paused == 1
-    assert pace.totals.drafts < 20
+    assert chosen.count(Drafts.EXITS) == 24
     assert pace.choose(lookup=False) is Drafts.NONE
-    assert Drafts.EXITS in play(pace, 400, slow, lookup=False)
+    chosen = play(pace, 20_000, slow, lookup=False)
+    # Pauses of 128, 256, ... and 4,096 tokens.
+    assert 6 <= pace.totals.paused <= 12
+    assert chosen.count(Drafts.EXITS) < 0.02 * len(chosen)
+
+
+def test_drafts_that_fail_for_a_sentence_are_not_given_up() -> None:
+    pace = Pace()
+    for _ in range(6):
+        play(pace, 14, {Drafts.EXITS: 2.6 * PLAIN}, lookup=False)
+        play(pace, 40, {Drafts.EXITS: 1.0 * PLAIN}, lookup=False)
+    assert pace.totals.paused == 0
+    assert pace.totals.speedup > 1.2
 
 
 def test_fast_drafts_go_on() -> None:
@@ -55,14 +67,14 @@ def test_the_faster_of_two_kinds_is_taken_and_the_other_is_timed_now_and_then() 
         # Without anything to look up, exits draft whether they are the faster or not.
         assert pace.choose(lookup=False) in (Drafts.EXITS, Drafts.NONE)
         # When the machine changes, so does the choice.
-        chosen = play(pace, 800, {fast: 1.6 * PLAIN, slow: 1.2 * PLAIN})
+        chosen = play(pace, 1600, {fast: 1.6 * PLAIN, slow: 1.2 * PLAIN})
         assert chosen[-200:].count(slow) > 160
 
 
 def test_one_slow_kind_does_not_stop_the_other() -> None:
     pace = Pace()
     chosen = play(pace, 300, {Drafts.LOOKUP: 4 * PLAIN, Drafts.EXITS: 1.2 * PLAIN})
-    assert chosen.count(Drafts.LOOKUP) < 20
+    assert chosen.count(Drafts.LOOKUP) < 40
     assert chosen.count(Drafts.EXITS) > 250
     assert pace.totals.looked_up == chosen.count(Drafts.LOOKUP)
     assert pace.totals.looked_up_kept == pace.totals.looked_up < pace.totals.kept
