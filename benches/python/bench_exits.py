@@ -46,8 +46,8 @@ from dynadepth_search.exits.exit_states import ExitStates, collect_states
 from dynadepth_search.exits.judging.timing import (
     Batch,
     Way,
-    decode,
-    decode_with,
+    base_way,
+    exits_way,
     long_answers,
     time_in_turns,
 )
@@ -248,6 +248,7 @@ class Bench:
             self._prompts,
             self._own,
             exits,
+            num_layers=self._exits.num_layers,
             new_tokens=self._options.new_tokens,
             progress=say,
         )
@@ -292,9 +293,8 @@ class Bench:
     def _batches(self, batch: int) -> list[Batch]:
         """Return batches of prompts with long answers, for times; of single prompts, as many as were asked for."""
         count = self._options.timed_prompts if batch == 1 else 1
-        long = long_answers(self._own, self._options.new_tokens)
-        step = max(1, len(long) // (count * batch))
-        chosen = [self._prompts[row] for row in long[::step][: count * batch]]
+        rows = long_answers(self._own, self._options.new_tokens, count * batch)
+        chosen = [self._prompts[row] for row in rows]
         return [
             pad_left(chosen[at : at + batch], self._model.device)
             for at in range(0, len(chosen), batch)
@@ -346,17 +346,19 @@ class Bench:
         ]
 
     def _base(self, *, few: bool = False, **more: Any) -> Way:
+        plain = base_way(self._model, new_tokens=self._options.new_tokens, **more)
+
         def way(batch: Batch) -> tuple[float, int]:
             # The tool of ours that has nothing to do with exits, for those who compare with us.
             module = self._model if few else None
             with torch.inference_mode(), few_token_products(module, 2):
-                return decode(self._model, batch, new_tokens=self._options.new_tokens, **more)
+                return plain(batch)
 
         return way
 
     def _with(self, exits: Exits, pace: Pace | None = None) -> Way:
         new = self._options.new_tokens
-        return lambda batch: decode_with(self._model, batch, exits, new_tokens=new, pace=pace)
+        return exits_way(self._model, exits, new_tokens=new, pace=pace)
 
     def _profile(self) -> list[dict[str, Any]]:
         """Return where the time of a new token goes, at batch 1, beside the base model's."""

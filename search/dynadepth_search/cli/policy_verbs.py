@@ -124,10 +124,9 @@ def train(
         raise typer.BadParameter(f"--policy {policy} needs {' and '.join(missing)}")
     protected = layer_numbers(protect, "--protect")
     if policy == "exits" and task is not None:
-        if protected or shortcuts is not None:
-            raise typer.BadParameter(
-                "--policy exits skips no layer; leave out --protect and --shortcuts"
-            )
+        _refuse_given(
+            {"--protect": protected, "--shortcuts": shortcuts}, "--policy exits skips no layer"
+        )
         _train_exits(
             model,
             task,

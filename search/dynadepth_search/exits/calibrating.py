@@ -12,7 +12,7 @@ from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_calibration import ExitCalibration
 from dynadepth.exits.exit_forward import Exits
 from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
-from dynadepth_search.exits.producing import base_choices, produce
+from dynadepth_search.exits.producing import changed_shares, produce
 from dynadepth_search.progress import Progress
 
 __all__ = ["Row", "calibration_of", "measure_row"]
@@ -74,17 +74,9 @@ def measure_row(
         name=name,
         progress=progress,
     )
-    choices = base_choices(
-        model,
-        [each.text for each in texts],
-        batch_size=batch_size,
-        name="reading it again",
-        progress=progress,
-    )
-    decoded = [pair for pair in zip(texts, choices, strict=True) if pair[0].num_decoded > 0]
-    changed = [float(each.changed(chosen, num_layers).mean()) for each, chosen in decoded]
-    passes = [each.passes(num_layers, window) for each, _ in decoded]
-    return Row(threshold, np.array(passes), np.array(changed))
+    changed = changed_shares(model, texts, num_layers, batch_size=batch_size, progress=progress)
+    passes = [texts[row].passes(num_layers, window) for row in changed]
+    return Row(threshold, np.array(passes), np.array(list(changed.values())))
 
 
 def calibration_of(rows: Sequence[Row], *, never: float) -> ExitCalibration:

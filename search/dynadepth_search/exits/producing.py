@@ -17,7 +17,7 @@ from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
-__all__ = ["Produced", "base_choices", "produce"]
+__all__ = ["Produced", "base_choices", "changed_shares", "produce"]
 
 _Ids = npt.NDArray[np.int64]
 
@@ -132,3 +132,37 @@ def base_choices(
             found[row] = choices[number, choices.shape[1] - own - 1 : choices.shape[1] - 1]
     progress(name, len(texts), len(texts))
     return [found[row] for row in range(len(texts))]
+
+
+def changed_shares(
+    model: Any,
+    produced: Sequence[Produced],
+    num_layers: int,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> dict[int, float]:
+    """Read texts again, and return the share of decoded tokens that are not the base model's choice.
+
+    Args:
+        model: The unwrapped base model.
+        produced: The texts.
+        num_layers: Decoder layers of the model.
+        batch_size: Texts of one forward.
+        progress: Called with the stage, the number of finished texts and of all.
+
+    Returns:
+        The share, by the index of the text; texts of one new token, which have nothing to decode, are left out.
+    """
+    choices = base_choices(
+        model,
+        [each.text for each in produced],
+        batch_size=batch_size,
+        name="reading it again",
+        progress=progress,
+    )
+    return {
+        row: float(each.changed(chosen, num_layers).mean())
+        for row, (each, chosen) in enumerate(zip(produced, choices, strict=True))
+        if each.num_decoded > 0
+    }

@@ -199,6 +199,9 @@ def test_a_damaged_evaluation_is_refused(tiny_base, trained, capsys):
         code, _, err = run(capsys, *verb, trained / "report")
         assert code == 1
         assert "evaluate again" in err
+    code, _, err = run(capsys, "report", "--run", trained / "report", "--markdown")
+    assert code == 2
+    assert "leave out --markdown" in " ".join(err.split())
     path.unlink()
     code, _, err = run(capsys, "report", "--run", trained / "report", "--markdown")
     assert code == 1

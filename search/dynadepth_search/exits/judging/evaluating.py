@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,9 @@ from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.exits.judging.timing import (
-    Batch,
     Way,
-    decode,
-    decode_with,
+    base_way,
+    exits_way,
     long_answers,
     time_in_turns,
 )
@@ -107,10 +105,11 @@ def evaluate_exits(
         TaskError: A prompt cannot be encoded, or no answer has more than one token.
         UnsupportedModelError: The model does not run late exits exactly.
     """
+    # Before anything takes time.
+    made, refused = _supported(exits, promises)
     scorer = Scorer(model, tokenizer, scoring=heldout.scoring, chat=heldout.chat)
     prompts = [scorer.encode(example).prompt_ids for example in heldout.examples]
     own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
-    made, refused = _supported(exits, promises)
     run = _Run(model, prompts, own, shortcuts, new_tokens, progress)
     rows, written = [], []
     for promise in made:
@@ -119,6 +118,7 @@ def evaluate_exits(
             prompts,
             own,
             promise.of(exits),
+            num_layers=exits.num_layers,
             new_tokens=new_tokens,
             progress=progress,
         )
@@ -233,28 +233,23 @@ class _Run:
         self, exits: TrainedExits, promises: Sequence[Promise]
     ) -> list[dict[str, Any] | None]:
         """Return the time of each promise over the base model's; None each if no answer is long enough."""
-        long = long_answers(self._own, self._new_tokens)
-        chosen = long[:: max(1, len(long) // _TIMED)][:_TIMED]
+        chosen = long_answers(self._own, self._new_tokens, _TIMED)
         if not chosen:
             return [None] * len(promises)
         model, new = self._model, self._new_tokens
         batches = [pad_left([self._prompts[row]], model.device) for row in chosen]
         ways: dict[str, Way] = {
-            str(promise): partial(_decode_with, model, promise.of(exits), new)
+            str(promise): exits_way(model, promise.of(exits), new_tokens=new)
             for promise in promises
         }
         times = time_in_turns(
-            lambda batch: decode(model, batch, new_tokens=new),
+            base_way(model, new_tokens=new),
             ways,
             batches,
             rounds=_TIME_ROUNDS,
             progress=self._progress,
         )
         return [times[name].to_dict() for name in ways]
-
-
-def _decode_with(model: Any, exits: Exits, new_tokens: int, batch: Batch) -> tuple[float, int]:
-    return decode_with(model, batch, exits, new_tokens=new_tokens)
 
 
 def _supported(exits: TrainedExits, promises: Sequence[Promise]) -> tuple[list[Promise], list[str]]:

@@ -14,7 +14,7 @@ from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
-__all__ = ["Batch", "TimeOverBase", "Way", "decode", "decode_with", "long_answers", "time_in_turns"]
+__all__ = ["Batch", "TimeOverBase", "Way", "base_way", "exits_way", "long_answers", "time_in_turns"]
 
 # Token ids and attention mask, left-padded. Shapes (rows, tokens).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -45,60 +45,63 @@ class TimeOverBase:
         return asdict(self)
 
 
-def long_answers(own: Sequence[Text], new_tokens: int) -> list[int]:
-    """Return the prompts that the base model gives an answer of at least half the longest length by itself.
+def long_answers(own: Sequence[Text], new_tokens: int, most: int) -> list[int]:
+    """Return prompts, evenly chosen of those with a long answer: at least half the longest, which ends by itself.
 
     What a model is made to say behind the end of its answer repeats itself, and is nobody's case.
 
     Args:
         own: The base model's own texts.
         new_tokens: The most tokens of an answer.
+        most: The most prompts.
     """
-    return [row for row, text in enumerate(own) if 2 * (len(text.ids) - text.prompt) >= new_tokens]
+    long = [row for row, text in enumerate(own) if 2 * (len(text.ids) - text.prompt) >= new_tokens]
+    return long[:: max(1, len(long) // most)][:most]
 
 
-def decode(model: Any, batch: Batch, *, new_tokens: int, **more: Any) -> tuple[float, int]:
-    """Let a model continue a batch greedily.
+def base_way(model: Any, *, new_tokens: int, **more: Any) -> Way:
+    """Return the greedy decoding of a model as it is.
 
     Args:
         model: The model, wrapped or not.
-        batch: The prompts.
         new_tokens: The most tokens of a continuation.
         **more: What `generate` is given besides.
-
-    Returns:
-        The seconds, and the new tokens of the longest row.
     """
-    ids, mask = batch
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        text = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            **more,
-        )
-    return time.perf_counter() - begun, text.shape[1] - ids.shape[1]
+
+    def way(batch: Batch) -> tuple[float, int]:
+        ids, mask = batch
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            text = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **more,
+            )
+        return time.perf_counter() - begun, text.shape[1] - ids.shape[1]
+
+    return way
 
 
-def decode_with(
-    model: Any, batch: Batch, exits: Exits, *, new_tokens: int, pace: Pace | None = None
-) -> tuple[float, int]:
-    """Let a model continue a batch with exits on; as `decode`.
+def exits_way(model: Any, exits: Exits, *, new_tokens: int, pace: Pace | None = None) -> Way:
+    """Return the greedy decoding of a model with exits on.
 
     Args:
-        model: The unwrapped base model; it is unwrapped again afterwards.
-        batch: The prompts.
+        model: The unwrapped base model; after each batch it is unwrapped again.
         exits: Where new tokens may leave. What their dial has learnt stays with it.
         new_tokens: The most tokens of a continuation.
-        pace: Of lossless decoding, with what it has learnt; None: a new one.
+        pace: Of lossless decoding, with what it has learnt; None: a new one for each batch.
     """
-    with wrapped(model, exits=exits) as inner:
-        if pace is not None:
-            inner.dynadepth.exit_pace = pace
-        return decode(inner, batch, new_tokens=new_tokens)
+
+    def way(batch: Batch) -> tuple[float, int]:
+        with wrapped(model, exits=exits) as inner:
+            if pace is not None:
+                inner.dynadepth.exit_pace = pace
+            return base_way(inner, new_tokens=new_tokens)(batch)
+
+    return way
 
 
 def time_in_turns(

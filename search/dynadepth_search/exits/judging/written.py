@@ -1,6 +1,6 @@
 """What late exits, or a plan, make of freely written text: passes, tokens that are the base model's choice, answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.exits.exit_forward import Exits
-from dynadepth.plans import check_plans, plan_depth
+from dynadepth.plans import plan_depth
 from dynadepth.shortcuts.maps import Shortcuts
-from dynadepth_search.exits.producing import Produced, base_choices, produce
+from dynadepth_search.exits.producing import Produced, changed_shares, produce
 from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.batching import batches_of
 from dynadepth_search.scoring.generating import continue_prompts
@@ -71,6 +71,7 @@ def write_with_exits(
     own: Sequence[Text],
     exits: Exits,
     *,
+    num_layers: int,
     new_tokens: int,
     progress: Progress,
 ) -> Written:
@@ -81,6 +82,7 @@ def write_with_exits(
         prompts: Token ids of each prompt.
         own: The base model's own texts, from `base_texts`.
         exits: Where new tokens may leave; their dial moves as it does for a user.
+        num_layers: Decoder layers of the model.
         new_tokens: The most tokens of a continuation.
         progress: Called with the stage, the number of finished prompts and of all.
     """
@@ -95,18 +97,22 @@ def write_with_exits(
         progress=progress,
         finished=lambda wrapped_model: audited.append(wrapped_model.dynadepth.exit_totals.fidelity),
     )
-    num_layers = model.config.get_text_config().num_hidden_layers
-    passes = [
-        each.passes(num_layers, exits.window) if each.num_decoded else 0.0 for each in produced
-    ]
-    return _judged(model, produced, own, passes, audited[0], progress)
+    return _judged(
+        model,
+        produced,
+        own,
+        lambda each: each.passes(num_layers, exits.window),
+        num_layers,
+        audited=audited[0],
+        progress=progress,
+    )
 
 
 def write_under_plan(
     model: Any,
     prompts: Sequence[npt.NDArray[np.int64]],
     own: Sequence[Text],
-    plan: Any,
+    plan: npt.NDArray[np.uint8],
     *,
     shortcuts: Shortcuts | None = None,
     new_tokens: int,
@@ -128,39 +134,33 @@ def write_under_plan(
     """
     with wrapped(model, plan=plan, shortcuts=shortcuts) as inner:
         texts = base_texts(inner, prompts, new_tokens=new_tokens, progress=progress)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    passes = float(plan_depth(check_plans(plan, num_layers, num_rows=1))[0])
+    passes = float(plan_depth(plan))
     # No token waits for later layers, and every one may be another than the base model's.
     produced = [
         Produced(text, np.zeros(len(text.ids) - text.prompt, dtype=np.int64)) for text in texts
     ]
-    return _judged(model, produced, own, [passes] * len(texts), None, progress)
+    return _judged(
+        model, produced, own, lambda _: passes, len(plan), audited=None, progress=progress
+    )
 
 
 def _judged(
     model: Any,
     produced: Sequence[Produced],
     own: Sequence[Text],
-    passes: Sequence[float],
+    passes: Callable[[Produced], float],
+    num_layers: int,
+    *,
     audited: float | None,
     progress: Progress,
 ) -> Written:
-    choices = base_choices(
-        model,
-        [each.text for each in produced],
-        batch_size=_READ_ROWS,
-        name="reading it again",
-        progress=progress,
-    )
-    num_layers = model.config.get_text_config().num_hidden_layers
-    # One new token is the prompt's own forward; there is nothing to leave early.
-    rows = [row for row, each in enumerate(produced) if each.num_decoded > 0]
-    kept = [1.0 - float(produced[row].changed(choices[row], num_layers).mean()) for row in rows]
+    changed = changed_shares(model, produced, num_layers, batch_size=_READ_ROWS, progress=progress)
+    rows = list(changed)
     same = [_common(produced[row].text, own[row]) for row in rows]
     return Written(
         prompts=np.array(rows, dtype=np.int64),
-        passes=np.array([passes[row] for row in rows], dtype=np.float64),
-        kept=np.array(kept, dtype=np.float64),
+        passes=np.array([passes(produced[row]) for row in rows], dtype=np.float64),
+        kept=1.0 - np.array(list(changed.values()), dtype=np.float64),
         common=np.array([length for length, _ in same], dtype=np.int64),
         identical=np.array([whole for _, whole in same], dtype=np.bool_),
         audited=audited,

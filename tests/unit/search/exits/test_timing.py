@@ -49,4 +49,5 @@ def test_a_turn_is_the_sum_of_its_prompts() -> None:
 
 def test_short_answers_are_not_timed() -> None:
     own = [Text(np.arange(3 + new), prompt=3) for new in (1, 3, 4, 8)]
-    assert long_answers(own, new_tokens=8) == [2, 3]
+    assert long_answers(own, new_tokens=8, most=9) == [2, 3]
+    assert long_answers(own, new_tokens=8, most=1) == [2]
