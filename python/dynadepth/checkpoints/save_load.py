@@ -215,6 +215,7 @@ def _to_json(routers: TrainedPolicy) -> dict[str, Any]:
             "num_layers": routers.layers,
             "window": routers.window,
             "promises": routers.promises.to_dict(),
+            "answers": None if routers.answers is None else routers.answers.to_dict(),
         }
     try:
         json.dumps(content, allow_nan=False)
@@ -385,7 +386,9 @@ def _read_menu(file: Path, content: Mapping[str, Any], tensors: dict[str, Tensor
 def _read_exits(
     file: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    _check_keys(file, content, ("layers", "num_layers", "window", "promises"), "exits.")
+    # Exits that were trained before answers were calibrated have none.
+    content = {"answers": None, **content}
+    _check_keys(file, content, ("layers", "num_layers", "window", "promises", "answers"), "exits.")
     for name, kind in (("layers", list), ("num_layers", int), ("window", int), ("promises", dict)):
         _check_kind(file, f"exits.{name}", content[name], kind)
     heads = []
@@ -396,6 +399,9 @@ def _read_exits(
             name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)
         }
         heads.append(ExitWeights(layer, own))
+    answers = content["answers"]
+    if answers is not None:
+        _check_kind(file, "exits.answers", answers, dict)
     unknown = len(tensors) - sum(len(head.tensors) for head in heads)
     if unknown or not heads:
         raise CheckpointError(
@@ -407,4 +413,5 @@ def _read_exits(
         "layers": content["num_layers"],
         "window": content["window"],
         "promises": ExitCalibration.from_dict(content["promises"]),
+        "answers": None if answers is None else ExitCalibration.from_dict(answers),
     }

@@ -12,6 +12,7 @@ from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_calibration import ExitCalibration
 from dynadepth.exits.exit_forward import ExitHead, Exits
 from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
+from dynadepth.exits.prompt_exits import PromptExits
 from dynadepth.onnx.exit_graph import build_exits_onnx
 from dynadepth.onnx.exit_heads import onnx_exit_heads
 from dynadepth.plans import identity_plan
@@ -34,6 +35,8 @@ class TrainedExits(TrainedPolicy):
         layers: Decoder layers of the model.
         promises: What was kept on held-out prompts at each threshold.
         window: Most tokens of a row that later layers run for in one call of decoding.
+        answers: The same of prompts that are answered with one token each, whose passes are their depths; None: nothing
+            is known of these.
 
     Raises:
         ConfigError: A value is out of range, or heads are of different widths or not ascending.
@@ -43,6 +46,7 @@ class TrainedExits(TrainedPolicy):
     layers: int
     promises: ExitCalibration
     window: int = 8
+    answers: ExitCalibration | None = None
 
     def __post_init__(self) -> None:
         TrainedPolicy.__post_init__(self)
@@ -106,14 +110,50 @@ class TrainedExits(TrainedPolicy):
                 "adapt=True moves the threshold by what audits find, and audit=0 looks at no token; give a share, or "
                 "adapt=False"
             )
+        return Exits(self._heads_at(dial, backend), self.window, audit, dial)
+
+    def prompt_exits(
+        self,
+        *,
+        fidelity: float | None = None,
+        budget: float | None = None,
+        backend: Backend = "torch",
+    ) -> PromptExits:
+        """Return which prompts leave, of those that are answered with one token each.
+
+        Args:
+            fidelity: Share of answers that are the base model's own, which held-out prompts prove with 95 %; at 1 no
+                prompt leaves; or else
+            budget: Mean depth of prompts.
+            backend: The library that computes scores and lenses; see `policy`.
+
+        Raises:
+            BudgetError: The promise is no number, or outside of what was measured.
+            CheckpointError: As for `exits`.
+            ConfigError: The exits know nothing of such prompts; or as for `policy`.
+            ExportError: As for `policy`.
+        """
+        if self.answers is None:
+            raise ConfigError(
+                "these exits have no calibration of prompts that are answered with one token; train them again with "
+                "`dynadepth train --policy exits`"
+            )
+        threshold = float("inf")
+        if fidelity is None:
+            self.answers.budgets().penalty_for(budget)
+            threshold = self.answers.threshold_at(float(budget or 0.0))
+        elif not _is_one(fidelity):
+            # Nobody sees what the later layers would have said, so nothing moves it.
+            threshold = self.answers.threshold_for(fidelity, certain=True)
+        dial = Dial(threshold, fidelity=1.0, adapt=False)
+        return PromptExits(self._heads_at(dial, backend), self.layers)
+
+    def _heads_at(self, dial: Dial, backend: Backend) -> tuple[ExitHead, ...]:
         check_backend(backend)
-        heads: tuple[ExitHead, ...]
         if backend == "torch":
-            heads = tuple(TrainedHead(head, dial) for head in self.heads)
-        else:
-            source, digest = self._graph(build_exits_onnx(self))
-            heads = onnx_exit_heads(source, dial, digest=digest)
-        return Exits(heads, self.window, audit, dial)
+            return tuple(TrainedHead(head, dial) for head in self.heads)
+        source, digest = self._graph(build_exits_onnx(self))
+        return onnx_exit_heads(source, dial, digest=digest)
 
     def turn(
         self,
@@ -142,7 +182,7 @@ class TrainedExits(TrainedPolicy):
             threshold = self.promises.threshold_at(float(budget or 0.0))
             dial.turn(threshold, fidelity=1.0, lowest=lowest, adapt=False)
             return
-        if plain_number(fidelity) == 1 and not isinstance(fidelity, bool):
+        if _is_one(fidelity):
             # Whatever leaves is verified, so this decides about speed alone.
             row = min(range(1, len(self.promises.kept)), key=self._far_from_drafts)
             threshold = self.promises.thresholds[row]
@@ -153,3 +193,7 @@ class TrainedExits(TrainedPolicy):
 
     def _far_from_drafts(self, row: int) -> float:
         return abs(self.promises.kept[row] - _KEPT_DRAFTS)
+
+
+def _is_one(fidelity: Any) -> bool:
+    return plain_number(fidelity) == 1 and not isinstance(fidelity, bool)

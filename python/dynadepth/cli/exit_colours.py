@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from dynadepth.exits.token_pieces import token_pieces
+from dynadepth.models.token_pieces import token_pieces
 
 __all__ = ["coloured", "legend"]
 

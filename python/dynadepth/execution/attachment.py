@@ -202,8 +202,10 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         for value in (*args, *kwargs.values()):
             if isinstance(value, DepthCache):
                 value.settle()
+    asked = (each.scope for each in contexts_of(planner) if each.scope is not None)
+    scope = next(asked, planner.scope_class)
     enter_scope(
-        planner.scope_class(
+        scope(
             planner,
             mask,
             tokens,

@@ -3,10 +3,11 @@
 Like the executor's scopes, contexts belong to one thread and task.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ class Context:
         cache: The cache of a generation, kept alive until its memory has been measured.
         ends: The tokens that end a row of a generation; after one, the row pads.
         has_begun: Whether a forward of the generation has completed, so that the next one is given its own tokens.
+        scope: Makes what the forward inside runs in, as the controller's `scope_class` does.
         reading: States that the forward inside is to read through norm and head alone. Shape (rows, tokens, hidden).
         before: Called before each visit.
         after: Called after each visit.
@@ -53,6 +55,7 @@ class Context:
     cache: DepthCache | None = None
     ends: frozenset[int] = frozenset()
     has_begun: bool = False
+    scope: Callable[..., Any] | None = None
     reading: torch.Tensor | None = None
     before: VisitCallback | None = None
     after: VisitCallback | None = None

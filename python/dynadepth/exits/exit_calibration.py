@@ -80,8 +80,8 @@ class ExitCalibration:
         lowest, highest = float(bounds[-1]), float(bounds[0])
         if type(wanted) not in (int, float) or not lowest <= wanted <= highest:
             hint = (
-                f"; with adapt=False a promise needs more held-out prompts than {self.prompts}, or else adapt=True, "
-                "where audits keep it"
+                f"; a promise that no audit keeps needs more held-out prompts than {self.prompts} (tokens that are "
+                "decoded are audited, with adapt=True)"
                 if certain
                 else ""
             )

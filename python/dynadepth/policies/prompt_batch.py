@@ -59,6 +59,12 @@ class PromptBatch:
             self._mix = prompt_mix(self.tokens, self.mask)
         return self._mix
 
+    @property
+    def last_places(self) -> Tensor:
+        """The column of each prompt's last token. Shape (batch,), int64, on the states' device."""
+        tokens = self.mask.shape[1]
+        return tokens - 1 - self.mask.long().flip(1).argmax(dim=1)
+
 
 def prompt_mix(tokens: Tensor, mask: Tensor) -> Tensor:
     """Return a number in [0, 1) for each prompt that depends on its real tokens alone.

@@ -5,6 +5,7 @@ from typing import Any
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import Backend, TrainedPolicy
 from dynadepth.errors import ConfigError
+from dynadepth.exits.prompt_exits import PromptExits
 from dynadepth.policies.base import Policy
 
 __all__ = ["Budgets"]
@@ -26,6 +27,7 @@ class Budgets:
     def __init__(self, trained: TrainedPolicy | None, backend: Backend = "torch") -> None:
         self._trained, self._backend = trained, backend
         self._kept: dict[float, Policy] = {}
+        self._prompt_exits: tuple[tuple[float | None, float | None], PromptExits] | None = None
 
     @property
     def trained(self) -> TrainedPolicy | None:
@@ -67,3 +69,19 @@ class Budgets:
             # Replaced as a whole, so that another thread never sees a partial change.
             self._kept = dict(kept[-_MOST_KEPT:])
         return found
+
+    def prompt_exits(self, *, fidelity: float | None, budget: float | None) -> PromptExits:
+        """Return which prompts leave, of those that are answered with one token each; see `TrainedExits.prompt_exits`.
+
+        Raises:
+            BudgetError: The promise is outside of what was measured.
+            ConfigError: The model was not wrapped with trained exits, or these know nothing of such prompts.
+        """
+        promise = (fidelity, budget)
+        kept = self._prompt_exits
+        if kept is None or kept[0] != promise:
+            made = self.exits().prompt_exits(
+                fidelity=fidelity, budget=budget, backend=self._backend
+            )
+            kept = self._prompt_exits = (promise, made)
+        return kept[1]

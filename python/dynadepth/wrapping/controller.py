@@ -27,6 +27,7 @@ from dynadepth.execution.plan_forward import PlanScope
 from dynadepth.exits.audit import Audit, Audited
 from dynadepth.exits.exit_forward import Exits, ExitScope
 from dynadepth.exits.exit_stats import ExitStats, ExitTotals
+from dynadepth.exits.prompt_exits import PromptAnswers, PromptExitScope
 from dynadepth.models.structure import position_arguments
 from dynadepth.plans import REPEAT, Plans, plan_depth, plan_ranges
 from dynadepth.policies.base import Policy, StaticPolicy
@@ -194,18 +195,8 @@ class Controller(ContextMethods):
             array([[1, 0, 1],
                    [1, 0, 1]], dtype=uint8)
         """
-        stack = self.attachment.stack
-        if stack is None:
-            raise WrapError("this model is no longer wrapped; call wrap_model(model, ...) first")
-        if input_ids is None and inputs.get("inputs_embeds") is None:
-            raise ConfigError("plan_prompts was given no prompts; pass input_ids or inputs_embeds")
-        # Numbered as in `generate`; families without this argument use the mask instead.
-        if attention_mask is not None and inputs.get("position_ids") is None:
-            inputs |= position_arguments(stack, attention_mask)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         context = Context(self, only_plans=True)
-        with torch.no_grad(), open_context(context):
-            stack(**{**inputs, **given})
+        self._read(context, input_ids, attention_mask, inputs, what="plan_prompts")
         planned = context.row_plans
         if planned is None:
             raise WrapError(
@@ -213,6 +204,84 @@ class Controller(ContextMethods):
             )
         plans: Plans = planned.plans.copy()
         return plans
+
+    def answer_prompts(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> PromptAnswers:
+        """Answer prompts with one token each: those that exits are sure of leave early, the others go on together.
+
+        For choices, classes and scores, where nothing is decoded: the later layers of a prompt that leaves never run.
+        The promise is the model's own: with `fidelity` the share of answers that are the base model's, with `budget`
+        the mean depth, both as held-out prompts had them; no audit watches it. Prompts are counted in `totals` and
+        `last_plans`.
+
+        Args:
+            input_ids: Token ids of the prompts. Shape (batch, tokens), int64, on the model's device.
+            attention_mask: 1 for real tokens; padding may be on either side. Shape (batch, tokens).
+            **inputs: Other arguments of the model's forward, such as `inputs_embeds` instead of token ids.
+
+        Returns:
+            The logits of the token after each prompt, and how many layers each ran.
+
+        Raises:
+            BudgetError: The promise is outside of what was measured on prompts that are answered with one token.
+            ConfigError: There are no prompts; the model was not wrapped with trained exits, or with `protect` for a
+                layer that a prompt would leave before; or its exits know nothing of such prompts.
+            UnsupportedModelError: The padding of the prompts cannot be determined.
+            WrapError: The model is no longer wrapped.
+
+        Example:
+            A model that was wrapped with exits, such as `wrap_model(model, fidelity=0.98, routers="exits")`::
+
+                inputs = tokenizer(questions, return_tensors="pt", padding=True)
+                answers = model.dynadepth.answer_prompts(**inputs)
+                answers.logits[:, [a, b, c]].argmax(dim=-1)  # among the tokens of three letters
+                answers.layers_run.mean() / model.dynadepth.num_layers  # the mean depth
+        """
+        policy = self._budgets.prompt_exits(fidelity=self._fidelity, budget=self._budget)
+        first = policy.decision_layers[0]
+        kept = [layer for layer in self._limits.protect if layer >= first]
+        if kept:
+            raise ConfigError(
+                f"prompts that are answered with one token may leave before layer {first}, and protect names layers "
+                f"{kept}; wrap without protect, or call the model itself"
+            )
+        given_out: list[tuple[torch.Tensor, Plans]] = []
+        scope = partial(PromptExitScope, heads=policy.heads, given_out=given_out)
+        context = Context(self, policy=policy, scope=scope)
+        self._read(context, input_ids, attention_mask, inputs, what="answer_prompts")
+        if not given_out:
+            raise WrapError(
+                "the forward did not reach the last decoder layer; unwrap the model and wrap it again"
+            )
+        states, plans = given_out[0]
+        logits = self.attachment.read(self, states)
+        return PromptAnswers(logits, plans.sum(axis=1, dtype=np.int64))
+
+    def _read(
+        self,
+        context: Context,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs: dict[str, Any],
+        *,
+        what: str,
+    ) -> None:
+        """Run the layers once over prompts, without a cache and without the head."""
+        stack = self.attachment.stack
+        if stack is None:
+            raise WrapError("this model is no longer wrapped; call wrap_model(model, ...) first")
+        if input_ids is None and inputs.get("inputs_embeds") is None:
+            raise ConfigError(f"{what} was given no prompts; pass input_ids or inputs_embeds")
+        # Numbered as in `generate`; families without this argument use the mask instead.
+        if attention_mask is not None and inputs.get("position_ids") is None:
+            inputs |= position_arguments(stack, attention_mask)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        with torch.no_grad(), open_context(context):
+            stack(**{**inputs, **given})
 
     def __repr__(self) -> str:
         policy = type(self.policy).__name__

@@ -29,7 +29,7 @@ from dynadepth.models.fingerprint import fingerprint, fingerprint_digest
 from dynadepth.proving.prove import proved_stack
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Task
-from dynadepth_search.exits.calibrating import Row, calibration_of, measure_row
+from dynadepth_search.exits.calibrating import Row, answer_rows, calibration_of, measure_row
 from dynadepth_search.exits.choosing import ExitScores, choose_layers, passes_at, thresholds_for
 from dynadepth_search.exits.exit_states import ExitStates, collect_states
 from dynadepth_search.exits.lens_training import affine_lens, read_choices, train_lens
@@ -167,11 +167,17 @@ class _Training:
         rows = self._rows(heads, scores)
         never = 1.0 + max(float(each.score.max()) for each in scores.values())
         promises = calibration_of(rows, never=never)
+        # Of the prompts alone: they are answered as the base model would begin.
+        first = {
+            layer: ExitScores(each.score[heldout.first], each.right[heldout.first])
+            for layer, each in scores.items()
+        }
         return TrainedExits(
             heads=tuple(heads),
             layers=self._num_layers,
             promises=promises,
             window=self._spec.window,
+            answers=calibration_of(answer_rows(first, self._num_layers), never=never),
             calibration=promises.budgets(),
             fingerprint=fingerprint(self._model),
             base_model=base_model_name(self._model),

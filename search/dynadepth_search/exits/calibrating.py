@@ -1,21 +1,23 @@
 """What exits keep and cost at some thresholds, on text that they produced from held-out prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dynadepth.evaluation.risk_bounds import mean_loss_bound
 from dynadepth.exits.dial import Dial
 from dynadepth.exits.exit_calibration import ExitCalibration
 from dynadepth.exits.exit_forward import Exits
 from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
+from dynadepth_search.exits.choosing import ExitScores, leaving_at
 from dynadepth_search.exits.producing import changed_shares, produce
 from dynadepth_search.progress import Progress
 
-__all__ = ["Row", "calibration_of", "measure_row"]
+__all__ = ["Row", "answer_rows", "calibration_of", "measure_row"]
 
 _Floats = npt.NDArray[np.float64]
 # One-sided, 95 %.
@@ -77,6 +79,27 @@ def measure_row(
     changed = changed_shares(model, texts, num_layers, batch_size=batch_size, progress=progress)
     passes = [texts[row].passes(num_layers, window) for row in changed]
     return Row(threshold, np.array(passes), np.array(list(changed.values())))
+
+
+def answer_rows(exits: Mapping[int, ExitScores], num_layers: int, *, steps: int = 40) -> list[Row]:
+    """Return what prompts had that are answered with one token each, at thresholds between their scores.
+
+    Args:
+        exits: What each exit layer says of the last token of each prompt.
+        num_layers: Decoder layers of the model.
+        steps: The most thresholds.
+    """
+    scores = torch.cat([each.score for each in exits.values()]).unique()
+    # Not the scores themselves, which another batch rounds to either side.
+    between = torch.cat([scores[:1] - 0.01, (scores[1:] + scores[:-1]) / 2])
+    tried = between[torch.linspace(0, len(between) - 1, min(steps, len(between))).long()]
+    rows = []
+    for threshold in tried.tolist():
+        layers_run, changed = leaving_at(exits, threshold, num_layers)
+        rows.append(
+            Row(threshold, (layers_run / num_layers).double().numpy(), changed.double().numpy())
+        )
+    return rows
 
 
 def calibration_of(rows: Sequence[Row], *, never: float) -> ExitCalibration:

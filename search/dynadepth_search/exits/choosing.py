@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-__all__ = ["ExitScores", "choose_layers", "passes_at", "thresholds_for"]
+__all__ = ["ExitScores", "choose_layers", "leaving_at", "passes_at", "thresholds_for"]
 
 # What layers are compared at.
 _FIDELITY = 0.98
@@ -40,6 +40,23 @@ def passes_at(
         threshold: In log-odds.
         num_layers: Decoder layers of the model.
     """
+    run, wrong = leaving_at(exits, threshold, num_layers)
+    return float(run.mean()) / num_layers, 1.0 - float(wrong.float().mean())
+
+
+def leaving_at(
+    exits: Mapping[int, ExitScores], threshold: float, num_layers: int
+) -> tuple[Tensor, Tensor]:
+    """Return how many layers each token runs, and whether it is changed, if tokens leave as for `passes_at`.
+
+    Args:
+        exits: By exit layer.
+        threshold: In log-odds.
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        Shapes (n,) float32 and (n,) bool.
+    """
     some = next(iter(exits.values()))
     run = torch.full(some.right.shape, float(num_layers))
     wrong = torch.zeros_like(some.right)
@@ -47,7 +64,7 @@ def passes_at(
         leaves = exits[layer].score >= threshold
         run = torch.where(leaves, float(layer), run)
         wrong = torch.where(leaves, ~exits[layer].right, wrong)
-    return float(run.mean()) / num_layers, 1.0 - float(wrong.float().mean())
+    return run, wrong
 
 
 def thresholds_for(

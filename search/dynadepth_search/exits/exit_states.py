@@ -23,6 +23,7 @@ __all__ = ["ExitStates", "collect_states"]
 
 # States that the head reads at once.
 _READ = 512
+_COLUMNS = ("final", "choice", "text", "own", "first")
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +36,7 @@ class ExitStates:
         choice: The base model's choice of the next token. Shape (n,), int64.
         text: The text of each token. Shape (n,), int64.
         own: Whether the next token is the model's own, rather than the prompt's. Shape (n,), bool.
+        first: Whether it is the first of these. Shape (n,), bool.
     """
 
     before: dict[int, Tensor]
@@ -42,6 +44,7 @@ class ExitStates:
     choice: Tensor
     text: Tensor
     own: Tensor
+    first: Tensor
 
     def __len__(self) -> int:
         return len(self.choice)
@@ -58,6 +61,7 @@ class ExitStates:
             self.choice[rows],
             self.text[rows],
             self.own[rows],
+            self.first[rows],
         )
 
     @classmethod
@@ -65,16 +69,13 @@ class ExitStates:
         """Return the tokens of several, in order."""
         return cls(
             {layer: torch.cat([part.before[layer] for part in parts]) for layer in parts[0].before},
-            *(
-                torch.cat([getattr(part, name) for part in parts])
-                for name in ("final", "choice", "text", "own")
-            ),
+            *(torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by name."""
         before = {f"before.{layer}": states for layer, states in self.before.items()}
-        rest = {name: getattr(self, name) for name in ("final", "choice", "text", "own")}
+        rest = {name: getattr(self, name) for name in _COLUMNS}
         return {name: each.contiguous() for name, each in {**before, **rest}.items()}
 
     @classmethod
@@ -85,7 +86,7 @@ class ExitStates:
             for name, tensor in tensors.items()
             if name.startswith("before.")
         }
-        return cls(before, *(tensors[name] for name in ("final", "choice", "text", "own")))
+        return cls(before, *(tensors[name] for name in _COLUMNS))
 
 
 def collect_states(
@@ -175,13 +176,14 @@ def _run(
         for handle in handles:
             handle.remove()
     width = ids.shape[1]
-    places, owners, own = [], [], []
+    places, owners, own, first = [], [], [], []
     for number, row in enumerate(rows):
         text = texts[row]
         at = np.arange(1, len(text.ids) - 1)
         places.append(number * width + width - len(text.ids) + at)
         owners.append(np.full(len(at), row))
         own.append(at >= text.prompt - 1)
+        first.append(at == text.prompt - 1)
     here = torch.from_numpy(np.concatenate(places))
     states = {
         layer: each.flatten(0, 1)[here.to(each.device)].cpu() for layer, each in found.items()
@@ -197,4 +199,5 @@ def _run(
         choice,
         torch.from_numpy(np.concatenate(owners)),
         torch.from_numpy(np.concatenate(own)),
+        torch.from_numpy(np.concatenate(first)),
     )

@@ -47,6 +47,7 @@ def see_exit_evaluation(content: Mapping[str, Any]) -> Inspection:
         figures={"exit_evaluation": content},
         parts=[
             _promises(rows),
+            *_answered(rows),
             Picture(
                 title="Fidelity against passes",
                 svg=fidelity_plot(rows),
@@ -97,6 +98,37 @@ def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
         "token over the layers, each answer decoded alone. Common beginning: tokens up to the first that differs from "
         "the base model's answer, median. Time: of a new token, one prompt at a time; median and range of the turns.",
     )
+
+
+def _answered(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the table of prompts that are answered with one token, if these could be judged."""
+    judged = [(_promise(row), row["answers"]) for row in rows if row["answers"] is not None]
+    if not judged:
+        return []
+    return [
+        Table(
+            title="Prompts answered with one token",
+            head=["promise", "depth", "kept, %", "static mixture keeps, %", "gain, points"],
+            rows=[[promise, *_answered_row(found)] for promise, found in judged],
+            note="Choices where the task has them, else the next token. A prompt leaves before an exit layer if its "
+            "router is sure, and the layers after it never run. Depth: share of the layers that ran, mean over "
+            "prompts. Kept: answers that are the base model's own. Static mixture: of the same mean depth.",
+        )
+    ]
+
+
+def _answered_row(found: Mapping[str, Any]) -> list[str]:
+    if "refused" in found:
+        return ["", found["refused"], "", ""]
+    kept, gain = found["kept"], found["gain"]
+    return [
+        f"{found['depth']['mean']:.3f}",
+        f"{_share(kept['mean'])} ({_share(kept['low'])} to {_share(kept['high'])})",
+        "" if found["static"] is None else _share(found["static"]["kept"]),
+        ""
+        if gain is None
+        else f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})",
+    ]
 
 
 def _answers(content: Mapping[str, Any]) -> list[Passage]:

@@ -96,7 +96,7 @@ def test_json_has_the_figures(folder, capsys, tmp_path):
 def trained(tiny_base, tmp_path):
     """Exits of the tiny model, some held-out prompts, and static plans from others."""
     model = load_model(str(tiny_base))
-    save_policy(tmp_path / "exits", random_exits(model))
+    save_policy(tmp_path / "exits", random_exits(model, answers=PROMISES))
     heldout = tmp_path / "heldout.txt"
     heldout.write_text("".join(f"why is {word}\n" for word in ("snow", "red", "it deep", "1")))
     others = tmp_path / "others.txt"
@@ -167,6 +167,78 @@ def test_eval_measures_what_a_user_would(tiny_base, trained, capsys):
     assert code == 0
     assert "budget 0.65" in shown
     assert (trained / "page.html").read_text() == page
+
+
+def answers_by_hand(base, folder, prompts, tokens, **promise):
+    """Return depth and whether the answer is the base model's, one prompt at a time; tokens: the choices, or None."""
+    model, tokenizer = load_model(str(base)), load_tokenizer(str(base))
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        own = model(ids).logits[0, -1]
+        wrap_model(model, routers=folder / "exits", **promise)
+        found = model.dynadepth.answer_prompts(ids)
+        unwrap_model(model)
+        both = [each if tokens is None else each[tokens] for each in (own, found.logits[0])]
+        rows.append((found.layers_run[0] / 4, both[0].argmax() == both[1].argmax()))
+    return [sum(float(each) for each in column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "choices"])
+def test_eval_answers_prompts_with_one_token(tiny_base, trained, capsys, kind):
+    out, task, tokens, prompts = trained / "report", trained / "heldout.txt", None, None
+    more, budgets = [], (0.9, 0.75, 0.6)
+    if kind == "choices":
+        lines = [
+            {"prompt": text, "choices": ["up", "down", "on"], "answer": 1}
+            for text in task.read_text().splitlines() * 3
+        ]
+        lines = [{**line, "prompt": f"{line['prompt']} {n}"} for n, line in enumerate(lines)]
+        task = trained / "heldout.jsonl"
+        task.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        prompts = [f"{line['prompt']}\nA. up\nB. down\nC. on\nAnswer:" for line in lines]
+        tokenizer = load_tokenizer(str(tiny_base))
+        tokens = [tokenizer(f" {each}", add_special_tokens=False).input_ids[-1] for each in "ABC"]
+        more = ["--scoring", "letter"]
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--out", out]
+    argv += ["--task", task, "--plans", trained / "plans", "--new-tokens", 3, "--json", *more]
+    argv += [each for budget in budgets for each in ("--budget", budget)]
+    code, printed, err = run(capsys, *argv)
+    assert code == 0, err
+    rows = json.loads(printed)["exit_evaluation"]["rows"]
+    prompts = prompts or task.read_text().splitlines()
+    for row in rows:
+        expected = answers_by_hand(tiny_base, trained, prompts, tokens, budget=row["value"])
+        found = row["answers"]
+        assert [found["depth"]["mean"], found["kept"]["mean"]] == pytest.approx(expected)
+    judged = [row["answers"] for row in rows]
+    assert {round(each["depth"]["mean"], 3) for each in judged} != {1.0}
+    compared = [each for each in judged if each["static"] is not None]
+    for each in compared:
+        difference = each["kept"]["mean"] - each["static"]["kept"]
+        assert each["gain"]["mean"] == pytest.approx(difference)
+    assert compared
+    assert "Prompts answered with one token" in (out / "report.html").read_text()
+
+
+def test_a_promise_of_answers_that_cannot_be_made_says_why(tiny_base, trained, capsys):
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 3]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--fidelity", 0.95]
+    code, printed, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    (row,) = json.loads(printed)["exit_evaluation"]["rows"]
+    assert "needs more held-out prompts than 40" in row["answers"]["refused"]
+    assert "needs more held-out prompts" in (trained / "report" / "report.html").read_text()
+
+
+def test_what_is_not_known_of_answers_is_left_out(tiny_base, trained, capsys):
+    save_policy(trained / "exits", random_exits(load_model(str(tiny_base))))
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 3]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--budget", 0.8]
+    code, printed, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["exit_evaluation"]["rows"][0]["answers"] is None
+    assert "answered with one token" not in (trained / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

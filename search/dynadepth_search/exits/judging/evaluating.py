@@ -13,11 +13,12 @@ from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.evaluation.intervals import mean_interval
 from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.exits.exit_forward import Exits
-from dynadepth.exits.token_pieces import token_pieces
 from dynadepth.files import read_versioned_json
+from dynadepth.models.token_pieces import token_pieces
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Task
+from dynadepth_search.exits.judging.answered import judge_answers
 from dynadepth_search.exits.judging.timing import (
     Way,
     base_way,
@@ -40,7 +41,7 @@ from dynadepth_search.scoring.scorer import Scorer
 __all__ = ["EXIT_EVALUATION_NAME", "Promise", "evaluate_exits", "read_exit_evaluation"]
 
 EXIT_EVALUATION_NAME = "exit_evaluation.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Answers that are shown, and prompts that are timed.
 _SHOWN, _TIMED = 3, 4
 _TIME_ROUNDS = 2
@@ -107,7 +108,9 @@ def evaluate_exits(
     """
     # Before anything takes time.
     made, refused = _supported(exits, promises)
-    scorer = Scorer(model, tokenizer, scoring=heldout.scoring, chat=heldout.chat)
+    scorer = Scorer(
+        model, tokenizer, scoring=heldout.scoring, chat=heldout.chat, shortcuts=shortcuts
+    )
     prompts = [scorer.encode(example).prompt_ids for example in heldout.examples]
     own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
     run = _Run(model, prompts, own, shortcuts, new_tokens, progress)
@@ -133,6 +136,17 @@ def evaluate_exits(
     for row, time in zip(rows, times, strict=True):
         row["time"] = time
         row["static"] = None if pool is None else run.mixture(pool, row["passes"]["mean"])
+    answers = judge_answers(
+        model,
+        scorer,
+        heldout.examples,
+        exits,
+        {str(promise): {promise.dial: promise.value} for promise in made},
+        pool=pool,
+        progress=progress,
+    )
+    for row, promise in zip(rows, made, strict=True):
+        row["answers"] = answers.get(str(promise))
     content = {
         "schema_version": SCHEMA_VERSION,
         "model": exits.base_model,

@@ -64,7 +64,7 @@ def test_a_routers_folder_has_it_all(calm, base, tmp_path, prompts):
     save_policy(tmp_path / "routers", found)
     model = base[0]
     loaded = load_policy(tmp_path / "routers", model=model)
-    assert loaded.promises == found.promises
+    assert (loaded.promises, loaded.answers) == (found.promises, found.answers)
     for name, tensor in found.tensors().items():
         assert torch.equal(tensor, loaded.tensors()[name])
     card = (tmp_path / "routers" / "README.md").read_text()
@@ -84,6 +84,42 @@ def test_a_routers_folder_has_it_all(calm, base, tmp_path, prompts):
         assert torch.equal(again, plain)
     finally:
         unwrap_model(model)
+
+
+def test_answers_are_calibrated_as_the_runtime_answers(calm, base, tmp_path):
+    found, (model, tokenizer) = calm[0], base
+    run = building._Training(model, tokenizer, TASK, tmp_path, SPEC, lambda *_: None)
+    prompts = [torch.from_numpy(prompt)[None] for prompt in run._heldout]
+    own = [int(model(prompt).logits[0, -1].argmax()) for prompt in prompts]
+    answers = found.answers
+    assert answers.prompts == len(prompts)
+    for depth, kept in zip(answers.passes, answers.kept, strict=True):
+        wrap_model(model, routers=found, budget=1.0)
+        try:
+            # The dial of decoding has another range.
+            model.dynadepth._budget = depth
+            given = [model.dynadepth.answer_prompts(prompt) for prompt in prompts]
+        finally:
+            unwrap_model(model)
+        run_layers = [int(each.layers_run[0]) for each in given]
+        assert sum(run_layers) / len(prompts) / 4 == pytest.approx(depth)
+        same = [
+            int(each.logits[0].argmax()) == token for each, token in zip(given, own, strict=True)
+        ]
+        assert sum(same) / len(same) == pytest.approx(kept)
+
+
+def test_a_folder_without_answers_is_read(calm, tmp_path):
+    save_policy(tmp_path / "routers", calm[0])
+    path = tmp_path / "routers" / "router_config.json"
+    content = json.loads(path.read_text())
+    del content["exits"]["answers"]
+    path.write_text(json.dumps(content))
+    assert load_policy(tmp_path / "routers").answers is None
+    content["exits"]["answers"] = [1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"exits\.answers"):
+        load_policy(tmp_path / "routers")
 
 
 def test_a_promise_is_set_and_changed_without_unwrapping(calm, base):
