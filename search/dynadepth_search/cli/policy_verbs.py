@@ -346,11 +346,10 @@ def evaluate_policy(
     if isinstance(given, TrainedExits):
         unfit = {
             "--scores": scores,
-            "--against": against,
             "--unseen": unseen,
             "--runner": None if runner == "local" else runner,
         }
-        _refuse_given(unfit, f"the policy in {routers} is exits, which nobody scores or compares")
+        _refuse_given(unfit, f"the policy in {routers} is exits, which nobody scores")
         prompts = read_task(task, scoring=scoring, limit=limit)
         _evaluate_exits(
             model,
@@ -359,6 +358,7 @@ def evaluate_policy(
             out,
             plans=plans,
             shortcuts=shortcuts,
+            against=others,
             fidelities=fidelity or (),
             budgets=budget or (),
             new_tokens=new_tokens,
@@ -452,6 +452,7 @@ def _evaluate_exits(
     *,
     plans: Path | None,
     shortcuts: Path | None,
+    against: Mapping[str, Path],
     fidelities: Sequence[float],
     budgets: Sequence[float],
     new_tokens: int,
@@ -469,6 +470,7 @@ def _evaluate_exits(
         out: Folder of results and page.
         plans: Folder of static plans to compare with; None: nothing but the base model.
         shortcuts: The shortcuts that these plans were found with, as the verb was given them; None: nothing.
+        against: Folders of policies that plan prompts, by name.
         fidelities: Shares to keep; if these and the budgets are empty: some.
         budgets: Mean passes.
         new_tokens: The most tokens of an answer.
@@ -477,6 +479,8 @@ def _evaluate_exits(
         dtype: Its dtype.
         as_json: Whether the result is printed as JSON.
     """
+    from dynadepth.checkpoints.save_load import load_policy
+    from dynadepth.errors import ConfigError
     from dynadepth_search.exits.judging.evaluating import Promise, evaluate_exits
     from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
     from dynadepth_search.search.static import read_static
@@ -496,6 +500,13 @@ def _evaluate_exits(
             what=f"the plans in {plans} were",
             advice="give the --shortcuts that these plans were found with",
         )
+    policies = {name: load_policy(folder, model=base) for name, folder in against.items()}
+    for name, policy in policies.items():
+        if policy.kind == "exits":
+            raise ConfigError(
+                f"--against gives {against[name]}, which holds exits too; give policies that plan prompts, and "
+                "evaluate each exits folder by itself"
+            )
     with display() as progress:
         content = evaluate_exits(
             base,
@@ -506,6 +517,7 @@ def _evaluate_exits(
             folder=out,
             pool=None if static is None else (static.pool, static.pool_values),
             shortcuts=own,
+            against=policies,
             new_tokens=new_tokens,
             progress=progress,
         )

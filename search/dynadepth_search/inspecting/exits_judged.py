@@ -47,9 +47,10 @@ def see_exit_evaluation(content: Mapping[str, Any]) -> Inspection:
         figures={"exit_evaluation": content},
         parts=[
             _promises(rows),
+            *_others(rows),
             *_answered(rows),
             Picture(
-                title="Fidelity against passes",
+                title="Fidelity against passes and time",
                 svg=fidelity_plot(rows),
                 note="Bars: 95 % intervals of the mean over prompts.",
             ),
@@ -70,12 +71,15 @@ def _verdict(row: Mapping[str, Any]) -> str:
         said += f"; a new token takes {row['time']['median']:.2f} of the base model's time"
     if static is not None:
         said += f". The best static mixture of as many passes keeps {_share(static['kept'])} %"
+    for name, found in row["against"].items():
+        if found is not None:
+            said += f", {name} {_share(found['kept'])} %"
     return f"{said}."
 
 
 def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
     head = ["promise", "passes", "kept, %", "by its own audits, %", "identical answers, %"]
-    head += ["common beginning", "time over the base's", "static mixture keeps, %"]
+    head += ["common beginning", "time over the base's"]
     return Table(
         title="Promises",
         head=head,
@@ -90,7 +94,6 @@ def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
                 ""
                 if row["time"] is None
                 else f"{row['time']['median']:.3f} ({row['time']['low']:.3f} to {row['time']['high']:.3f})",
-                "" if row["static"] is None else _share(row["static"]["kept"]),
             ]
             for row in rows
         ],
@@ -98,6 +101,36 @@ def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
         "token over the layers, each answer decoded alone. Common beginning: tokens up to the first that differs from "
         "the base model's answer, median. Time: of a new token, one prompt at a time; median and range of the turns.",
     )
+
+
+def _others(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the table of those that were compared, if any could be."""
+    lines = []
+    for row in rows:
+        for name, found in {"static mixture": row["static"], **row["against"]}.items():
+            if found is not None:
+                time = "" if found["time"] is None else f"{found['time']:.3f}"
+                lines.append(
+                    [
+                        _promise(row),
+                        name,
+                        f"{found['passes']:.3f}",
+                        f"{_share(found['kept'])} (exits {_share(row['kept']['mean'])})",
+                        f"{100 * found['identical']:.0f} (exits {100 * row['identical']['mean']:.0f})",
+                        time,
+                    ]
+                )
+    if not lines:
+        return []
+    return [
+        Table(
+            title="Static plans and policies of as many passes",
+            head=["at", "who", "passes", "kept, %", "identical answers, %", "time over the base's"],
+            rows=lines,
+            note="They write from the same prompts and are read again in the same way. A static mixture gives each of "
+            "two plans to a share of the prompts, and was chosen on other prompts.",
+        )
+    ]
 
 
 def _answered(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -108,7 +141,14 @@ def _answered(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     return [
         Table(
             title="Prompts answered with one token",
-            head=["promise", "depth", "kept, %", "static mixture keeps, %", "gain, points"],
+            head=[
+                "promise",
+                "depth",
+                "kept, %",
+                "static mixture keeps, %",
+                "gain, points",
+                "others keep, %",
+            ],
             rows=[[promise, *_answered_row(found)] for promise, found in judged],
             note="Choices where the task has them, else the next token. A prompt leaves before an exit layer if its "
             "router is sure, and the layers after it never run. Depth: share of the layers that ran, mean over "
@@ -119,7 +159,7 @@ def _answered(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _answered_row(found: Mapping[str, Any]) -> list[str]:
     if "refused" in found:
-        return ["", found["refused"], "", ""]
+        return ["", found["refused"], "", "", ""]
     kept, gain = found["kept"], found["gain"]
     return [
         f"{found['depth']['mean']:.3f}",
@@ -128,6 +168,11 @@ def _answered_row(found: Mapping[str, Any]) -> list[str]:
         ""
         if gain is None
         else f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})",
+        ", ".join(
+            f"{name} {_share(other['kept']['mean'])} at {other['depth']['mean']:.3f}"
+            for name, other in found["against"].items()
+            if other is not None
+        ),
     ]
 
 

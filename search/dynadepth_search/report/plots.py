@@ -158,7 +158,7 @@ def _limits(
 
 
 def fidelity_plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draw what late exits keep against their passes, beside static mixtures of as many.
+    """Draw what late exits keep against their passes and, where it was measured, their time, beside their opponents.
 
     Args:
         rows: The rows of an evaluation of late exits.
@@ -166,30 +166,46 @@ def fidelity_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An svg element.
     """
+    timed = [row for row in rows if row["time"] is not None]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.0), layout="constrained")
-        panel = figure.subplots()
-        passes = [row["passes"]["mean"] for row in rows]
-        marker, colour, *_ = _MARKS["routed"]
-        for row, x in zip(rows, passes, strict=True):
-            ends = [100 * row["kept"]["low"], 100 * row["kept"]["high"]]
-            panel.plot([x, x], ends, color=colour, lw=1.4, alpha=0.75)
-            if row["dial"] == "fidelity":
-                panel.plot(x, 100 * row["value"], "_", color=_MUTED, ms=14, mew=1.4)
-        kept = [100 * row["kept"]["mean"] for row in rows]
-        panel.plot(passes, kept, marker, color=colour, ms=7.5, label="late exits")
-        panel.plot([], [], "_", color=_MUTED, ms=14, mew=1.4, label="promised")
-        static = [(row["passes"]["mean"], row["static"]) for row in rows if row["static"]]
-        if static:
-            line = [(1.0, 100.0), *sorted((x, 100 * each["kept"]) for x, each in static)]
-            panel.plot(*zip(*sorted(line), strict=True), ".-", color=_MUTED, label="static mixture")
-        panel.plot(1.0, 100.0, "*", color=_INK, ms=11, label="base model")
-        panel.set_xlabel("mean passes of a new token (1 = every layer once)")
-        panel.set_title("new tokens that are the base model's own choice, %")
-        panel.grid(color=_GRID, lw=0.8)
-        panel.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
-        return inline_svg(figure, "fidelity against passes", "fidelity")
+        figure = Figure(figsize=(9.6 if timed else 7.6, 4.0), layout="constrained")
+        panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+        _fidelity_panel(panels[0], [(row["passes"]["mean"], row) for row in rows], "passes")
+        panels[0].set_xlabel("mean passes of a new token (1 = every layer once)")
+        panels[0].set_title("new tokens that are the base model's own choice, %")
+        if timed:
+            _fidelity_panel(panels[1], [(row["time"]["median"], row) for row in timed], "time")
+            panels[1].set_xlabel("time of a new token (1 = the base model's)")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9
+        )
+        return inline_svg(figure, "fidelity against passes and time", "fidelity")
+
+
+def _fidelity_panel(panel: Any, rows: Sequence[tuple[float, Mapping[str, Any]]], cost: str) -> None:
+    """Draw what is kept at the cost of each row; opponents have the cost of the same name."""
+    marker, colour, *_ = _MARKS["routed"]
+    for x, row in rows:
+        ends = [100 * row["kept"]["low"], 100 * row["kept"]["high"]]
+        panel.plot([x, x], ends, color=colour, lw=1.4, alpha=0.75)
+        if row["dial"] == "fidelity":
+            panel.plot(x, 100 * row["value"], "_", color=_MUTED, ms=14, mew=1.4)
+    kept = [100 * row["kept"]["mean"] for _, row in rows]
+    panel.plot([x for x, _ in rows], kept, marker, color=colour, ms=7.5, label="late exits")
+    panel.plot([], [], "_", color=_MUTED, ms=14, mew=1.4, label="promised")
+    others: dict[str, list[tuple[float, float]]] = {}
+    for _, row in rows:
+        for name, found in {"static mixture": row["static"], **row["against"]}.items():
+            if found is not None and found[cost] is not None:
+                others.setdefault(name, []).append((found[cost], 100 * found["kept"]))
+    for index, (name, points) in enumerate(others.items()):
+        style = (".-", "x--", "+:", "1-.")[index % 4]
+        panel.plot(
+            *zip(*sorted([(1.0, 100.0), *points]), strict=True), style, color=_MUTED, label=name
+        )
+    panel.plot(1.0, 100.0, "*", color=_INK, ms=11, label="base model")
+    panel.grid(color=_GRID, lw=0.8)
+    panel.set_axisbelow(True)
 
 
 def action_map(actions: Sequence[Mapping[str, Any]]) -> str:

@@ -4,14 +4,17 @@ import html
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from dynadepth import unwrap_model, wrap_model
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
+from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model, load_tokenizer
 from tests.tiny_exits import PROMISES, random_exits
+from tests.tiny_menus import random_menu
 
 pytestmark = pytest.mark.usefixtures("search_verbs")
 
@@ -221,6 +224,38 @@ def test_eval_answers_prompts_with_one_token(tiny_base, trained, capsys, kind):
     assert "Prompts answered with one token" in (out / "report.html").read_text()
 
 
+def test_eval_compares_with_a_menu_at_equal_passes(tiny_base, trained, capsys):
+    model = load_model(str(tiny_base))
+    plans = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 0]], dtype=np.uint8)
+    menu = random_menu(
+        layers=(1,), hidden_size=32, plans=plans, seed=3, fingerprint=fingerprint(model)
+    )
+    save_policy(trained / "menu", menu)
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 9]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--budget", 0.7]
+    code, printed, err = run(capsys, *argv, "--against", trained / "menu", "--json")
+    assert code == 0, err
+    (row,) = json.loads(printed)["exit_evaluation"]["rows"]
+    found = row["against"]["menu"]
+    tokenizer = load_tokenizer(str(tiny_base))
+    kept = depth = 0.0
+    prompts = (trained / "heldout.txt").read_text().splitlines()
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        wrap_model(model, routers=trained / "menu", budget=row["passes"]["mean"])
+        text = model.generate(ids, max_new_tokens=9, do_sample=False)
+        depth += model.dynadepth.last_mean_depth / len(prompts)
+        unwrap_model(model)
+        choices = model(text).logits.argmax(dim=-1)[0, ids.shape[1] : -1]
+        kept += float((choices == text[0, ids.shape[1] + 1 :]).float().mean()) / len(prompts)
+    assert (found["kept"], found["passes"]) == pytest.approx((kept, depth))
+    assert found["time"] > 0
+    assert row["answers"]["against"]["menu"]["depth"]["n"] == len(prompts)
+    page = (trained / "report" / "report.html").read_text()
+    assert "Static plans and policies of as many passes" in page
+    assert ", menu " in page
+
+
 def test_a_promise_of_answers_that_cannot_be_made_says_why(tiny_base, trained, capsys):
     argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 3]
     argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--fidelity", 0.95]
@@ -244,7 +279,7 @@ def test_what_is_not_known_of_answers_is_left_out(tiny_base, trained, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--against", "{folder}/exits"), "leave out --against"),
+        (("--against", "{folder}/exits", "--budget", "0.8"), "which holds exits too"),
         (("--scores", "{folder}/plans"), "leave out --scores"),
         (("--fidelity", "0.2"), "expected a share from"),
         (("--budget", "0.1"), "budget 0.1"),

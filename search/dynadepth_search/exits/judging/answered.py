@@ -9,14 +9,16 @@ import numpy.typing as npt
 import torch
 
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError
 from dynadepth.evaluation.intervals import mean_interval
 from dynadepth.evaluation.mixtures import mix_to_depth
-from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.plans import plan_depth, plan_text
 from dynadepth_search.data.encoding import EncodedExample
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.exits.judging.opponents import Pool
 from dynadepth_search.progress import Progress
-from dynadepth_search.scoring.runtime_checks import wrapped
+from dynadepth_search.scoring.runtime_checks import planned, wrapped
 from dynadepth_search.scoring.scorer import Scorer
 
 __all__ = ["Answers", "answer_with_exits", "judge_answers"]
@@ -44,7 +46,8 @@ def judge_answers(
     exits: TrainedExits,
     promises: Mapping[str, Mapping[str, Any]],
     *,
-    pool: tuple[Plans, npt.NDArray[np.float64]] | None,
+    pool: Pool | None,
+    against: Mapping[str, TrainedPolicy],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Return what each promise makes of prompts that are answered with one token.
@@ -56,12 +59,13 @@ def judge_answers(
         exits: The trained exits of this model.
         promises: By name, what `wrap_model` is given.
         pool: As for `evaluate_exits`.
+        against: As for `evaluate_exits`.
         progress: Called with the stage, the number of finished steps and of all.
 
     Returns:
-        By name: `depth` and `kept`, the share of answers that are the base model's, as means with intervals, `static`,
-        and `gain`, the paired difference from it; or `refused`, why the promise cannot be made. Empty if the exits know
-        nothing of such prompts, or a choice has several tokens.
+        By name: `depth` and `kept`, the share of answers that are the base model's, as means with intervals; `static`,
+        and `gain`, the paired difference from it; `against`, what the other policies have at this depth; or `refused`,
+        why the promise cannot be made. Empty if the exits know nothing of such prompts, or a choice has several tokens.
     """
     if exits.answers is None or any(_several_tokens(scorer.encode(each)) for each in examples):
         return {}
@@ -86,6 +90,10 @@ def judge_answers(
             if mixed is None
             else {"plans": mixed[1], "kept": float(mixed[0].mean())},
             "gain": None if mixed is None else mean_interval(kept - mixed[0]).to_dict(),
+            "against": {
+                other: _planned(model, scorer, examples, policy, float(answers.depth.mean()))
+                for other, policy in against.items()
+            },
         }
     progress("answering prompts", len(promises), len(promises))
     return found
@@ -121,6 +129,29 @@ def _answer(encoded: EncodedExample, logits: torch.Tensor) -> int:
     return int(scores.argmax())
 
 
+def _planned(
+    model: Any, scorer: Scorer, examples: Sequence[Example], policy: TrainedPolicy, depth: float
+) -> dict[str, Any] | None:
+    """Return what a policy that plans prompts keeps at a mean depth; None if it cannot have it."""
+    lowest, highest = policy.calibration.range
+    if not lowest <= depth <= highest:
+        return None
+    with wrapped(model, routers=policy, budget=depth) as inner:
+        plans = planned(inner, scorer, examples)
+    own = Scorer(
+        model,
+        scorer.tokenizer,
+        scoring=scorer.scoring,
+        chat=scorer.chat,
+        shortcuts=policy.shortcuts,
+    )
+    outcomes = own.outcomes(examples, plans, np.arange(len(examples)))
+    return {
+        "depth": mean_interval(plan_depth(plans)).to_dict(),
+        "kept": mean_interval(outcomes.agrees.astype(np.float64)).to_dict(),
+    }
+
+
 class _Static:
     """Static plans on the same prompts, each scored once."""
 
@@ -128,7 +159,7 @@ class _Static:
         self,
         scorer: Scorer,
         examples: Sequence[Example],
-        pool: tuple[Plans, npt.NDArray[np.float64]],
+        pool: Pool,
     ) -> None:
         self._scorer, self._examples = scorer, examples
         self._plans, self._values = pool

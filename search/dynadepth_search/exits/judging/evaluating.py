@@ -1,7 +1,7 @@
 """The evaluation of late exits: what they keep and cost on held-out prompts, beside static plans of equal passes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,28 +9,30 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, ConfigError, TaskError
 from dynadepth.evaluation.intervals import mean_interval
-from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.exits.exit_forward import Exits
 from dynadepth.files import read_versioned_json
 from dynadepth.models.token_pieces import token_pieces
-from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.exits.judging.answered import judge_answers
+from dynadepth_search.exits.judging.opponents import Opponent, Part, Pool, opponents_at
 from dynadepth_search.exits.judging.timing import (
+    TimeOverBase,
     Way,
     base_way,
     exits_way,
     long_answers,
     time_in_turns,
+    wrapped_way,
 )
 from dynadepth_search.exits.judging.written import (
     Written,
     base_texts,
-    write_under_plan,
     write_with_exits,
+    write_with_plans,
 )
 from dynadepth_search.files.sealed import check_seal, write_sealed
 from dynadepth_search.progress import Progress
@@ -75,15 +77,16 @@ def evaluate_exits(
     exits: TrainedExits,
     promises: Sequence[Promise],
     folder: str | os.PathLike[str],
-    pool: tuple[Plans, npt.NDArray[np.float64]] | None = None,
+    pool: Pool | None = None,
     shortcuts: Shortcuts | None = None,
+    against: Mapping[str, TrainedPolicy] | None = None,
     new_tokens: int = 64,
     progress: Progress,
 ) -> dict[str, Any]:
     """Let a model write with exits on, read the text again, and write `exit_evaluation.json`.
 
-    The opponent of each promise is the best mixture of static plans of equal passes, chosen on other prompts; it writes
-    and is read in the same way.
+    The opponents of each promise have as many passes: the best mixture of static plans, chosen on other prompts, and
+    other policies; they write and are read in the same way.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
@@ -95,6 +98,7 @@ def evaluate_exits(
         pool: Static plans and what they are worth on other prompts. Shapes (plans, num_layers) and (plans,). None: no
             opponent but the base model.
         shortcuts: What rows take in place of layers that static plans skip; None: nothing.
+        against: Other policies, which plan prompts, by name; they are left out where they cannot have as many passes.
         new_tokens: The most tokens of an answer.
         progress: Called with the stage, the number of finished steps and of all.
 
@@ -113,7 +117,6 @@ def evaluate_exits(
     )
     prompts = [scorer.encode(example).prompt_ids for example in heldout.examples]
     own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
-    run = _Run(model, prompts, own, shortcuts, new_tokens, progress)
     rows, written = [], []
     for promise in made:
         found = write_with_exits(
@@ -132,10 +135,38 @@ def evaluate_exits(
             )
         rows.append({**promise._asdict(), **_figures(found)})
         written.append(found)
-    times = run.times(exits, made)
-    for row, time in zip(rows, times, strict=True):
-        row["time"] = time
-        row["static"] = None if pool is None else run.mixture(pool, row["passes"]["mean"])
+    opponents = [
+        opponents_at(row["passes"]["mean"], pool=pool, shortcuts=shortcuts, against=against or {})
+        for row in rows
+    ]
+    parts = _parts(opponents)
+    texts = {
+        name: write_with_plans(
+            model,
+            prompts,
+            own,
+            num_layers=exits.num_layers,
+            new_tokens=new_tokens,
+            progress=progress,
+            **part.arguments,
+        )
+        for name, part in parts.items()
+    }
+    ways = {
+        str(promise): exits_way(model, promise.of(exits), new_tokens=new_tokens) for promise in made
+    } | {
+        name: wrapped_way(model, new_tokens=new_tokens, **part.arguments)
+        for name, part in parts.items()
+    }
+    times = _times(model, prompts, own, ways, new_tokens=new_tokens, progress=progress)
+    for row, promise, (static, others) in zip(rows, made, opponents, strict=True):
+        time = times.get(str(promise))
+        row["time"] = None if time is None else time.to_dict()
+        row["static"] = None if static is None else static.figures(texts, times)
+        row["against"] = {
+            name: None if each is None else each.figures(texts, times)
+            for name, each in others.items()
+        }
     answers = judge_answers(
         model,
         scorer,
@@ -143,6 +174,7 @@ def evaluate_exits(
         exits,
         {str(promise): {promise.dial: promise.value} for promise in made},
         pool=pool,
+        against=against or {},
         progress=progress,
     )
     for row, promise in zip(rows, made, strict=True):
@@ -189,81 +221,40 @@ def read_exit_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return check_seal(content, path, ConfigError, make_again=again)
 
 
-class _Run:
-    """One evaluation: the prompts, and what was measured of static plans so far."""
+def _parts(
+    opponents: Sequence[tuple[Opponent | None, Mapping[str, Opponent | None]]],
+) -> dict[str, Part]:
+    """Return each way to write once, by its name."""
+    return {
+        part.name: part
+        for static, others in opponents
+        for opponent in (static, *others.values())
+        if opponent is not None
+        for part in opponent.parts
+    }
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[npt.NDArray[np.int64]],
-        own: Sequence[Text],
-        shortcuts: Shortcuts | None,
-        new_tokens: int,
-        progress: Progress,
-    ) -> None:
-        self._model, self._prompts, self._own = model, prompts, own
-        self._shortcuts = shortcuts
-        self._new_tokens, self._progress = new_tokens, progress
-        self._plans: dict[str, Written] = {}
 
-    def mixture(
-        self, pool: tuple[Plans, npt.NDArray[np.float64]], passes: float
-    ) -> dict[str, Any] | None:
-        """Return what the best static mixture of so many passes keeps; None if no plan is as shallow."""
-        plans, values = pool
-        depths = plan_depth(plans)
-        if not depths.min() <= passes <= depths.max():
-            return None
-        mixed = mix_to_depth(depths, values, passes)
-        both = [(mixed.low, 1.0 - mixed.weight), (mixed.high, mixed.weight)]
-        parts = [(index, share) for index, share in both if share > 0]
-        kept = identical = 0.0
-        for index, share in parts:
-            found = self._under(plans[index])
-            kept += share * float(found.kept.mean())
-            identical += share * float(found.identical.mean())
-        return {
-            "plans": [plan_text(plans[index]) for index, _ in parts],
-            "shares": [share for _, share in parts],
-            "kept": kept,
-            "identical": identical,
-        }
-
-    def _under(self, plan: npt.NDArray[np.uint8]) -> Written:
-        name = plan_text(plan)
-        if name not in self._plans:
-            self._plans[name] = write_under_plan(
-                self._model,
-                self._prompts,
-                self._own,
-                plan,
-                shortcuts=self._shortcuts,
-                new_tokens=self._new_tokens,
-                progress=self._progress,
-            )
-        return self._plans[name]
-
-    def times(
-        self, exits: TrainedExits, promises: Sequence[Promise]
-    ) -> list[dict[str, Any] | None]:
-        """Return the time of each promise over the base model's; None each if no answer is long enough."""
-        chosen = long_answers(self._own, self._new_tokens, _TIMED)
-        if not chosen:
-            return [None] * len(promises)
-        model, new = self._model, self._new_tokens
-        batches = [pad_left([self._prompts[row]], model.device) for row in chosen]
-        ways: dict[str, Way] = {
-            str(promise): exits_way(model, promise.of(exits), new_tokens=new)
-            for promise in promises
-        }
-        times = time_in_turns(
-            base_way(model, new_tokens=new),
-            ways,
-            batches,
-            rounds=_TIME_ROUNDS,
-            progress=self._progress,
-        )
-        return [times[name].to_dict() for name in ways]
+def _times(
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    own: Sequence[Text],
+    ways: Mapping[str, Way],
+    *,
+    new_tokens: int,
+    progress: Progress,
+) -> dict[str, TimeOverBase]:
+    """Return the time of each way over the base model's; none if no answer is long enough."""
+    chosen = long_answers(own, new_tokens, _TIMED)
+    if not chosen:
+        return {}
+    batches = [pad_left([prompts[row]], model.device) for row in chosen]
+    return time_in_turns(
+        base_way(model, new_tokens=new_tokens),
+        ways,
+        batches,
+        rounds=_TIME_ROUNDS,
+        progress=progress,
+    )
 
 
 def _supported(exits: TrainedExits, promises: Sequence[Promise]) -> tuple[list[Promise], list[str]]:

@@ -14,7 +14,16 @@ from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
-__all__ = ["Batch", "TimeOverBase", "Way", "base_way", "exits_way", "long_answers", "time_in_turns"]
+__all__ = [
+    "Batch",
+    "TimeOverBase",
+    "Way",
+    "base_way",
+    "exits_way",
+    "long_answers",
+    "time_in_turns",
+    "wrapped_way",
+]
 
 # Token ids and attention mask, left-padded. Shapes (rows, tokens).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -94,9 +103,21 @@ def exits_way(model: Any, exits: Exits, *, new_tokens: int, pace: Pace | None = 
         new_tokens: The most tokens of a continuation.
         pace: Of lossless decoding, with what it has learnt; None: a new one for each batch.
     """
+    return wrapped_way(model, new_tokens=new_tokens, pace=pace, exits=exits)
+
+
+def wrapped_way(model: Any, *, new_tokens: int, pace: Pace | None = None, **arguments: Any) -> Way:
+    """Return the greedy decoding of a model that is wrapped; that it is wrapped takes no time here.
+
+    Args:
+        model: The unwrapped base model; after each batch it is unwrapped again.
+        new_tokens: The most tokens of a continuation.
+        pace: As for `exits_way`.
+        **arguments: Of `wrap_model`.
+    """
 
     def way(batch: Batch) -> tuple[float, int]:
-        with wrapped(model, exits=exits) as inner:
+        with wrapped(model, **arguments) as inner:
             if pace is not None:
                 inner.dynadepth.exit_pace = pace
             return base_way(inner, new_tokens=new_tokens)(batch)

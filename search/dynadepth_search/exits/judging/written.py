@@ -9,15 +9,14 @@ import numpy.typing as npt
 
 from dynadepth.exits.exit_forward import Exits
 from dynadepth.plans import plan_depth
-from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.exits.producing import Produced, changed_shares, produce
 from dynadepth_search.progress import Progress
-from dynadepth_search.scoring.batching import batches_of
+from dynadepth_search.scoring.batching import batches_of, pad_left
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
-__all__ = ["Written", "base_texts", "write_under_plan", "write_with_exits"]
+__all__ = ["Written", "base_texts", "write_with_exits", "write_with_plans"]
 
 _Floats = npt.NDArray[np.float64]
 _READ_ROWS = 8
@@ -101,46 +100,55 @@ def write_with_exits(
         model,
         produced,
         own,
-        lambda each: each.passes(num_layers, exits.window),
+        lambda row: produced[row].passes(num_layers, exits.window),
         num_layers,
         audited=audited[0],
         progress=progress,
     )
 
 
-def write_under_plan(
+def write_with_plans(
     model: Any,
     prompts: Sequence[npt.NDArray[np.int64]],
     own: Sequence[Text],
-    plan: npt.NDArray[np.uint8],
     *,
-    shortcuts: Shortcuts | None = None,
+    num_layers: int,
     new_tokens: int,
     progress: Progress,
+    **arguments: Any,
 ) -> Written:
-    """Let a model write under one plan for all prompts, and read the text again.
+    """Let a model write under a plan for each prompt, and read the text again.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
         prompts: Token ids of each prompt.
         own: The base model's own texts, from `base_texts`.
-        plan: The plan. Shape (num_layers,), uint8.
-        shortcuts: What rows take in place of layers that it skips; None: nothing.
+        num_layers: Decoder layers of the model.
         new_tokens: The most tokens of a continuation.
         progress: Called with the stage, the number of finished prompts and of all.
+        **arguments: Of `wrap_model`: a plan, or a policy that plans prompts and its budget.
 
     Raises:
         PlanError: The plan does not fit this model.
     """
-    with wrapped(model, plan=plan, shortcuts=shortcuts) as inner:
+    depths = np.empty(len(prompts))
+    with wrapped(model, **arguments) as inner:
+        for rows in batches_of([len(prompt) for prompt in prompts], _READ_ROWS):
+            batch = pad_left((prompts[row] for row in rows), model.device)
+            depths[rows] = plan_depth(inner.dynadepth.plan_prompts(*batch))
         texts = base_texts(inner, prompts, new_tokens=new_tokens, progress=progress)
-    passes = float(plan_depth(plan))
     # No token waits for later layers, and every one may be another than the base model's.
     produced = [
         Produced(text, np.zeros(len(text.ids) - text.prompt, dtype=np.int64)) for text in texts
     ]
     return _judged(
-        model, produced, own, lambda _: passes, len(plan), audited=None, progress=progress
+        model,
+        produced,
+        own,
+        lambda row: float(depths[row]),
+        num_layers,
+        audited=None,
+        progress=progress,
     )
 
 
@@ -148,7 +156,7 @@ def _judged(
     model: Any,
     produced: Sequence[Produced],
     own: Sequence[Text],
-    passes: Callable[[Produced], float],
+    passes: Callable[[int], float],
     num_layers: int,
     *,
     audited: float | None,
@@ -159,7 +167,7 @@ def _judged(
     same = [_common(produced[row].text, own[row]) for row in rows]
     return Written(
         prompts=np.array(rows, dtype=np.int64),
-        passes=np.array([passes(produced[row]) for row in rows], dtype=np.float64),
+        passes=np.array([passes(row) for row in rows], dtype=np.float64),
         kept=1.0 - np.array(list(changed.values()), dtype=np.float64),
         common=np.array([length for length, _ in same], dtype=np.int64),
         identical=np.array([whole for _, whole in same], dtype=np.bool_),

@@ -1,0 +1,116 @@
+"""What late exits are compared with at equal passes: static mixtures, and policies that plan each prompt.
+
+They write from the same prompts, are read again and timed in the same way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
+from dynadepth.evaluation.mixtures import mix_to_depth
+from dynadepth.plans import Plans, plan_depth, plan_text
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth_search.exits.judging.timing import TimeOverBase
+from dynadepth_search.exits.judging.written import Written
+
+__all__ = ["Opponent", "Part", "Pool", "opponents_at"]
+
+# Static plans, and what they are worth on other prompts. Shapes (plans, num_layers) and (plans,).
+Pool = tuple[Plans, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A way to write that some of the prompts get.
+
+    Attributes:
+        name: Tells it from others.
+        share: Of the prompts.
+        arguments: Of `wrap_model`.
+        plan: The plan in digits, if it is one for all prompts.
+    """
+
+    name: str
+    share: float
+    arguments: Mapping[str, Any]
+    plan: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opponent:
+    """Who writes with as many passes.
+
+    Attributes:
+        parts: Its ways to write, whose shares sum to 1.
+    """
+
+    parts: Sequence[Part]
+
+    def figures(
+        self, written: Mapping[str, Written], times: Mapping[str, TimeOverBase]
+    ) -> dict[str, Any]:
+        """Return what it keeps and costs.
+
+        Args:
+            written: By the name of each part.
+            times: The same; empty if nothing was timed.
+        """
+        found = {
+            name: sum(
+                part.share * float(getattr(written[part.name], name).mean()) for part in self.parts
+            )
+            for name in ("passes", "kept", "identical")
+        }
+        time = None
+        if all(part.name in times for part in self.parts):
+            time = sum(part.share * times[part.name].median for part in self.parts)
+        plans = [part.plan for part in self.parts if part.plan is not None]
+        shares = [part.share for part in self.parts]
+        return {**found, "time": time, **({"plans": plans, "shares": shares} if plans else {})}
+
+
+def opponents_at(
+    passes: float,
+    *,
+    pool: Pool | None,
+    shortcuts: Shortcuts | None,
+    against: Mapping[str, TrainedPolicy],
+) -> tuple[Opponent | None, dict[str, Opponent | None]]:
+    """Return the best static mixture of a number of passes, and the others; None for who cannot have so few or many.
+
+    Args:
+        passes: Mean passes of new tokens.
+        pool: Static plans of which the best mixture is taken; None: there is none.
+        shortcuts: What these plans leave in place of layers that they skip; None: nothing.
+        against: Policies that plan prompts, by name.
+    """
+    static = None if pool is None else _mixture(passes, *pool, shortcuts)
+    found: dict[str, Opponent | None] = {}
+    for name, policy in against.items():
+        lowest, highest = policy.calibration.range
+        found[name] = None
+        if lowest <= passes <= highest:
+            part = Part(f"{name} at {passes!r}", 1.0, {"routers": policy, "budget": passes})
+            found[name] = Opponent([part])
+    return static, found
+
+
+def _mixture(
+    passes: float, plans: Plans, values: npt.NDArray[np.float64], shortcuts: Shortcuts | None
+) -> Opponent | None:
+    depths = plan_depth(plans)
+    if not depths.min() <= passes <= depths.max():
+        return None
+    mixed = mix_to_depth(depths, values, passes)
+    both = [(mixed.low, 1.0 - mixed.weight), (mixed.high, mixed.weight)]
+    parts = []
+    for index, share in both:
+        if share > 0:
+            text = plan_text(plans[index])
+            given = {"plan": plans[index], "shortcuts": shortcuts}
+            parts.append(Part(f"plan {text}", share, given, text))
+    return Opponent(parts)
