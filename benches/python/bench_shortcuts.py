@@ -42,7 +42,7 @@ from dynadepth.shortcuts.maps import LinearShortcut, Rank
 from dynadepth.shortcuts.moments import Moments
 from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.wrapping.skipping import skips_of
-from dynadepth_search.cli.demo_answers import plan_of_depth
+from dynadepth_search.cli.demo.answers import plan_of_depth
 from dynadepth_search.data.downloads import GEMMA3, QWEN_CODER, SMOLLM2, default_cache, fetch_model
 from dynadepth_search.data.kinds import KINDS, KindsTask, fetch_kinds
 from dynadepth_search.scoring.batching import batches_of

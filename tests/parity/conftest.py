@@ -27,6 +27,7 @@ _ONCE = (
     "test_lossless",
     "test_onnx",
     "test_onnx_menu",
+    "test_prompt_exits",
     "test_published_bugs",
     "test_scoring",
 )

@@ -88,7 +88,8 @@ def _demo(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="Compare with other routers, and measure accuracy and a learning curve"
+            "--full",
+            help="Compare with other routers, train late exits, measure accuracy and a learning curve",
         ),
     ] = False,
     cache: Annotated[
@@ -98,10 +99,13 @@ def _demo(
     as_json: Json = False,
 ) -> None:
     """Go the whole way on one small model: shortcuts, search, train, evaluate, generate; goes on if it was killed."""
-    from dynadepth_search.cli.demo import run_demo
-    from dynadepth_search.cli.demo_answers import show_answers
-    from dynadepth_search.cli.demo_config import DemoConfig
+    from dynadepth_search.cli.demo.answers import show_answers
+    from dynadepth_search.cli.demo.config import DemoConfig
+    from dynadepth_search.cli.demo.running import run_demo
     from dynadepth_search.data.downloads import default_cache
+    from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
+    from dynadepth_search.inspecting.inspecting import print_inspection
+    from dynadepth_search.report.terminal import result_console
 
     config = DemoConfig(
         out=out,
@@ -128,5 +132,8 @@ def _demo(
     if result["piqa"] is not None:
         typer.echo("\nPIQA, questions with right answers:")
         print_evaluation(result["piqa"], Path(result["report"]), as_json=False)
+    if result["exits"] is not None:
+        typer.echo("")
+        print_inspection(see_exit_evaluation(result["exits"]), result_console())
     typer.echo(f"\n{show_answers(result['answers'])}\n")
     typer.echo(f"report: {result['report']}")

@@ -13,9 +13,9 @@ from dynadepth import load_policy, load_shortcuts
 from dynadepth.cli import main as cli
 from dynadepth.errors import AssetError, ConfigError, LabelError, TaskError, UnsupportedModelError
 from dynadepth.files import sha256_file
-from dynadepth_search.cli import demo
-from dynadepth_search.cli.demo import run_demo
-from dynadepth_search.cli.demo_config import DemoConfig
+from dynadepth_search.cli.demo import running as demo
+from dynadepth_search.cli.demo.config import DemoConfig
+from dynadepth_search.cli.demo.running import run_demo
 from dynadepth_search.data.kinds import KindsTask, instruction
 from dynadepth_search.data.questions import Question
 from dynadepth_search.data.tasks import Example, Task
@@ -234,12 +234,19 @@ def test_a_killed_demo_goes_on_and_ends_alike(
     assert not (tmp_path / "report.html").exists()
     result = run_demo(asked)
     _, whole = finished
-    assert result["answers"] == whole["answers"]
+    assert untimed(result["answers"]) == untimed(whole["answers"])
     assert result["train"] == whole["train"]
     for one, other in zip(
         result["evaluation"]["policies"], whole["evaluation"]["policies"], strict=True
     ):
         assert {**one, "time": None} == {**other, "time": None}
+
+
+def untimed(answers: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers of a demo without what they took."""
+    assert all(answer["milliseconds"] > 0 for answer in answers["answers"])
+    kept = [{**answer, "milliseconds": None} for answer in answers["answers"]]
+    return {**answers, "answers": kept}
 
 
 # Routers of a tiny random model reach few depths, and say so.
@@ -282,6 +289,20 @@ class TestWhole:
             loaded = load_policy(out / name)
             assert loaded.kind == ("menu" if name == "menu" else "routers")
             assert (out / name / "routers.onnx").is_file()
+
+    def test_late_exits_write_beside_plans_and_menu(
+        self, whole: tuple[Path, dict[str, Any]]
+    ) -> None:
+        out, result = whole
+        assert load_policy(out / "exits").kind == "exits"
+        for row in result["exits"]["rows"]:
+            assert row["dial"] == "budget"
+            assert set(row["against"]) == {"menu"}
+        assert (out / "exits-evaluation" / "report.html").is_file()
+        last = result["answers"]["answers"][-1]
+        assert last["by"] == "late exits"
+        assert 0 < last["depth"] <= 1
+        assert not (out / "exits.work").exists()
 
     def test_a_part_of_the_prompts_trains_the_dearer_ones(
         self, whole: tuple[Path, dict[str, Any]]
@@ -350,7 +371,7 @@ def test_a_demo_killed_while_it_replaces_its_routers_goes_on(
     # What a kill between the two renames of a replacement leaves.
     (run / "menu").rename(run / ".menu.replaced")
     result = run_demo(config(tiny_deep_base, questions, run))
-    assert result["answers"] == whole["answers"]
+    assert untimed(result["answers"]) == untimed(whole["answers"])
     assert (run / "menu" / "routers.onnx").is_file()
     assert not (run / ".menu.replaced").exists()
 

@@ -1,6 +1,6 @@
 """The whole way on one small model: prompts, shortcuts, search, a menu, evaluation, report, answers.
 
-Owns the order of the steps; their sizes are `demo_config`'s. Every step is a function that has its own
+Owns the order of the steps; their sizes are those of `DemoConfig`. Every step is a function that has its own
 command.
 """
 
@@ -17,13 +17,14 @@ from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.shortcuts.save_load import load_shortcuts
 from dynadepth.training.menu.fit import decision_layers
-from dynadepth_search.cli.demo_answers import (
+from dynadepth_search.cli.demo.answers import (
     answer_prompt,
     plan_of_depth,
     show_answers,
     talkative_prompt,
 )
-from dynadepth_search.cli.demo_config import DemoConfig
+from dynadepth_search.cli.demo.config import DemoConfig
+from dynadepth_search.cli.demo.late_exits import LateExits
 from dynadepth_search.data.downloads import fetch_model
 from dynadepth_search.data.kinds import fetch_kinds, instruction
 from dynadepth_search.data.questions import fetch_questions
@@ -32,6 +33,7 @@ from dynadepth_search.data.tasks import Task, read_task
 from dynadepth_search.evaluation.comparison import Front
 from dynadepth_search.evaluation.evaluating import evaluate, read_evaluation
 from dynadepth_search.evaluation.metrics import show_interval, show_number
+from dynadepth_search.exits.judging.evaluating import read_exit_evaluation
 from dynadepth_search.files.locking import locked
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.report.report import write_report
@@ -70,7 +72,7 @@ def run_demo(config: DemoConfig, *, progress: Progress = silent) -> dict[str, An
 
     Returns:
         What was measured, as values that JSON knows: `shortcuts`, `search`, `train`, `evaluation`, `seconds` of
-        each step, the `report`'s path and the `answers` generated; in a full demo `piqa`, an evaluation too.
+        each step, the `report`'s path and the `answers` generated; in a full demo `piqa` and `exits`, evaluations too.
 
     Raises:
         AssetError: Something cannot be fetched.
@@ -137,6 +139,12 @@ class _Demo:
                 "evaluate on PIQA", lambda: self._evaluate_piqa(model, tokenizer, train, menu)
             )
             piqa = read_evaluation(self._out / "piqa")
+        exits = None
+        if config.full:
+            part = LateExits(config, model, tokenizer, self._maps, self._progress)
+            steps.run("train exits", lambda: part.train(train))
+            steps.run("evaluate exits", lambda: part.evaluate(heldout))
+            exits = read_exit_evaluation(self._out / "exits-evaluation")
         steps.run("write the model card", lambda: self._write_card(menu, evaluation))
         answers = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
         run = {
@@ -154,6 +162,7 @@ class _Demo:
             "train": trained,
             "evaluation": evaluation,
             "piqa": piqa,
+            "exits": exits,
             "identity_rate": {
                 policy["name"]: policy["identity_rate"]
                 for policy in evaluation["policies"]
@@ -420,6 +429,11 @@ class _Demo:
             # As a user would have it: by the folder.
             "menu with shortcuts": {"budget": depth, "routers": str(self._out / "menu")},
         }
+        if self._config.full:
+            # With as many passes as the plans have layers, or as few as they go down to.
+            lowest = self._policy(model, "exits").calibration.range[0]
+            passes = max(depth, lowest)
+            ways["late exits"] = {"budget": passes, "routers": str(self._out / "exits")}
         prompts = [example.prompt for example in heldout.examples[:_LISTENED_TO]]
         prompt = talkative_prompt(model, tokenizer, prompts)
         return answer_prompt(model, tokenizer, prompt, ways, progress=self._progress)

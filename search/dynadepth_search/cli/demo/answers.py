@@ -1,5 +1,6 @@
 """One prompt answered in several ways, to be read side by side."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from dynadepth_search.search.static_files import StaticPlans
 
 __all__ = ["answer_prompt", "plan_of_depth", "show_answers", "talkative_prompt"]
 
-_NEW_TOKENS = 40
+_NEW_TOKENS, _TURNS = 40, 2
 
 
 def plan_of_depth(found: StaticPlans, depth: float) -> Plans:
@@ -64,7 +65,7 @@ def answer_prompt(
     *,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Continue a prompt greedily with the model wrapped in several ways.
+    """Continue a prompt greedily with the model wrapped in several ways, in turns.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
@@ -74,36 +75,42 @@ def answer_prompt(
         progress: Called with the stage, the number of finished answers and of all.
 
     Returns:
-        `prompt` and `answers`: what each was answered `by`, its `text`, `plan` and `depth`. JSON data.
+        `prompt` and `answers`: what each was answered `by`, its `text`, `plan`, and `depth`, which with exits are the
+        mean passes; and `milliseconds` of a new token, of the faster of two turns. JSON data.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    answers = []
-    for step, (name, how) in enumerate(ways.items()):
-        progress("generate", step, len(ways))
-        with wrapped(model, **how), torch.inference_mode():
+    answers: dict[str, dict[str, Any]] = {}
+    steps = list(ways) * _TURNS
+    for step, name in enumerate(steps):
+        progress("generate", step, len(steps))
+        with wrapped(model, **ways[name]), torch.inference_mode():
+            begun = time.perf_counter()
             tokens = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
-            plan = model.dynadepth.last_plans[0]
+            seconds = time.perf_counter() - begun
+            controller = model.dynadepth
+            plan, passes = controller.last_plans[0], controller.exit_totals.passes
         new = tokens[0, inputs["input_ids"].shape[1] :]
-        answers.append(
-            {
-                "by": name,
-                "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
-                "plan": plan_text(plan),
-                "depth": float(plan_depth(plan)),
-            }
-        )
-    progress("generate", len(ways), len(ways))
-    return {"prompt": prompt, "answers": answers}
+        took = 1e3 * seconds / max(1, len(new))
+        known = answers.get(name)
+        answers[name] = {
+            "by": name,
+            "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
+            "plan": plan_text(plan),
+            "depth": float(plan_depth(plan)) if controller.exits is None else passes,
+            "milliseconds": took if known is None else min(took, known["milliseconds"]),
+        }
+    progress("generate", len(steps), len(steps))
+    return {"prompt": prompt, "answers": list(answers.values())}
 
 
 def show_answers(answered: Mapping[str, Any]) -> str:
-    """Write the answers below their prompt, each with the depth that it took.
+    """Write the answers below their prompt, each with the depth and the time that it took.
 
     Args:
         answered: What `answer_prompt` returned.
     """
     lines = [answered["prompt"]]
     for answer in answered["answers"]:
-        title = f"--- {answer['by']}, depth {answer['depth']:.3f}"
+        title = f"--- {answer['by']}, depth {answer['depth']:.3f}, {answer['milliseconds']:.1f} ms a token"
         lines += ["", title, answer["text"] or "(no text)"]
     return "\n".join(lines)
