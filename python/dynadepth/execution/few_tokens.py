@@ -86,7 +86,7 @@ class _ChosenProduct:
         few = _FEWEST <= num_tokens <= _MOST and input.dtype == weight.dtype
         if not few or not _transposed_is_faster(weight, num_tokens):
             return functional.linear(input, weight, bias)
-        output = _transposed(input.reshape(num_tokens, -1), weight).t()
+        output = _transposed(input.reshape(num_tokens, -1), weight)
         if bias is not None:
             output = output + bias
         return output.reshape(*input.shape[:-1], -1)
@@ -124,5 +124,5 @@ def _measure(weight: torch.Tensor, num_tokens: int) -> bool:
 
 
 def _transposed(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of tokens side by side. Shape (outputs, tokens)."""
-    return torch.mm(weight, tokens.t())
+    """Return the outputs of tokens, laid out as a linear layer's, whose strides some families ask for."""
+    return torch.mm(weight, tokens.t()).t().contiguous()
