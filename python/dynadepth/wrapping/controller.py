@@ -19,6 +19,7 @@ from dynadepth.caching.depth_cache import DepthCache
 from dynadepth.caching.memory import KvBytes
 from dynadepth.caching.row_plans import RowPlans
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.drafting.pace import Pace
 from dynadepth.errors import ConfigError, PlanError, WrapError
 from dynadepth.execution.attachment import Attachment
@@ -115,6 +116,11 @@ class Controller(ContextMethods):
         """The policy that plans prompts now: that of the current `at_budget` block, or else the model's own."""
         given = next((each.policy for each in contexts_of(self) if each.policy is not None), None)
         return self._default if given is None else given
+
+    @property
+    def trained(self) -> TrainedPolicy | None:
+        """The trained policy that the model was wrapped with, if any."""
+        return self._budgets.trained
 
     @property
     def budget(self) -> float | None:

@@ -46,7 +46,17 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate_policy)
     app.command("report")(report)
     app.command("inspect")(inspect_run)
+    # All that follows the verb, help too, is the harness' own.
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command("lm-eval", context_settings=passed_on)(_harness)
     app.command("demo")(_demo)
+
+
+def _harness(context: typer.Context) -> None:
+    """Run lm-evaluation-harness, which knows `--model dynadepth --model_args pretrained=...,budget=0.9`."""
+    from dynadepth_search.harness.command import run_harness
+
+    run_harness(context.args)
 
 
 def _demo(

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import typer
 from importlinter.api import read_configuration
+from lm_eval._cli.harness import HarnessCLI
 from transformers import AutoModelForCausalLM
 
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
 from dynadepth.shortcuts.save_load import save_shortcuts
 from tests.pages import PAGES, README, ROOT, anchors, blocks, section, shell_lines, without_blocks
-from tests.tiny_exits import random_exits
+from tests.tiny_exits import PROMISES, random_exits
 from tests.tiny_shortcuts import random_shortcuts
 from tests.unit.proving.test_prove import DOZEN
 
@@ -31,7 +32,7 @@ def with_model(tiny_routed, tmp_path, monkeypatch):
     shutil.copytree(tiny_routed, tmp_path / "my-model")
     model = AutoModelForCausalLM.from_pretrained(tiny_routed)
     save_shortcuts(tmp_path / "shortcuts", random_shortcuts(model))
-    save_policy(tmp_path / "exits", random_exits(model))
+    save_policy(tmp_path / "exits", random_exits(model, answers=PROMISES))
     monkeypatch.chdir(tmp_path)
 
 
@@ -80,6 +81,12 @@ def command_lines():
     return lines
 
 
+def harness_options():
+    """Return the options of lm-evaluation-harness' own verb `run`."""
+    run = HarnessCLI()._subparsers.choices["run"]
+    return {option for action in run._actions for option in action.option_strings}
+
+
 @pytest.mark.parametrize("line", command_lines())
 def test_a_command_and_its_options_exist(line):
     words = shlex.split(line, comments=True)[1:]
@@ -89,6 +96,8 @@ def test_a_command_and_its_options_exist(line):
             assert verb in command.commands, f"there is no verb {verb!r}"
         command = command.commands[verb]
     known = {option for parameter in command.params for option in parameter.opts}
+    if command.name == "lm-eval":
+        known = harness_options()
     given = {word.partition("=")[0] for word in words if word.startswith("-")}
     assert given <= known | {"--help"}
 
@@ -106,7 +115,7 @@ def test_every_verb_is_named():
     text = "\n".join(text for name, text in PAGES.items() if name != "CHANGELOG.md")
     named = {
         verb
-        for first, second in re.findall(r"dynadepth ([a-z|]+)(?: ([a-z]+))?", text)
+        for first, second in re.findall(r"dynadepth ([a-z|-]+)(?: ([a-z]+))?", text)
         for word in first.split("|")
         for verb in (word, f"{word} {second}")
     }
@@ -114,8 +123,8 @@ def test_every_verb_is_named():
 
 
 def test_options_named_by_themselves_exist():
-    """An option between back-ticks belongs to some verb, to a bench or to a script of CI."""
-    known = {"--help"}
+    """An option between back-ticks belongs to some verb, to a bench, to a script of CI or to the harness."""
+    known = {"--help"} | harness_options()
 
     def walk(command):
         known.update(option for parameter in command.params for option in parameter.opts)
@@ -128,7 +137,7 @@ def test_options_named_by_themselves_exist():
     for name, text in PAGES.items():
         # A change log names what is gone.
         if name != "CHANGELOG.md":
-            found = set(re.findall(r"`(--[a-z-]+)[^`]*`", without_blocks(text)))
+            found = set(re.findall(r"`(--[a-z_-]+)[^`]*`", without_blocks(text)))
             assert found <= known, f"{name} names {sorted(found - known)}"
 
 
