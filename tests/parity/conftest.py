@@ -1,7 +1,7 @@
 """What the parity suite shares: exact eager attention, shortcuts in place of skipped layers, and a count of its cases.
 
-Every case runs twice: skipped layers leave nothing behind, and they leave random shortcuts. The reference of the second
-is a baked model with ordinary modules that compute the same.
+Every case runs twice: skipped layers leave nothing behind, and they leave random shortcuts (with one kind of attention
+of each family). The reference of the second is a baked model with ordinary modules that compute the same.
 """
 
 import re
@@ -16,7 +16,7 @@ from dynadepth.wrapping.bake import bake
 from dynadepth.wrapping.skipping import skips_of
 from dynadepth.wrapping.wrap import wrap_model
 from tests.parity import drivers, recompute
-from tests.tiny import FAMILIES, VARIANTS
+from tests.tiny import FAMILIES, VARIANTS, attentions
 from tests.tiny_shortcuts import random_shortcuts, rebuilt_with_shortcuts
 
 # Not about skipped layers: decisions, files, exits, or models without a reference.
@@ -34,6 +34,23 @@ _ONCE = (
 
 # The compiler cannot trace who calls; and whether watching changes a bit is asked of the families as they are.
 _OWN_CASTS = ("test_neighbours_compile", "test_states")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out shortcuts with a family's second kind of attention: what stands in place of a layer meets none."""
+    second = [item for item in items if _is_second(getattr(item, "callspec", None))]
+    if second:
+        config.hook.pytest_deselected(items=second)
+        items[:] = [item for item in items if item not in set(second)]
+
+
+def _is_second(callspec):
+    given = {} if callspec is None else callspec.params
+    return (
+        given.get("skipped_layers") == "shortcuts"
+        and given.get("attention") == "eager"
+        and "sdpa" in attentions(given["family"])
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dynadepth_search.cli.compare_verbs import compare_configurations
 from dynadepth_search.cli.options import (
     Json,
     Objective,
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
     tune.command("search")(tune_search)
     app.add_typer(tune, name="tune")
     app.command("eval")(evaluate_policy)
+    app.command("compare")(compare_configurations)
     app.command("report")(report)
     app.command("inspect")(inspect_run)
     # All that follows the verb, help too, is the harness' own.
@@ -113,8 +115,8 @@ def _demo(
     from dynadepth_search.cli.demo.config import DemoConfig
     from dynadepth_search.cli.demo.running import run_demo
     from dynadepth_search.data.downloads import default_cache
-    from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
     from dynadepth_search.inspecting.inspecting import print_inspection
+    from dynadepth_search.inspecting.late_exits.judged import see_exit_evaluation
     from dynadepth_search.report.terminal import result_console
 
     config = DemoConfig(

@@ -482,7 +482,7 @@ def _evaluate_exits(
     from dynadepth.checkpoints.save_load import load_policy
     from dynadepth.errors import ConfigError
     from dynadepth_search.exits.judging.evaluating import Promise, evaluate_exits
-    from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
+    from dynadepth_search.inspecting.late_exits.judged import see_exit_evaluation
     from dynadepth_search.search.static import read_static
     from dynadepth_search.storage.compatibility import check_same_shortcuts
 
@@ -555,7 +555,7 @@ def report(
     """Draw the report of an evaluation again and print its summary, or print its tables."""
     from dynadepth_search.evaluation.evaluating import EVALUATION_NAME, read_evaluation
     from dynadepth_search.exits.judging.evaluating import EXIT_EVALUATION_NAME
-    from dynadepth_search.inspecting.exits_judged import inspect_exit_evaluation
+    from dynadepth_search.inspecting.late_exits.judged import inspect_exit_evaluation
     from dynadepth_search.report.report import read_run, report_markdown, write_report
 
     if (run / EXIT_EVALUATION_NAME).is_file():

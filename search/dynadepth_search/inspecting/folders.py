@@ -7,6 +7,7 @@ from dynadepth.checkpoints.paths import CONFIG_NAME as ROUTERS
 from dynadepth.checkpoints.paths import FOLDER_NAME
 from dynadepth.errors import ConfigError
 from dynadepth.shortcuts.save_load import CONFIG_NAME as SHORTCUTS
+from dynadepth_search.comparing.comparing import COMPARISON_NAME
 from dynadepth_search.evaluation.evaluating import EVALUATION_NAME
 from dynadepth_search.exits.judging.evaluating import EXIT_EVALUATION_NAME
 from dynadepth_search.search.static_files import MENU
@@ -23,6 +24,7 @@ _KINDS = {
     "routers": (ROUTERS, "train"),
     "evaluation": (EVALUATION_NAME, "eval"),
     "exit evaluation": (EXIT_EVALUATION_NAME, "eval"),
+    "comparison": (COMPARISON_NAME, "compare"),
 }
 # Where a folder that stands for one holds it, and the file that tells it: a base model, the run of a demo.
 _INSIDE = {"routers": (FOLDER_NAME, "config.json"), "evaluation": ("evaluation", "report.json")}
@@ -43,7 +45,7 @@ def kind_of(folder: str | os.PathLike[str]) -> tuple[str, Path]:
         folder: The folder; a base model stands for its `routers`, the run of a demo for its `evaluation`.
 
     Returns:
-        `labels`, `scores`, `routers`, `evaluation` or `exit evaluation`, and the folder where they are.
+        `labels`, `scores`, `routers`, `evaluation`, `exit evaluation` or `comparison`, and the folder where they are.
 
     Raises:
         ConfigError: It is no folder, or holds none of these, or several.

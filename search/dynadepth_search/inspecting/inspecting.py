@@ -8,11 +8,12 @@ from rich.console import Console
 
 from dynadepth.errors import ConfigError
 from dynadepth.files import write_text_atomic
+from dynadepth_search.inspecting.compared_seen import inspect_comparison
 from dynadepth_search.inspecting.evaluation_seen import inspect_evaluation
-from dynadepth_search.inspecting.exits_judged import inspect_exit_evaluation
 from dynadepth_search.inspecting.folders import kind_of
 from dynadepth_search.inspecting.inspection import Inspection, Passage, Picture, Table
 from dynadepth_search.inspecting.labels_seen import inspect_labels
+from dynadepth_search.inspecting.late_exits.judged import inspect_exit_evaluation
 from dynadepth_search.inspecting.routers_seen import inspect_routers
 from dynadepth_search.inspecting.scores_seen import inspect_scores
 from dynadepth_search.report.report import card, html_page, html_table, note, sections
@@ -58,6 +59,8 @@ def inspect_folder(
         return inspect_scores(place)
     if kind == "routers":
         return inspect_routers(place)
+    if kind == "comparison":
+        return inspect_comparison(place)
     if kind == "exit evaluation":
         return inspect_exit_evaluation(place)
     return inspect_evaluation(place, Path(folder))

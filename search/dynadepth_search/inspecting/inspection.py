@@ -68,7 +68,7 @@ class Inspection:
     """What a folder holds.
 
     Args:
-        kind: `labels`, `null control`, `scores`, `routers`, `evaluation` or `exit evaluation`.
+        kind: `labels`, `null control`, `scores`, `routers`, `evaluation`, `exit evaluation` or `comparison`.
         title: Names the folder's content.
         said: The most important of it, in sentences; the first one is the verdict.
         figures: Every figure, as values that JSON can hold.

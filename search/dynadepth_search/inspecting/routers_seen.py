@@ -12,8 +12,8 @@ from dynadepth.checkpoints.trained_policy import Routers, TrainedMenu, TrainedPo
 from dynadepth.plans import EXECUTE, plan_depth, plan_text
 from dynadepth_search.evaluation.metrics import listed
 from dynadepth_search.inspecting.edit_maps import plan_map_picture
-from dynadepth_search.inspecting.exits_seen import inspect_exits
 from dynadepth_search.inspecting.inspection import Inspection, Picture, Table, edits_text
+from dynadepth_search.inspecting.late_exits.heads_seen import inspect_exits
 
 __all__ = ["inspect_routers", "router_figures"]
 

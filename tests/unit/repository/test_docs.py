@@ -250,7 +250,7 @@ def test_the_pipeline_runs_as_it_stands(capsys):
     seen = [f"inspect {name}" for name in ("scores", "graded-labels", "my-model/routers", "report")]
     tuning = ["tune menu", "tune", "score", "tune search"]
     exits = ["train", "generate", "eval"]
-    every = one_policy + others + exits + seen + tuning
+    every = [*one_policy, *others, *exits, "compare", *seen, *tuning]
     assert verbs == [f"dynadepth {verb}" for verb in every]
     for step in steps:
         code = cli.main(step[1:])

@@ -11,8 +11,8 @@ from dynadepth_search.cli.demo.config import DemoConfig
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.exits.building import clear_work, fit_exits
 from dynadepth_search.exits.judging.evaluating import Promise, evaluate_exits
-from dynadepth_search.inspecting.exits_judged import see_exit_evaluation
 from dynadepth_search.inspecting.inspecting import write_inspection
+from dynadepth_search.inspecting.late_exits.judged import see_exit_evaluation
 from dynadepth_search.progress import Progress
 from dynadepth_search.report.report import REPORT_NAME
 from dynadepth_search.search.static import read_static

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
@@ -19,15 +18,7 @@ from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.exits.judging.answered import judge_answers
 from dynadepth_search.exits.judging.opponents import Opponent, Part, Pool, opponents_at
-from dynadepth_search.exits.judging.timing import (
-    TimeOverBase,
-    Way,
-    base_way,
-    exits_way,
-    long_answers,
-    time_in_turns,
-    wrapped_way,
-)
+from dynadepth_search.exits.judging.timing import exits_way, times_over_base, wrapped_way
 from dynadepth_search.exits.judging.written import (
     Written,
     base_texts,
@@ -36,7 +27,6 @@ from dynadepth_search.exits.judging.written import (
 )
 from dynadepth_search.files.sealed import check_seal, write_sealed
 from dynadepth_search.progress import Progress
-from dynadepth_search.scoring.batching import pad_left
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
 
@@ -44,9 +34,8 @@ __all__ = ["EXIT_EVALUATION_NAME", "Promise", "evaluate_exits", "read_exit_evalu
 
 EXIT_EVALUATION_NAME = "exit_evaluation.json"
 SCHEMA_VERSION = 2
-# Answers that are shown, and prompts that are timed.
-_SHOWN, _TIMED = 3, 4
-_TIME_ROUNDS = 2
+# Answers that are shown.
+_SHOWN = 3
 
 
 class Promise(NamedTuple):
@@ -158,7 +147,7 @@ def evaluate_exits(
         name: wrapped_way(model, new_tokens=new_tokens, **part.arguments)
         for name, part in parts.items()
     }
-    times = _times(model, prompts, own, ways, new_tokens=new_tokens, progress=progress)
+    times = times_over_base(model, prompts, own, ways, new_tokens=new_tokens, progress=progress)
     for row, promise, (static, others) in zip(rows, made, opponents, strict=True):
         time = times.get(str(promise))
         row["time"] = None if time is None else time.to_dict()
@@ -232,29 +221,6 @@ def _parts(
         if opponent is not None
         for part in opponent.parts
     }
-
-
-def _times(
-    model: Any,
-    prompts: Sequence[npt.NDArray[np.int64]],
-    own: Sequence[Text],
-    ways: Mapping[str, Way],
-    *,
-    new_tokens: int,
-    progress: Progress,
-) -> dict[str, TimeOverBase]:
-    """Return the time of each way over the base model's; none if no answer is long enough."""
-    chosen = long_answers(own, new_tokens, _TIMED)
-    if not chosen:
-        return {}
-    batches = [pad_left([prompts[row]], model.device) for row in chosen]
-    return time_in_turns(
-        base_way(model, new_tokens=new_tokens),
-        ways,
-        batches,
-        rounds=_TIME_ROUNDS,
-        progress=progress,
-    )
 
 
 def _supported(exits: TrainedExits, promises: Sequence[Promise]) -> tuple[list[Promise], list[str]]:

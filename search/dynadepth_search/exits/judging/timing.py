@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dynadepth.drafting.pace import Pace
 from dynadepth.exits.exit_forward import Exits
 from dynadepth_search.progress import Progress
+from dynadepth_search.scoring.batching import pad_left
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
@@ -22,9 +24,12 @@ __all__ = [
     "exits_way",
     "long_answers",
     "time_in_turns",
+    "times_over_base",
     "wrapped_way",
 ]
 
+# Prompts of which `times_over_base` takes the time, and how often.
+_TIMED, _ROUNDS = 4, 2
 # Token ids and attention mask, left-padded. Shapes (rows, tokens).
 Batch = tuple[torch.Tensor, torch.Tensor]
 # How to decode a batch: the seconds it took, and the new tokens of its longest row.
@@ -168,3 +173,33 @@ def time_in_turns(
         )
         for name, found, own in zip(ways, ratios, times[1:], strict=True)
     }
+
+
+def times_over_base(
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    own: Sequence[Text],
+    ways: Mapping[str, Way],
+    *,
+    new_tokens: int,
+    progress: Progress,
+) -> dict[str, TimeOverBase]:
+    """Time several ways to decode against the base model's, on a few prompts with long answers, one at a time.
+
+    Args:
+        model: The unwrapped base model.
+        prompts: Token ids of each prompt.
+        own: The base model's own texts, from `base_texts`.
+        ways: The ways, by name.
+        new_tokens: The most tokens of a continuation.
+        progress: Called with the stage, the number of finished rounds and of all.
+
+    Returns:
+        The times by name; none if no answer is long enough.
+    """
+    chosen = long_answers(own, new_tokens, _TIMED)
+    if not chosen:
+        return {}
+    batches = [pad_left([prompts[row]], model.device) for row in chosen]
+    base = base_way(model, new_tokens=new_tokens)
+    return time_in_turns(base, ways, batches, rounds=_ROUNDS, progress=progress)

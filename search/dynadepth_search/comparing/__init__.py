@@ -1,0 +1,1 @@
+"""Several wrapped configurations of one model on one task: what they write, beside each other."""

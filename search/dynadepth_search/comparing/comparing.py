@@ -1,0 +1,289 @@
+"""Several configurations write from the same prompts: how far their answers are the base model's, and at what cost."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynadepth.checkpoints.save_load import base_model_name
+from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.errors import ConfigError
+from dynadepth.evaluation.intervals import mean_interval
+from dynadepth.files import read_versioned_json
+from dynadepth.plans import Plans
+from dynadepth.proving.prove import proved_stack
+from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth.wrapping.skipping import skips_of
+from dynadepth_search.comparing.configurations import Configuration
+from dynadepth_search.data.tasks import Task
+from dynadepth_search.exits.judging.timing import Way, exits_way, times_over_base, wrapped_way
+from dynadepth_search.exits.judging.written import (
+    Written,
+    base_texts,
+    write_with_exits,
+    write_with_plans,
+)
+from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.progress import Progress
+from dynadepth_search.scoring.own_text import Text, score_texts
+from dynadepth_search.scoring.runtime_checks import planned, wrapped
+from dynadepth_search.scoring.scorer import Scorer
+
+__all__ = ["COMPARISON_NAME", "compare", "read_comparison"]
+
+COMPARISON_NAME = "comparison.json"
+SCHEMA_VERSION = 1
+_AGAIN = "compare again"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Contender:
+    """A configuration whose policy is loaded.
+
+    Attributes:
+        name: Of the configuration.
+        arguments: Of `wrap_model`.
+        exits: Its exits; None: it plans prompts.
+        dial: With exits, what they are asked for.
+        plans: Without, the plan of each prompt. Shape (prompts, num_layers), uint8.
+        shortcuts: What is left in place of skipped layers.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    exits: TrainedExits | None
+    dial: dict[str, Any]
+    plans: Plans | None
+    shortcuts: Shortcuts | None
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    *,
+    task: Task,
+    configurations: Sequence[Configuration],
+    folder: str | os.PathLike[str],
+    new_tokens: int = 64,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Let a model write in several configurations, compare with its own text, and write `comparison.json`.
+
+    Args:
+        model: The unwrapped base model; it is unwrapped again afterwards.
+        tokenizer: Its tokenizer.
+        task: The prompts; answers are not looked at.
+        configurations: How it is wrapped, one or more, of different names.
+        folder: Where the file goes.
+        new_tokens: The most tokens of an answer.
+        progress: Called with the stage, the number of finished steps and of all.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ConfigError: There are no configurations, or two are the same.
+        BudgetError, CheckpointError, PlanError, ShortcutError, UnsupportedModelError: As `wrap_model`, before anything
+            is written.
+        TaskError: A prompt cannot be encoded.
+    """
+    names = [each.name for each in configurations]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"configurations to compare are {names}; expected one or more, each given once"
+        )
+    scorer = Scorer(model, tokenizer, scoring=task.scoring, chat=task.chat)
+    contenders = [_contender(model, scorer, task, each) for each in configurations]
+    prompts = [scorer.encode(example).prompt_ids for example in task.examples]
+    own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
+    rows, written = [], []
+    for contender in contenders:
+        found = _written(model, contender, prompts, own, new_tokens, progress)
+        written.append(found)
+        rows.append(
+            {
+                "name": contender.name,
+                "kind": "plans" if contender.exits is None else "exits",
+                "passes": float(found.passes.mean()) if len(found.prompts) else 1.0,
+                "kept": mean_interval(found.kept).to_dict() if len(found.prompts) else None,
+                "audited": found.audited,
+                **_likeness(found, own),
+                "by_place": _by_place(model, contender, own, progress),
+            }
+        )
+    ways = {each.name: _way(model, each, new_tokens) for each in contenders}
+    times = times_over_base(model, prompts, own, ways, new_tokens=new_tokens, progress=progress)
+    for row in rows:
+        time = times.get(row["name"])
+        row["time"] = None if time is None else time.to_dict()
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "model": base_model_name(model),
+        "task": {"name": task.name, "prompts": len(prompts)},
+        "new_tokens": new_tokens,
+        "rows": rows,
+        "answers": [_answer(tokenizer, own, written, row) for row in range(len(prompts))],
+    }
+    write_sealed(Path(folder) / COMPARISON_NAME, content)
+    return content
+
+
+def read_comparison(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `compare` wrote.
+
+    Args:
+        folder: Where it was written.
+
+    Returns:
+        The content.
+
+    Raises:
+        ConfigError: The file is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    path = Path(folder) / COMPARISON_NAME
+    content = read_versioned_json(
+        path,
+        SCHEMA_VERSION,
+        error=ConfigError,
+        make_again=_AGAIN,
+        missing="make it with `dynadepth compare`",
+    )
+    return check_seal(content, path, ConfigError, make_again=_AGAIN)
+
+
+def _contender(model: Any, scorer: Scorer, task: Task, configuration: Configuration) -> _Contender:
+    """Wrap the model once, so that whatever is refused is refused before anything takes time."""
+    arguments = dict(configuration.arguments)
+    with wrapped(model, **arguments) as inner:
+        controller = inner.dynadepth
+        trained = controller.trained
+        exits = trained if isinstance(trained, TrainedExits) else None
+        plans = None if exits is not None else planned(inner, scorer, task.examples)
+        dial: dict[str, Any] = {
+            name: arguments[name] for name in ("fidelity", "budget") if name in arguments
+        }
+        return _Contender(configuration.name, arguments, exits, dial, plans, controller.shortcuts)
+
+
+def _written(
+    model: Any,
+    contender: _Contender,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    own: Sequence[Text],
+    new_tokens: int,
+    progress: Progress,
+) -> Written:
+    if contender.exits is not None:
+        return write_with_exits(
+            model,
+            prompts,
+            own,
+            contender.exits.exits(**contender.dial),
+            num_layers=contender.exits.num_layers,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+    assert contender.plans is not None
+    return write_with_plans(
+        model,
+        prompts,
+        own,
+        num_layers=contender.plans.shape[1],
+        new_tokens=new_tokens,
+        progress=progress,
+        **contender.arguments,
+    )
+
+
+def _way(model: Any, contender: _Contender, new_tokens: int) -> Way:
+    if contender.exits is not None:
+        exits = contender.exits.exits(**contender.dial)
+        return exits_way(model, exits, new_tokens=new_tokens)
+    return wrapped_way(model, new_tokens=new_tokens, **contender.arguments)
+
+
+def _likeness(found: Written, own: Sequence[Text]) -> dict[str, Any]:
+    """Return how far all answers are the base model's own, those of one token too."""
+    begins = [
+        _begins_alike(each.text, base) for each, base in zip(found.produced, own, strict=True)
+    ]
+    whole = [
+        np.array_equal(each.text.ids, base.ids)
+        for each, base in zip(found.produced, own, strict=True)
+    ]
+    return {
+        "identical": mean_interval(np.array(whole, dtype=np.float64)).to_dict(),
+        "common": {"median": float(np.median(begins)), "mean": float(np.mean(begins))},
+    }
+
+
+def _begins_alike(text: Text, own: Text) -> int:
+    """Return with how many new tokens two answers begin alike."""
+    ours, base = text.ids[text.prompt :], own.ids[own.prompt :]
+    length = min(len(ours), len(base))
+    differ = np.flatnonzero(ours[:length] != base[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _by_place(
+    model: Any, contender: _Contender, own: Sequence[Text], progress: Progress
+) -> dict[str, list[float]] | None:
+    """Return agreement and divergence at each new token of the base model's own text; None with exits.
+
+    With exits the keys and values are the base model's own, so that they differ where a token leaves alone.
+    """
+    if contender.plans is None:
+        return None
+    stack = proved_stack(model)
+    longest = max(len(text.places) for text in own)
+    sums = np.zeros((3, longest))
+    different, of = np.unique(contender.plans, axis=0, return_inverse=True)
+    for number, plan in enumerate(different):
+        progress(f"reading the base's text, {contender.name}", number, len(different))
+        texts = [own[row] for row in np.flatnonzero(of == number).tolist()]
+        skips = skips_of(contender.shortcuts, stack.num_layers)
+        outcomes = score_texts(model, stack, texts, plan[None], skips=skips)
+        agreement, divergence = outcomes.agreement[0], outcomes.divergence[0]
+        there = ~np.isnan(agreement)
+        width = agreement.shape[1]
+        sums[0, :width] += np.nansum(agreement, axis=0)
+        sums[1, :width] += np.nansum(divergence, axis=0)
+        sums[2, :width] += there.sum(axis=0)
+    return {
+        "agreement": (sums[0] / sums[2]).tolist(),
+        "divergence": (sums[1] / sums[2]).tolist(),
+        "answers": sums[2].astype(int).tolist(),
+    }
+
+
+def _answer(
+    tokenizer: Any, own: Sequence[Text], written: Sequence[Written], row: int
+) -> dict[str, Any]:
+    """Return what was answered to one prompt; each answer in two parts: as the base model began, and then."""
+    base = own[row]
+
+    def said(ids: npt.NDArray[np.int64]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    answers = []
+    for found in written:
+        text = found.produced[row].text
+        new = text.ids[text.prompt :]
+        alike = _begins_alike(text, base)
+        beginning, whole = said(new[:alike]), said(new)
+        # A character may be of several tokens.
+        while not whole.startswith(beginning):
+            alike -= 1
+            beginning = said(new[:alike])
+        answers.append([beginning, whole[len(beginning) :]])
+    return {
+        "prompt": said(base.ids[: base.prompt]),
+        "base": said(base.ids[base.prompt :]),
+        "answers": answers,
+    }
