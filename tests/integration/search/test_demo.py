@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from dynadepth import load_policy, load_shortcuts
 from dynadepth.cli import main as cli
 from dynadepth.errors import AssetError, ConfigError, LabelError, TaskError, UnsupportedModelError
 from dynadepth.files import sha256_file
+from dynadepth_search.cli.demo import late_exits
 from dynadepth_search.cli.demo import running as demo
 from dynadepth_search.cli.demo.config import DemoConfig
 from dynadepth_search.cli.demo.running import run_demo
 from dynadepth_search.data.kinds import KindsTask, instruction
 from dynadepth_search.data.questions import Question
 from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.exits.spec import ExitSpec
 from dynadepth_search.files.sealed import read_sealed, write_sealed
 from dynadepth_search.progress import silent
 from dynadepth_search.scoring.score_table import read_scores
@@ -57,6 +60,19 @@ def config(base: Path, questions: Path, out: Path, **changes: Any) -> DemoConfig
         "quick": True,
     }
     return DemoConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_exits() -> Iterator[None]:
+    """Let a full demo train and judge exits on as little as will do."""
+    spec = ExitSpec(
+        layers=(1,), rounds=0, new_tokens=6, lens_epochs=0, router_epochs=1, router_width=4
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DemoConfig, "exits", spec)
+        patch.setattr(late_exits, "_WRITTEN", 5)
+        patch.setattr(late_exits, "_SAID", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +222,9 @@ class _Killed(BaseException):
 @pytest.mark.parametrize(
     "stage",
     [
-        "removing single layers",
-        "growing plans",
-        "scoring plans",
-        "training the menu",
         "moments",
-        "choosing shortcuts",
-        "scoring held-out prompts",
+        "growing plans",
+        "training the menu",
         "scoring plain plans",
         "write the model card",
     ],
