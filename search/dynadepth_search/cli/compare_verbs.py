@@ -16,7 +16,7 @@ from dynadepth_search.cli.options import (
     display,
     in_chat,
     load,
-    print_result,
+    show_inspection,
 )
 
 __all__ = ["compare_configurations"]
@@ -49,9 +49,6 @@ def compare_configurations(
     from dynadepth_search.comparing.configurations import Configuration
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.inspecting.compared_seen import see_comparison
-    from dynadepth_search.inspecting.inspecting import print_inspection, write_inspection
-    from dynadepth_search.report.report import REPORT_NAME
-    from dynadepth_search.report.terminal import result_console
 
     configurations = [Configuration.parse(text) for text in ways]
     prompts = read_task(task, scoring=scoring, limit=limit)
@@ -66,10 +63,4 @@ def compare_configurations(
             new_tokens=new_tokens,
             progress=progress,
         )
-    found = see_comparison(content)
-    page = write_inspection(found, out / REPORT_NAME)
-    if as_json:
-        print_result({**found.figures, "report": str(page)}, as_json=True)
-        return
-    print_inspection(found, result_console())
-    typer.echo(f"report: {page}")
+    show_inspection(see_comparison(content), out, as_json=as_json)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from dynadepth.shortcuts.maps import Shortcuts as LoadedShortcuts
     from dynadepth_search.data.tasks import Task
+    from dynadepth_search.inspecting.inspection import Inspection
     from dynadepth_search.runners.work import Runner
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "quiet",
     "runner_for",
     "scalar_values",
+    "show_inspection",
 ]
 
 Model = Annotated[str, typer.Option("--model", help="Folder or Hub id of the base model")]
@@ -269,3 +271,23 @@ def print_depths(content: Mapping[str, Any]) -> None:
 def scalar_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is nested: a report shows plain values."""
     return {key: value for key, value in values.items() if isinstance(value, str | int | float)}
+
+
+def show_inspection(found: "Inspection", out: Path, *, as_json: bool) -> None:
+    """Write the page of what was measured into its folder, and print it or its figures.
+
+    Args:
+        found: What was measured.
+        out: The folder.
+        as_json: Whether the figures are printed as JSON.
+    """
+    from dynadepth_search.inspecting.inspecting import print_inspection, write_inspection
+    from dynadepth_search.report.report import REPORT_NAME
+    from dynadepth_search.report.terminal import result_console
+
+    page = write_inspection(found, out / REPORT_NAME)
+    if as_json:
+        print_result({**found.figures, "report": str(page)}, as_json=True)
+        return
+    print_inspection(found, result_console())
+    typer.echo(f"report: {page}")

@@ -36,12 +36,12 @@ from dynadepth_search.cli.options import (
     print_result,
     runner_for,
     scalar_values,
+    show_inspection,
 )
 
 if TYPE_CHECKING:
     from dynadepth.checkpoints.trained_exits import TrainedExits
     from dynadepth_search.data.tasks import Task
-    from dynadepth_search.inspecting.inspection import Inspection
 
 __all__ = ["evaluate_policy", "inspect_run", "report", "train"]
 
@@ -521,20 +521,7 @@ def _evaluate_exits(
             new_tokens=new_tokens,
             progress=progress,
         )
-    _show_exits(see_exit_evaluation(content), out, as_json=as_json)
-
-
-def _show_exits(found: "Inspection", out: Path, *, as_json: bool) -> None:
-    from dynadepth_search.inspecting.inspecting import print_inspection, write_inspection
-    from dynadepth_search.report.report import REPORT_NAME
-    from dynadepth_search.report.terminal import result_console
-
-    page = write_inspection(found, out / REPORT_NAME)
-    if as_json:
-        print_result({**found.figures, "report": str(page)}, as_json=True)
-        return
-    print_inspection(found, result_console())
-    typer.echo(f"report: {page}")
+    show_inspection(see_exit_evaluation(content), out, as_json=as_json)
 
 
 def report(
@@ -560,7 +547,7 @@ def report(
 
     if (run / EXIT_EVALUATION_NAME).is_file():
         _refuse_given({"--markdown": markdown}, f"{run} holds an evaluation of late exits")
-        _show_exits(inspect_exit_evaluation(run), out or run, as_json=as_json)
+        show_inspection(inspect_exit_evaluation(run), out or run, as_json=as_json)
         return
 
     inner = run / "evaluation"

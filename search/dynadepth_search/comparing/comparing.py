@@ -13,7 +13,6 @@ from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.intervals import mean_interval
-from dynadepth.files import read_versioned_json
 from dynadepth.plans import Plans
 from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
@@ -27,7 +26,7 @@ from dynadepth_search.exits.judging.written import (
     write_with_exits,
     write_with_plans,
 )
-from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.files.sealed import read_result, write_sealed
 from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.own_text import Text, score_texts
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
@@ -37,7 +36,6 @@ __all__ = ["COMPARISON_NAME", "compare", "read_comparison"]
 
 COMPARISON_NAME = "comparison.json"
 SCHEMA_VERSION = 1
-_AGAIN = "compare again"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,15 +143,12 @@ def read_comparison(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: The file is damaged or of another version.
         FileNotFoundError: There is none.
     """
-    path = Path(folder) / COMPARISON_NAME
-    content = read_versioned_json(
-        path,
+    return read_result(
+        Path(folder) / COMPARISON_NAME,
         SCHEMA_VERSION,
-        error=ConfigError,
-        make_again=_AGAIN,
+        make_again="compare again",
         missing="make it with `dynadepth compare`",
     )
-    return check_seal(content, path, ConfigError, make_again=_AGAIN)
 
 
 def _contender(model: Any, scorer: Scorer, task: Task, configuration: Configuration) -> _Contender:

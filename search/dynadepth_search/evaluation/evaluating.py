@@ -20,7 +20,6 @@ from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
-from dynadepth.files import read_versioned_json
 from dynadepth.plans import plan_depth
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
@@ -50,7 +49,7 @@ from dynadepth_search.evaluation.notes import (
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
 from dynadepth_search.evaluation.plain_static import PlainStatic, beside_static
 from dynadepth_search.files.locking import locked
-from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.files.sealed import read_result, write_sealed
 from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.runners.work import Loaded, Runner
@@ -357,15 +356,12 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: The file is damaged or of another version.
         FileNotFoundError: There is none.
     """
-    path = Path(folder) / EVALUATION_NAME
-    content = read_versioned_json(
-        path,
+    return read_result(
+        Path(folder) / EVALUATION_NAME,
         SCHEMA_VERSION,
-        error=ConfigError,
         make_again="evaluate again",
         missing="make it with `dynadepth eval`",
     )
-    return check_seal(content, path, ConfigError, make_again="evaluate again")
 
 
 def check_trained_on(routers: Mapping[str, TrainedPolicy], task: Mapping[str, Any]) -> None:

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynadepth.errors import DynadepthError
-from dynadepth.files import read_json, sha256_text, write_json_atomic
+from dynadepth.errors import ConfigError, DynadepthError
+from dynadepth.files import read_json, read_versioned_json, sha256_text, write_json_atomic
 
-__all__ = ["check_seal", "read_sealed", "write_sealed"]
+__all__ = ["check_seal", "read_result", "read_sealed", "write_sealed"]
 
 _SEAL = "seal"
 
@@ -46,6 +46,28 @@ def read_sealed(path: Path, error: type[DynadepthError], *, make_again: str) -> 
         FileNotFoundError: There is none.
     """
     return check_seal(read_json(path, error), path, error, make_again=make_again)
+
+
+def read_result(path: Path, version: int, *, make_again: str, missing: str) -> dict[str, Any]:
+    """Read a sealed file of results that has a `schema_version`.
+
+    Args:
+        path: The file.
+        version: The version that is known.
+        make_again: What the user can do about another version or a damaged file.
+        missing: What the user can do if there is none.
+
+    Returns:
+        The content, without the seal.
+
+    Raises:
+        ConfigError: The file is damaged or of another version.
+        FileNotFoundError: There is none.
+    """
+    content = read_versioned_json(
+        path, version, error=ConfigError, make_again=make_again, missing=missing
+    )
+    return check_seal(content, path, ConfigError, make_again=make_again)
 
 
 def check_seal(

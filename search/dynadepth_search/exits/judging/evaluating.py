@@ -9,10 +9,9 @@ import numpy as np
 
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
-from dynadepth.errors import BudgetError, ConfigError, TaskError
+from dynadepth.errors import BudgetError, TaskError
 from dynadepth.evaluation.intervals import mean_interval
 from dynadepth.exits.exit_forward import Exits
-from dynadepth.files import read_versioned_json
 from dynadepth.models.token_pieces import token_pieces
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.data.tasks import Task
@@ -25,7 +24,7 @@ from dynadepth_search.exits.judging.written import (
     write_with_exits,
     write_with_plans,
 )
-from dynadepth_search.files.sealed import check_seal, write_sealed
+from dynadepth_search.files.sealed import read_result, write_sealed
 from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.scorer import Scorer
@@ -198,16 +197,12 @@ def read_exit_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: The file is damaged or of another version.
         FileNotFoundError: There is none.
     """
-    path = Path(folder) / EXIT_EVALUATION_NAME
-    again = "evaluate again"
-    content = read_versioned_json(
-        path,
+    return read_result(
+        Path(folder) / EXIT_EVALUATION_NAME,
         SCHEMA_VERSION,
-        error=ConfigError,
-        make_again=again,
+        make_again="evaluate again",
         missing="make it with `dynadepth eval`",
     )
-    return check_seal(content, path, ConfigError, make_again=again)
 
 
 def _parts(
