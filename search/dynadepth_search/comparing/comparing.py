@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.intervals import mean_interval
 from dynadepth.plans import Plans
@@ -18,7 +19,9 @@ from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.wrapping.skipping import skips_of
 from dynadepth_search.comparing.configurations import Configuration
+from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Task
+from dynadepth_search.evaluation.notes import who_took_part
 from dynadepth_search.exits.judging.timing import Way, exits_way, times_over_base, wrapped_way
 from dynadepth_search.exits.judging.written import (
     Written,
@@ -45,6 +48,7 @@ class _Contender:
     Attributes:
         name: Of the configuration.
         arguments: Of `wrap_model`.
+        trained: The policy that it has, if it was trained.
         exits: Its exits; None: it plans prompts.
         dial: With exits, what they are asked for.
         plans: Without, the plan of each prompt. Shape (prompts, num_layers), uint8.
@@ -53,6 +57,7 @@ class _Contender:
 
     name: str
     arguments: dict[str, Any]
+    trained: TrainedPolicy | None
     exits: TrainedExits | None
     dial: dict[str, Any]
     plans: Plans | None
@@ -96,6 +101,9 @@ def compare(
         )
     scorer = Scorer(model, tokenizer, scoring=task.scoring, chat=task.chat)
     contenders = [_contender(model, scorer, task, each) for each in configurations]
+    policies = {each.name: each.trained for each in contenders if each.trained is not None}
+    took_part = who_took_part(policies, {})
+    hashes = set(prompt_hashes(task.examples))
     prompts = [scorer.encode(example).prompt_ids for example in task.examples]
     own = base_texts(model, prompts, new_tokens=new_tokens, progress=progress)
     rows, written = [], []
@@ -123,6 +131,10 @@ def compare(
         "model": base_model_name(model),
         "task": {"name": task.name, "prompts": len(prompts)},
         "new_tokens": new_tokens,
+        # How many of the prompts took part in what is compared, by name.
+        "took_part": {
+            name: len(hashes.intersection(known or ())) for name, known in took_part.items()
+        },
         "rows": rows,
         "answers": [_answer(tokenizer, own, written, row) for row in range(len(prompts))],
     }
@@ -162,7 +174,9 @@ def _contender(model: Any, scorer: Scorer, task: Task, configuration: Configurat
         dial: dict[str, Any] = {
             name: arguments[name] for name in ("fidelity", "budget") if name in arguments
         }
-        return _Contender(configuration.name, arguments, exits, dial, plans, controller.shortcuts)
+        return _Contender(
+            configuration.name, arguments, trained, exits, dial, plans, controller.shortcuts
+        )
 
 
 def _written(

@@ -19,7 +19,7 @@ import transformers
 from dynadepth._core import __version__
 from dynadepth.checkpoints.save_load import base_model_name
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
-from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
+from dynadepth.errors import BudgetError, ConfigError, LabelError, TaskError
 from dynadepth.plans import plan_depth
 from dynadepth_search.data.splits import check_held_out, prompt_hashes
 from dynadepth_search.data.tasks import Task
@@ -40,17 +40,15 @@ from dynadepth_search.evaluation.metrics import (
 from dynadepth_search.evaluation.notes import (
     describe,
     drift_notes,
-    fitted_on,
     plan_map,
-    remembered_prompts,
     unrecorded_notes,
     warm_up_notes,
+    who_took_part,
 )
 from dynadepth_search.evaluation.outcome_cache import OutcomeCache
 from dynadepth_search.evaluation.plain_static import PlainStatic, beside_static
 from dynadepth_search.files.locking import locked
 from dynadepth_search.files.sealed import read_result, write_sealed
-from dynadepth_search.files.stored import Stored
 from dynadepth_search.progress import Progress, silent
 from dynadepth_search.runners.work import Loaded, Runner
 from dynadepth_search.scoring.objectives import check_objective, refuse_solutions
@@ -190,7 +188,7 @@ def evaluate(
             advice="compare policies that skip alike",
         )
     _check_apart(train, heldout)
-    took_part = _who_took_part(sources, seen or {})
+    took_part = who_took_part(sources, seen or {})
     known = {name: hashes for name, hashes in took_part.items() if hashes is not None}
     check_held_out(heldout.examples, known)
     if unseen is not None:
@@ -417,31 +415,6 @@ def _check_apart(train: Task, heldout: Task) -> None:
             f"{len(shared)} of {len(heldout.examples)} held-out prompts are training prompts too, such as "
             f"{shared[0][:60]!r}; give prompts that took no part in search or training"
         )
-
-
-def _who_took_part(
-    sources: Mapping[str, TrainedPolicy], seen: Mapping[str, Iterable[str] | None]
-) -> dict[str, Iterable[str] | None]:
-    """Return the hashes of the prompts that took part in anything, by who remembers them; None: it does not say."""
-    policies = {}
-    for name, trained in sources.items():
-        what = f"the training of {name}"
-        _check_remembered(what, trained)
-        policies[what] = remembered_prompts(trained)
-        if trained.shortcuts is not None:
-            policies[f"the shortcuts of {name}"] = fitted_on(trained.shortcuts)
-    return {**seen, **policies}
-
-
-def _check_remembered(what: str, trained: TrainedPolicy) -> None:
-    """Refuse a policy whose memory of its prompts is damaged: it would pass for one that has none."""
-    advice = "train the policy again, or take the folder's own router_config.json"
-    stored = Stored(
-        dict(trained.training), f"what is said of {what}", advice, error=CheckpointError
-    )
-    for key, item in stored.mapping().items():
-        if key in ("prompt_hashes", "plan_prompt_hashes"):
-            item.texts()
 
 
 def _plan(

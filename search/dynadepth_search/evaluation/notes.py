@@ -4,18 +4,19 @@ Works on plans and records; runs nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dynadepth.checkpoints.trained_policy import Routers, TrainedPolicy
-from dynadepth.errors import ConfigError, ShortcutError
+from dynadepth.errors import CheckpointError, ConfigError, ShortcutError
 from dynadepth.plans import Plans, plan_depth, plan_text
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.training.train_config import TrainConfig
 from dynadepth_search.data.tasks import Example
 from dynadepth_search.evaluation.metrics import show_budget
+from dynadepth_search.files.stored import Stored
 
 __all__ = [
     "describe",
@@ -26,6 +27,7 @@ __all__ = [
     "remembered_prompts",
     "unrecorded_notes",
     "warm_up_notes",
+    "who_took_part",
 ]
 
 # Of the map of plans: the plans that most prompts got, and prompts of each.
@@ -71,6 +73,39 @@ def remembered_prompts(trained: TrainedPolicy) -> list[str] | None:
     known = [trained.training.get(key) for key in ("prompt_hashes", "plan_prompt_hashes")]
     lists = [each for each in known if isinstance(each, list)]
     return [name for each in lists for name in each] if lists else None
+
+
+def who_took_part(
+    sources: Mapping[str, TrainedPolicy], seen: Mapping[str, Iterable[str] | None]
+) -> dict[str, Iterable[str] | None]:
+    """Return the hashes of the prompts that took part in anything, by who remembers them; None: it does not say.
+
+    Args:
+        sources: Policies, by name.
+        seen: The same of what else took part, by the user's name of it.
+
+    Raises:
+        CheckpointError: A policy's memory of its prompts is damaged.
+    """
+    policies = {}
+    for name, trained in sources.items():
+        what = f"the training of {name}"
+        _check_remembered(what, trained)
+        policies[what] = remembered_prompts(trained)
+        if trained.shortcuts is not None:
+            policies[f"the shortcuts of {name}"] = fitted_on(trained.shortcuts)
+    return {**seen, **policies}
+
+
+def _check_remembered(what: str, trained: TrainedPolicy) -> None:
+    """Refuse a policy whose memory of its prompts is damaged: it would pass for one that has none."""
+    advice = "train the policy again, or take the folder's own router_config.json"
+    stored = Stored(
+        dict(trained.training), f"what is said of {what}", advice, error=CheckpointError
+    )
+    for key, item in stored.mapping().items():
+        if key in ("prompt_hashes", "plan_prompt_hashes"):
+            item.texts()
 
 
 def unrecorded_notes(names: Sequence[str]) -> list[str]:

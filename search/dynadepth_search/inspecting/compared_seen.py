@@ -40,6 +40,11 @@ def see_comparison(content: Mapping[str, Any]) -> Inspection:
         f"Of {content['task']['prompts']} answers {best['name']} gives {_share(best['identical']['mean'])} % as the "
         "base model does, to the last token: the most of all."
     ]
+    said += [
+        f"{number} of the prompts took part in {name}, so they say little of others."
+        for name, number in content["took_part"].items()
+        if number
+    ]
     places = [row for row in rows if row["by_place"] is not None]
     parts = [_likeness(rows)]
     if places:

@@ -1,5 +1,6 @@
 """`dynadepth compare`: several ways to wrap a model on the same prompts, against what its own forwards give."""
 
+import html
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model, load_tokenizer
+from dynadepth_search.data.splits import prompt_hashes
+from dynadepth_search.data.tasks import Example
 from tests.tiny_exits import random_exits
 from tests.tiny_menus import random_menu
 
@@ -33,7 +36,12 @@ def folder(tiny_base, tmp_path):
     """A menu and exits of the tiny model, and a task."""
     model = load_model(str(tiny_base))
     menu = random_menu(
-        layers=(1,), hidden_size=32, plans=PLANS, seed=1, fingerprint=fingerprint(model)
+        layers=(1,),
+        hidden_size=32,
+        plans=PLANS,
+        seed=1,
+        fingerprint=fingerprint(model),
+        training={"prompt_hashes": prompt_hashes([Example(prompt="red")])},
     )
     save_policy(tmp_path / "menu", menu)
     save_policy(tmp_path / "exits", random_exits(model))
@@ -115,6 +123,7 @@ def test_it_measures_what_the_models_own_forwards_give(tiny_base, folder, capsys
     # The page is drawn again from the file.
     page = (out / "report.html").read_text()
     assert "On the base model" in page
+    assert f"1 of the prompts took part in the training of {ways[1]}" in html.unescape(page)
     assert "▸" in page
     code, shown, _ = run(capsys, "inspect", out, "--html", folder / "page.html")
     assert code == 0

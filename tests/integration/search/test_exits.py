@@ -13,6 +13,8 @@ from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model, load_tokenizer
+from dynadepth_search.data.splits import prompt_hashes
+from dynadepth_search.data.tasks import Example
 from tests.tiny_exits import PROMISES, random_exits
 from tests.tiny_menus import random_menu
 
@@ -293,6 +295,26 @@ def test_wrong_evaluations_say_so(tiny_base, trained, capsys, more, message):
     assert code in (1, 2)
     assert message in " ".join(err.split())
     assert not (trained / "report").exists()
+
+
+def test_prompts_that_took_part_are_not_held_out(tiny_base, trained, capsys):
+    prompts = [Example(prompt=f"why is {word}") for word in ("snow", "red", "the sea")]
+    exits = random_exits(
+        load_model(str(tiny_base)), training={"prompt_hashes": prompt_hashes(prompts)}
+    )
+    save_policy(trained / "exits", exits)
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--budget", 0.8]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report"]
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert "2 in the training of the exits" in " ".join(err.split())
+    assert not (trained / "report").exists()
+    # Those that chose the plans did not choose them for others.
+    save_policy(trained / "exits", random_exits(load_model(str(tiny_base))))
+    argv[argv.index(trained / "heldout.txt")] = trained / "others.txt"
+    code, _, err = run(capsys, *argv, "--plans", trained / "plans")
+    assert code == 1
+    assert "in the plans in" in " ".join(err.split())
 
 
 def test_a_damaged_evaluation_is_refused(tiny_base, trained, capsys):

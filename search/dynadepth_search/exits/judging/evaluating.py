@@ -1,7 +1,7 @@
 """The evaluation of late exits: what they keep and cost on held-out prompts, beside static plans of equal passes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from dynadepth.evaluation.intervals import mean_interval
 from dynadepth.exits.exit_forward import Exits
 from dynadepth.models.token_pieces import token_pieces
 from dynadepth.shortcuts.maps import Shortcuts
+from dynadepth_search.data.splits import check_held_out
 from dynadepth_search.data.tasks import Task
+from dynadepth_search.evaluation.notes import unrecorded_notes, who_took_part
 from dynadepth_search.exits.judging.answered import judge_answers
 from dynadepth_search.exits.judging.opponents import Opponent, Part, Pool, opponents_at
 from dynadepth_search.exits.judging.timing import exits_way, times_over_base, wrapped_way
@@ -68,6 +70,7 @@ def evaluate_exits(
     pool: Pool | None = None,
     shortcuts: Shortcuts | None = None,
     against: Mapping[str, TrainedPolicy] | None = None,
+    seen: Mapping[str, Iterable[str] | None] | None = None,
     new_tokens: int = 64,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -87,6 +90,8 @@ def evaluate_exits(
             opponent but the base model.
         shortcuts: What rows take in place of layers that static plans skip; None: nothing.
         against: Other policies, which plan prompts, by name; they are left out where they cannot have as many passes.
+        seen: Hashes of prompts that took part in anything else, such as those that chose the static plans, by the
+            user's name of it; None for what does not record them.
         new_tokens: The most tokens of an answer.
         progress: Called with the stage, the number of finished steps and of all.
 
@@ -95,11 +100,16 @@ def evaluate_exits(
 
     Raises:
         BudgetError: None of the promises is supported by the exits' held-out prompts.
-        TaskError: A prompt cannot be encoded, or no answer has more than one token.
+        CheckpointError: A policy's memory of the prompts that trained it is damaged.
+        TaskError: A held-out prompt took part in training or in choosing plans, or cannot be encoded; or no answer has
+            more than one token.
         UnsupportedModelError: The model does not run late exits exactly.
     """
     # Before anything takes time.
     made, refused = _supported(exits, promises)
+    took_part = who_took_part({"the exits": exits, **(against or {})}, seen or {})
+    known = {name: hashes for name, hashes in took_part.items() if hashes is not None}
+    check_held_out(heldout.examples, known)
     scorer = Scorer(
         model, tokenizer, scoring=heldout.scoring, chat=heldout.chat, shortcuts=shortcuts
     )
@@ -178,6 +188,7 @@ def evaluate_exits(
         "answers": rows[0]["kept"]["n"],
         "rows": rows,
         "refused": refused,
+        "notes": unrecorded_notes([name for name, hashes in took_part.items() if hashes is None]),
         "examples": _examples(tokenizer, own, written),
     }
     write_sealed(Path(folder) / EXIT_EVALUATION_NAME, content)

@@ -39,6 +39,7 @@ def see_exit_evaluation(content: Mapping[str, Any]) -> Inspection:
         f"{content['answers']} of {content['task']['prompts']} answers have more than one token; the figures are means "
         "over these, each counting once.",
         *(f"Not measured: {text}" for text in content["refused"]),
+        *content["notes"],
     ]
     return Inspection(
         kind="exit evaluation",
