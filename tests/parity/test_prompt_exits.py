@@ -153,6 +153,11 @@ def test_what_is_refused():
     wrap_model(model, routers=exits, budget=BUDGET, protect=[0])
     with pytest.raises(ConfigError, match="answer_prompts was given no prompts"):
         model.dynadepth.answer_prompts()
+    with (
+        model.dynadepth.plans("0-3"),
+        pytest.raises(ConfigError, match=r"inside plans\(\.\.\.\)"),
+    ):
+        model.dynadepth.answer_prompts(ids, mask)
     controller = model.dynadepth
     unwrap_model(model)
     with pytest.raises(WrapError, match="no longer wrapped"):

@@ -235,7 +235,8 @@ class Controller(ContextMethods):
         Raises:
             BudgetError: The promise is outside of what was measured on prompts that are answered with one token.
             ConfigError: There are no prompts; the model was not wrapped with trained exits, or with `protect` for a
-                layer that a prompt would leave before; or its exits know nothing of such prompts.
+                layer that a prompt would leave before; its exits know nothing of such prompts; or it is called inside
+                `plans(...)`.
             UnsupportedModelError: The padding of the prompts cannot be determined.
             WrapError: The model is no longer wrapped.
 
@@ -248,6 +249,11 @@ class Controller(ContextMethods):
                 answers.layers_run.mean() / model.dynadepth.num_layers  # the mean depth
         """
         policy = self._budgets.prompt_exits(fidelity=self._fidelity, budget=self._budget)
+        if any(each.plans is not None for each in contexts_of(self)):
+            raise ConfigError(
+                "answer_prompts was called inside plans(...), which says itself what runs; call it outside, or the "
+                "model itself"
+            )
         first = policy.decision_layers[0]
         kept = [layer for layer in self._limits.protect if layer >= first]
         if kept:

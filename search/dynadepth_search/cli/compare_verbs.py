@@ -49,7 +49,9 @@ def compare_configurations(
     from dynadepth_search.comparing.configurations import Configuration
     from dynadepth_search.data.tasks import read_task
     from dynadepth_search.inspecting.compared_seen import see_comparison
+    from dynadepth_search.inspecting.folders import check_free
 
+    check_free(out, "comparison")
     configurations = [Configuration.parse(text) for text in ways]
     prompts = read_task(task, scoring=scoring, limit=limit)
     base, tokenizer = load(model, device, dtype)

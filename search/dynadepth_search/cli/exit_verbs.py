@@ -124,10 +124,12 @@ def evaluate_exits(
     from dynadepth.errors import ConfigError
     from dynadepth_search.exits.judging.evaluating import Promise
     from dynadepth_search.exits.judging.evaluating import evaluate_exits as judge
+    from dynadepth_search.inspecting.folders import check_free
     from dynadepth_search.inspecting.late_exits.judged import see_exit_evaluation
     from dynadepth_search.search.static import read_static
     from dynadepth_search.storage.compatibility import check_same_shortcuts
 
+    check_free(out, "exit evaluation")
     asked = [Promise("fidelity", each) for each in fidelities]
     asked += [Promise("budget", each) for each in budgets]
     base, tokenizer = load(model, device, dtype)

@@ -1,5 +1,6 @@
 """Several configurations write from the same prompts: how far their answers are the base model's, and at what cost."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.intervals import mean_interval
-from dynadepth.plans import Plans
+from dynadepth.plans import Plans, plan_depth
 from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth.wrapping.skipping import skips_of
@@ -114,7 +115,7 @@ def compare(
             {
                 "name": contender.name,
                 "kind": "plans" if contender.exits is None else "exits",
-                "passes": float(found.passes.mean()) if len(found.prompts) else 1.0,
+                "passes": _passes(contender, found),
                 "kept": mean_interval(found.kept).to_dict() if len(found.prompts) else None,
                 "audited": found.audited,
                 **_likeness(found, own),
@@ -209,6 +210,13 @@ def _written(
     )
 
 
+def _passes(contender: _Contender, found: Written) -> float:
+    """Return the mean depth of plans; with exits the mean passes, and 1 if no answer has a token to leave early."""
+    if contender.plans is not None:
+        return float(plan_depth(contender.plans).mean())
+    return float(found.passes.mean()) if len(found.prompts) else 1.0
+
+
 def _way(model: Any, contender: _Contender, new_tokens: int) -> Way:
     if contender.exits is not None:
         exits = contender.exits.exits(**contender.dial)
@@ -241,7 +249,7 @@ def _begins_alike(text: Text, own: Text) -> int:
 
 def _by_place(
     model: Any, contender: _Contender, own: Sequence[Text], progress: Progress
-) -> dict[str, list[float]] | None:
+) -> dict[str, list[Any]] | None:
     """Return agreement and divergence at each new token of the base model's own text; None with exits.
 
     With exits the keys and values are the base model's own, so that they differ where a token leaves alone.
@@ -265,7 +273,10 @@ def _by_place(
         sums[2, :width] += there.sum(axis=0)
     return {
         "agreement": (sums[0] / sums[2]).tolist(),
-        "divergence": (sums[1] / sums[2]).tolist(),
+        # None where logits overflow.
+        "divergence": [
+            each if math.isfinite(each) else None for each in (sums[1] / sums[2]).tolist()
+        ],
         "answers": sums[2].astype(int).tolist(),
     }
 

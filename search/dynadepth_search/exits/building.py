@@ -134,9 +134,8 @@ class _Training:
     def run(self) -> TrainedExits:
         mark_asked(self._folder / "asked.json", self._asked, advice=_ADVICE)
         train = self._states("train", self._train, self._candidates)
-        heldout = self._states("held-out", self._heldout, self._candidates)
         # Exits are judged on the model's own text.
-        heldout = heldout.take(heldout.own)
+        heldout = self._states("held-out", self._heldout, self._candidates, own_only=True)
         with StateReader(self._model, self._stack) as reader:
             affine = {
                 layer: affine_lens(train, layer, width=self._width) for layer in self._candidates
@@ -177,7 +176,9 @@ class _Training:
             layers=self._num_layers,
             promises=promises,
             window=self._spec.window,
-            answers=calibration_of(answer_rows(first, self._num_layers), never=never),
+            answers=calibration_of(answer_rows(first, self._num_layers), never=never)
+            if heldout.first.any()
+            else None,
             calibration=promises.budgets(),
             fingerprint=fingerprint(self._model),
             base_model=base_model_name(self._model),
@@ -194,7 +195,9 @@ class _Training:
             },
         )
 
-    def _states(self, name: str, prompts: Sequence[Any], layers: Sequence[int]) -> ExitStates:
+    def _states(
+        self, name: str, prompts: Sequence[Any], layers: Sequence[int], *, own_only: bool = False
+    ) -> ExitStates:
         texts = TextFile(self._folder / f"{name}.jsonl").continued(
             self._model,
             prompts,
@@ -202,7 +205,7 @@ class _Training:
             batch_size=2 * self._spec.batch_size,
             progress=self._progress,
         )
-        return self._collect(name, texts, layers)
+        return self._collect(name, texts, layers, own_only=own_only)
 
     def _collect(
         self, name: str, texts: Sequence[Text], layers: Sequence[int], *, own_only: bool = False
@@ -221,7 +224,8 @@ class _Training:
             found = found.take(found.own)
         generator = torch.Generator().manual_seed(self._spec.seed)
         rows = torch.randperm(len(found), generator=generator)[: self._spec.most_positions]
-        return found.take(rows.sort().values)
+        # What a prompt is answered with is known of every prompt.
+        return found.take(torch.cat([rows, found.first.nonzero()[:, 0]]).unique())
 
     def _lens(
         self, lens: dict[str, Tensor], train: ExitStates, layer: int, reader: StateReader

@@ -179,7 +179,8 @@ def _run(
     places, owners, own, first = [], [], [], []
     for number, row in enumerate(rows):
         text = texts[row]
-        at = np.arange(1, len(text.ids) - 1)
+        # The first token is an attention sink, unless it is all of the prompt.
+        at = np.arange(min(1, text.prompt - 1), len(text.ids) - 1)
         places.append(number * width + width - len(text.ids) + at)
         owners.append(np.full(len(at), row))
         own.append(at >= text.prompt - 1)

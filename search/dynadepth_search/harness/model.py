@@ -16,9 +16,10 @@ from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.models.compute import PlanCost
+from dynadepth.models.structure import layer_stack
 from dynadepth.plans import Plans, identity_plan, plan_depth
 from dynadepth.wrapping.controller import Controller
-from dynadepth.wrapping.wrap import wrap_model
+from dynadepth.wrapping.wrap import unwrap_model, wrap_model
 from dynadepth_search.evaluation.costs import head_multiply_adds, plan_cost
 from dynadepth_search.scoring.batching import batches_of, pad_left
 
@@ -61,8 +62,10 @@ class DynadepthLM(HFLM):
         **others: Any,
     ) -> None:
         super().__init__(pretrained=pretrained, **others)
-        # The harness reads `110111` as a number.
-        given_plan = str(plan).replace("+", ",") if isinstance(plan, str | int) else plan
+        given_plan = plan.replace("+", ",") if isinstance(plan, str) else plan
+        if isinstance(plan, int):
+            # What the harness made of digits.
+            given_plan = str(plan).zfill(layer_stack(self._inner).num_layers)
         asked = {
             "budget": budget,
             "fidelity": fidelity,
@@ -78,20 +81,30 @@ class DynadepthLM(HFLM):
                 "budget, fidelity and plan, as in --model_args pretrained=my-model,budget=0.9"
             )
         wrap_model(self._model, **self._asked)
-        controller = self._controller
-        trained = controller.trained
-        self._heads = 0.0
-        if isinstance(trained, TrainedPolicy) and not isinstance(trained, TrainedExits):
-            self._heads = head_multiply_adds({"routers": trained})
-        self._cost: PlanCost = plan_cost(self._model, controller.shortcuts)
+        try:
+            controller = self._controller
+            trained = controller.trained
+            self._heads = 0.0
+            if isinstance(trained, TrainedPolicy) and not isinstance(trained, TrainedExits):
+                self._heads = head_multiply_adds({"routers": trained})
+            self._cost: PlanCost = plan_cost(self._inner, controller.shortcuts)
+        except BaseException:
+            unwrap_model(self._model)
+            raise
         # The plans of all contexts so far and the tokens of each, and the plans of those that are being scored.
         self._plans: list[Plans] = []
         self._lengths: list[int] = []
         self._scored: dict[_Tokens, Plans] = {}
 
     @property
+    def _inner(self) -> Any:
+        """The model without what PEFT puts around it."""
+        base = getattr(self._model, "get_base_model", None)
+        return self._model if base is None else base()
+
+    @property
     def _controller(self) -> Controller:
-        return cast("Controller", self._model.dynadepth)
+        return cast("Controller", self._inner.dynadepth)
 
     def _loglikelihood_tokens(
         self,

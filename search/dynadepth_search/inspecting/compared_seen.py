@@ -108,7 +108,7 @@ def _at(found: Mapping[str, Any], place: int) -> str:
     if place > len(found["agreement"]):
         return ""
     agreement, divergence = (found[name][place - 1] for name in ("agreement", "divergence"))
-    return f"{_share(agreement)} ({divergence:.2f})"
+    return f"{_share(agreement)} ({'overflows' if divergence is None else f'{divergence:.2f}'})"
 
 
 def _answers(content: Mapping[str, Any]) -> Table:

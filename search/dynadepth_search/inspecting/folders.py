@@ -15,7 +15,7 @@ from dynadepth_search.storage.label_manifest import MANIFEST as LABELS
 from dynadepth_search.storage.score_store import MANIFEST as SCORES
 from dynadepth_search.tuning.study_files import STUDY_NAME
 
-__all__ = ["kind_of"]
+__all__ = ["check_free", "kind_of"]
 
 # The file that tells each kind, and the verb that writes it.
 _KINDS = {
@@ -36,6 +36,27 @@ _OTHERS = {
     STUDY_NAME: "a study: `dynadepth tune` writes its report.html",
     "config.json": "a model without routers: `dynadepth check` shows whether it can be wrapped",
 }
+
+
+def check_free(folder: str | os.PathLike[str], kind: str) -> None:
+    """Refuse to write one kind of result where another is, before it is worked for.
+
+    Args:
+        folder: Where it is to be written; it need not be there.
+        kind: A kind that `kind_of` knows.
+
+    Raises:
+        ConfigError: It is a file, or holds another kind.
+    """
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{place} is a file; give a folder for results and page")
+    others = [each for each in _kinds_in(place) if each != kind]
+    if others:
+        raise ConfigError(
+            f"{place} holds {_KINDS[others[0]][0]} already, which is of another kind; give each result a folder of its "
+            "own"
+        )
 
 
 def kind_of(folder: str | os.PathLike[str]) -> tuple[str, Path]:

@@ -12,8 +12,13 @@ from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.cli import main as cli
 from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model, load_tokenizer
+from dynadepth_search.comparing import comparing
+from dynadepth_search.comparing.configurations import Configuration
 from dynadepth_search.data.splits import prompt_hashes
-from dynadepth_search.data.tasks import Example
+from dynadepth_search.data.tasks import Example, Task
+from dynadepth_search.inspecting.compared_seen import see_comparison
+from dynadepth_search.progress import silent
+from dynadepth_search.scoring.own_text import score_texts
 from tests.tiny_exits import random_exits
 from tests.tiny_menus import random_menu
 
@@ -104,9 +109,7 @@ def test_it_measures_what_the_models_own_forwards_give(tiny_base, folder, capsys
             assert row["by_place"] is None
             assert row["passes"] < 1
             continue
-        # Of answers with more than one token, as everything that is about decoding.
-        depths = [depth for own, text, depth, _ in expected if len(text) > 1]
-        assert row["passes"] == pytest.approx(np.mean(depths))
+        assert row["passes"] == pytest.approx(np.mean([depth for _, _, depth, _ in expected]))
         for place in range(NEW):
             kept = [each[place] for _, _, _, each in expected if place < len(each)]
             if kept:
@@ -153,6 +156,76 @@ def test_wrong_ways_say_so_and_leave_nothing(tiny_base, folder, capsys, ways, me
     assert code == 1
     assert message in " ".join(err.split())
     assert not out.exists()
+
+
+def test_answers_of_one_token_have_the_depth_of_their_plan(tiny_base, folder, capsys):
+    argv = ["compare", "--model", tiny_base, "--task", folder / "task.txt", "--new-tokens", 1]
+    argv += ["--out", folder / "compared", "--way", "plan=0-0", "--json"]
+    argv += ["--way", f"budget=0.7,routers={folder / 'exits'}"]
+    code, printed, err = run(capsys, *argv)
+    assert code == 0, err
+    plan, exits = json.loads(printed)["comparison"]["rows"]
+    assert (plan["passes"], plan["kept"]) == (0.25, None)
+    assert (exits["passes"], exits["time"]) == (1.0, None) or exits["time"] is not None
+
+
+def test_logits_that_overflow_are_said_to(tiny_base, folder, monkeypatch):
+    content = {
+        "model": "m",
+        "task": {"name": "t", "prompts": 1},
+        "took_part": {},
+        "rows": [
+            {
+                "name": "plan=0-0",
+                "passes": 0.25,
+                "kept": None,
+                "identical": {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 1},
+                "common": {"median": 0.0, "mean": 0.0},
+                "time": None,
+                "by_place": {"agreement": [0.0], "divergence": [None], "answers": [1]},
+            }
+        ],
+        "answers": [{"prompt": "p", "base": "b", "answers": [["", "c"]]}],
+    }
+    tables = {part.title: part for part in see_comparison(content).parts}
+    assert tables["On the base model's own text"].rows == [["plan=0-0", "0.0 (overflows)"]]
+
+    # And what is measured so can be written.
+    def overflowing(*given, **how):
+        found = score_texts(*given, **how)
+        found.divergence[:, :, 0] = np.inf
+        return found
+
+    monkeypatch.setattr(comparing, "score_texts", overflowing)
+    model = load_model(str(tiny_base))
+    found = comparing.compare(
+        model,
+        load_tokenizer(str(tiny_base)),
+        task=Task("few", (Example(prompt="why is snow"),)),
+        configurations=[Configuration.parse("plan=0-1+3")],
+        folder=folder / "compared",
+        new_tokens=3,
+        progress=silent,
+    )
+    assert found["rows"][0]["by_place"]["divergence"][0] is None
+
+
+@pytest.mark.parametrize("verb", ["compare", "eval"])
+def test_a_folder_with_another_result_is_left_alone(tiny_base, folder, capsys, verb):
+    out = folder / "taken"
+    out.mkdir()
+    other = out / ("exit_evaluation.json" if verb == "compare" else "comparison.json")
+    other.write_text("{}")
+    more = ["--way", "plan=0-3"] if verb == "compare" else ["--routers", folder / "exits"]
+    argv = [verb, "--model", tiny_base, "--task", folder / "task.txt", "--out", out, *more]
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert "a folder of its own" in " ".join(err.split())
+    assert [each.name for each in out.iterdir()] == [other.name]
+    argv[argv.index(out)] = other
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert "is a file" in " ".join(err.split())
 
 
 def test_a_damaged_comparison_is_refused(tiny_base, folder, capsys):

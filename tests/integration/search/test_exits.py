@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dynadepth.models.fingerprint import fingerprint
 from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth_search.data.splits import prompt_hashes
 from dynadepth_search.data.tasks import Example
+from dynadepth_search.exits.judging import evaluating
 from tests.tiny_exits import PROMISES, random_exits
 from tests.tiny_menus import random_menu
 
@@ -258,6 +260,25 @@ def test_eval_compares_with_a_menu_at_equal_passes(tiny_base, trained, capsys):
     assert ", menu " in page
 
 
+def test_an_opponent_that_says_one_token_says_nothing(tiny_base, trained, capsys, monkeypatch):
+    judged = evaluating.write_with_plans
+
+    def silent(*given, **how):
+        found = judged(*given, **how)
+        nothing = {
+            name: getattr(found, name)[:0]
+            for name in ("prompts", "passes", "kept", "common", "identical")
+        }
+        return replace(found, **nothing)
+
+    monkeypatch.setattr(evaluating, "write_with_plans", silent)
+    argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 3]
+    argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--budget", 0.7]
+    code, printed, err = run(capsys, *argv, "--plans", trained / "plans", "--json")
+    assert code == 0, err
+    assert json.loads(printed)["exit_evaluation"]["rows"][0]["static"] is None
+
+
 def test_a_promise_of_answers_that_cannot_be_made_says_why(tiny_base, trained, capsys):
     argv = ["eval", "--model", tiny_base, "--routers", trained / "exits", "--new-tokens", 3]
     argv += ["--task", trained / "heldout.txt", "--out", trained / "report", "--fidelity", 0.95]
@@ -285,6 +306,7 @@ def test_what_is_not_known_of_answers_is_left_out(tiny_base, trained, capsys):
         (("--scores", "{folder}/plans"), "leave out --scores"),
         (("--fidelity", "0.2"), "expected a share from"),
         (("--budget", "0.1"), "budget 0.1"),
+        (("--fidelity", "1"), "every token is verified"),
         (("--fidelity", "0.9", "--new-tokens", "1"), "--new-tokens"),
     ],
 )

@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
 
 from dynadepth_search.harness.model import DynadepthLM
 
@@ -168,6 +169,24 @@ def test_exits_score_as_the_base_and_decode_as_asked(tiny_base, tmp_path):
     lossless = DynadepthLM(routers=str(folder), fidelity=1.0, batch_size=4, **given)
     with pytest.raises(UnsupportedModelError):
         lossless.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+
+def test_digits_that_the_harness_read_as_a_number_are_a_plan(tiny_base):
+    model = DynadepthLM(pretrained=str(tiny_base), plan=111, **DEVICE)
+    scored(model, PAIRS[:2])
+    assert model.get_model_info()["dynadepth"]["depth"] == 0.75
+    assert model.model.dynadepth.last_plans[0].tolist() == [0, 1, 1, 1]
+
+
+def test_an_adapter_of_peft_is_scored_too(tiny_base, tmp_path):
+    base = load_model(str(tiny_base))
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    given = {"pretrained": str(tiny_base), "peft": str(tmp_path / "lora"), **DEVICE}
+    stock = HFLM(**given)
+    ours = DynadepthLM(plan="0-3", **given)
+    assert scored(ours, PAIRS[:4]) == scored(stock, PAIRS[:4])
+    assert scored(HFLM(pretrained=str(tiny_base), **DEVICE), PAIRS[:4]) != scored(stock, PAIRS[:4])
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def answer_prompt(
             "by": name,
             "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
             "plan": plan_text(plan),
-            "depth": float(plan_depth(plan)) if controller.exits is None else passes,
+            # An answer of one token has no passes.
+            "depth": float(plan_depth(plan)) if passes is None else passes,
             "milliseconds": took if known is None else min(took, known["milliseconds"]),
         }
     progress("generate", len(steps), len(steps))

@@ -6,6 +6,7 @@ from typing import Any
 from dynadepth.checkpoints.paths import restore_folder
 from dynadepth.checkpoints.save_load import load_policy
 from dynadepth.checkpoints.trained_exits import TrainedExits
+from dynadepth.errors import TaskError, UnsupportedModelError
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.cli.demo.config import DemoConfig
 from dynadepth_search.data.tasks import Task
@@ -48,40 +49,56 @@ class LateExits:
         self._progress = progress
 
     def train(self, train: Task) -> dict[str, Any]:
-        """Train exits on the training prompts. Returns the layers, as values that JSON knows."""
+        """Train exits on the training prompts.
+
+        Returns:
+            `exit layers`, or why the model has none as `left out`; values that JSON knows.
+        """
         work = self._out / "exits.work"
-        trained = fit_exits(
-            self._model,
-            self._tokenizer,
-            train,
-            work,
-            self._config.exits,
-            progress=self._progress,
-        )
+        try:
+            trained = fit_exits(
+                self._model,
+                self._tokenizer,
+                train,
+                work,
+                self._config.exits,
+                progress=self._progress,
+            )
+        except UnsupportedModelError as error:
+            # All else of a demo is known by now.
+            return {"left out": str(error)}
         write_routers(self._out / "exits", trained)
         clear_work(work)
         return {"exit layers": [head.layer_idx for head in trained.heads]}
 
     def evaluate(self, heldout: Task) -> dict[str, Any]:
-        """Let exits, static plans and the menu write with as many passes each, and write the page of it."""
+        """Let exits, static plans and the menu write with as many passes each, and write the page of it.
+
+        Returns:
+            The number of `answers`, or as `left out` why there is nothing to judge; values that JSON knows.
+        """
         static, exits = read_static(self._out / "plans"), self.load()
         menu = load_policy(self._out / "menu", model=self._model)
         lowest = exits.calibration.range[0]
         passes = [each for each in self._config.budgets if each >= lowest]
         folder = self._out / "exits-evaluation"
-        content = evaluate_exits(
-            self._model,
-            self._tokenizer,
-            heldout=replace(heldout, examples=heldout.examples[:_WRITTEN]),
-            exits=exits,
-            promises=[Promise("budget", each) for each in passes or [lowest]],
-            folder=folder,
-            pool=(static.pool, static.pool_values),
-            shortcuts=self._maps,
-            against={"menu": menu},
-            new_tokens=_SAID,
-            progress=self._progress,
-        )
+        try:
+            content = evaluate_exits(
+                self._model,
+                self._tokenizer,
+                heldout=replace(heldout, examples=heldout.examples[:_WRITTEN]),
+                exits=exits,
+                promises=[Promise("budget", each) for each in passes or [lowest]],
+                folder=folder,
+                pool=(static.pool, static.pool_values),
+                shortcuts=self._maps,
+                against={"menu": menu},
+                new_tokens=_SAID,
+                progress=self._progress,
+            )
+        except TaskError as error:
+            # Every answer is one token.
+            return {"left out": str(error)}
         write_inspection(see_exit_evaluation(content), folder / REPORT_NAME)
         return {"answers": content["answers"]}
 

@@ -139,12 +139,14 @@ class _Demo:
                 "evaluate on PIQA", lambda: self._evaluate_piqa(model, tokenizer, train, menu)
             )
             piqa = read_evaluation(self._out / "piqa")
-        exits = None
+        exits, about_exits = None, {}
         if config.full:
             part = LateExits(config, model, tokenizer, self._maps, self._progress)
-            steps.run("train exits", lambda: part.train(train))
-            steps.run("evaluate exits", lambda: part.evaluate(heldout))
-            exits = read_exit_evaluation(self._out / "exits-evaluation")
+            about_exits = steps.run("train exits", lambda: part.train(train))
+            if "left out" not in about_exits:
+                about_exits |= steps.run("evaluate exits", lambda: part.evaluate(heldout))
+            if "left out" not in about_exits:
+                exits = read_exit_evaluation(self._out / "exits-evaluation")
         steps.run("write the model card", lambda: self._write_card(menu, evaluation))
         answers = steps.run("generate", lambda: self._generate(model, tokenizer, heldout))
         run = {
@@ -153,6 +155,7 @@ class _Demo:
             "training": {key: value for key, value in trained.items() if key != "trials"},
             "seconds of each step": steps.seconds,
             "answers": show_answers(answers),
+            **({"late exits": about_exits} if about_exits else {}),
         }
         page = write_report(self._out, evaluation, run)
         return {
@@ -429,7 +432,7 @@ class _Demo:
             # As a user would have it: by the folder.
             "menu with shortcuts": {"budget": depth, "routers": str(self._out / "menu")},
         }
-        if self._config.full:
+        if (self._out / "exits").is_dir():
             # With as many passes as the plans have layers, or as few as they go down to.
             lowest = self._policy(model, "exits").calibration.range[0]
             passes = max(depth, lowest)

@@ -240,6 +240,8 @@ def _supported(exits: TrainedExits, promises: Sequence[Promise]) -> tuple[list[P
 
 
 def _refusal(exits: TrainedExits, promise: Promise) -> str | None:
+    if promise.dial == "fidelity" and promise.value == 1:
+        return "every token is verified, so that the text is the base model's own; give a share below 1"
     try:
         promise.of(exits)
     except BudgetError as error:

@@ -52,13 +52,15 @@ class Opponent:
 
     def figures(
         self, written: Mapping[str, Written], times: Mapping[str, TimeOverBase]
-    ) -> dict[str, Any]:
-        """Return what it keeps and costs.
+    ) -> dict[str, Any] | None:
+        """Return what it keeps and costs; None if some of it answers every prompt with one token, which says nothing.
 
         Args:
             written: By the name of each part.
             times: The same; empty if nothing was timed.
         """
+        if not all(len(written[part.name].prompts) for part in self.parts):
+            return None
         found = {
             name: sum(
                 part.share * float(getattr(written[part.name], name).mean()) for part in self.parts

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynadepth import load_policy, unwrap_model, wrap_model
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.errors import BudgetError, CheckpointError, ConfigError, LabelError, TaskError
+from dynadepth_search.data.tasks import Example, Task
 from dynadepth_search.exits import building, exit_states
 from dynadepth_search.exits.building import fit_exits
 from dynadepth_search.exits.spec import ExitSpec
@@ -107,6 +108,22 @@ def test_answers_are_calibrated_as_the_runtime_answers(calm, base, tmp_path):
             int(each.logits[0].argmax()) == token for each, token in zip(given, own, strict=True)
         ]
         assert sum(same) / len(same) == pytest.approx(kept)
+
+
+def test_every_held_out_prompt_calibrates_answers(base, tmp_path):
+    spec = replace(SPEC, rounds=0, lens_epochs=0, router_epochs=1, most_positions=10)
+    found = fit_exits(*base, TASK, tmp_path / "few.work", spec)
+    assert found.answers.prompts == found.training["validation_prompts"] == 7
+
+
+def test_prompts_of_one_token_calibrate_answers_too(base, tmp_path):
+    words = [word for word in base[1].get_vocab() if word.isalpha()][:40]
+    task = Task("words", tuple(Example(prompt=word) for word in words))
+    lengths = {len(base[1](word).input_ids) for word in words}
+    spec = replace(SPEC, rounds=0, lens_epochs=0, router_epochs=1)
+    found = fit_exits(*base, task, tmp_path / "words.work", spec)
+    assert 1 in lengths
+    assert found.answers.prompts == found.training["validation_prompts"]
 
 
 def test_a_folder_without_answers_is_read(calm, tmp_path):
