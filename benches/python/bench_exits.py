@@ -5,7 +5,8 @@
 
 Exits are trained on prompts of three kinds (or on two, with `--unseen`) and judged on held-out prompts (of the third).
 `given` reads the base model's own text and the prompts themselves, and says how many passes each way to leave needs for
-99, 98 and 95 % of the tokens, each with the threshold that is best on just these tokens. `written` lets the model write
+99, 98 and 95 % of the tokens, each with the threshold that is best on just these tokens; the sum of the ranks by router
+and margin, and the lens without its bottleneck, are ablations. `written` lets the model write
 with exits on, the dial moved by its own audits, and reads the text again; with fidelity 1 it verifies every early token
 (lossless), and the text is compared with the base model's. `time` compares with the base model's own decoding, in
 turns, and `profile` says where a token's milliseconds go; nothing else may run meanwhile. A killed run goes on.
@@ -206,7 +207,8 @@ class Bench:
 
     def _ways(self, tokens: ExitStates) -> dict[str, dict[int, ExitScores]]:
         """Return how each way to leave scores tokens."""
-        ways: dict[str, dict[int, ExitScores]] = {"router": {}, "margin": {}, "logit lens": {}}
+        names = ("router", "margin", "router and margin", "margin, affine lens", "logit lens")
+        ways: dict[str, dict[int, ExitScores]] = {name: {} for name in names}
         device = self._model.device
         with StateReader(self._model, self._stack) as reader:
             for head in self._exits.heads:
@@ -217,7 +219,15 @@ class Bench:
                 nothing = {name: torch.zeros_like(each) for name, each in lens.items()}
                 found = read_choices(lens, before, reader.read, device)
                 plain = read_choices(nothing, before, reader.read, device)
+                # Without the bottleneck, which is trained beside the affine map.
+                affine = lens | {"lens.up": nothing["lens.up"]}
+                mapped = read_choices(affine, before, reader.read, device)
                 right, plainly = found[0] == tokens.choice, plain[0] == tokens.choice
+                both = _ranks(head.score(before)) + _ranks(found[1])
+                ways["router and margin"][layer] = ExitScores(both, right)
+                ways["margin, affine lens"][layer] = ExitScores(
+                    mapped[1], mapped[0] == tokens.choice
+                )
                 ways["router"][layer] = ExitScores(head.score(before), right)
                 ways["margin"][layer] = ExitScores(found[1], right)
                 ways["logit lens"][layer] = ExitScores(plain[1], plainly)
@@ -380,6 +390,11 @@ class Bench:
             if tokens:
                 rows.append({"way": name, "parts": clock.parts(seconds, tokens)})
         return rows
+
+
+def _ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Return the share of scores that are below each one."""
+    return scores.argsort().argsort() / len(scores)
 
 
 def _failure(way: Way, batch: Batch) -> str | None:
