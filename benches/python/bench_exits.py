@@ -9,7 +9,8 @@ Exits are trained on prompts of three kinds (or on two, with `--unseen`) and jud
 and margin, and the lens without its bottleneck, are ablations. `written` lets the model write
 with exits on, the dial moved by its own audits, and reads the text again; with fidelity 1 it verifies every early token
 (lossless), and the text is compared with the base model's. `time` compares with the base model's own decoding, in
-turns, and `profile` says where a token's milliseconds go; nothing else may run meanwhile. A killed run goes on.
+turns, and `profile` says where a token's milliseconds go; nothing else may run meanwhile. `answers`, if it is asked
+for, answers the prompts with one token each, kind by kind beside static plans (`--plans`). A killed run goes on.
 `--quick` only shows that the bench works.
 """
 
@@ -26,9 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from late_exits.answers import answers_by_kind
 from late_exits.part_clock import PartClock
 
-from dynadepth import load_policy
+from dynadepth import load_policy, load_shortcuts
 from dynadepth.checkpoints.save_load import save_policy
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.drafting.pace import Pace
@@ -60,10 +62,12 @@ from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 from dynadepth_search.scoring.scorer import Scorer
+from dynadepth_search.search.static import read_static
 
 MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA3, "qwen": QWEN_CODER}
 SHARES = (0.99, 0.98, 0.95)
-STAGES = ("given", "written", "time", "profile")
+STAGES = ("given", "written", "time", "profile", "answers")
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 def main() -> None:
@@ -79,13 +83,17 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3, help="of the times, each way once")
     parser.add_argument("--timed-prompts", type=int, default=12, help="at batch 1")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES[:-1])
+    parser.add_argument("--plans", type=Path, help="static plans, for the stage `answers`")
+    parser.add_argument("--shortcuts", type=Path, help="the shortcuts of these plans")
     parser.add_argument(
         "--out", type=Path, help="folder of the run [default: runs/bench-exits/MODEL]"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if "answers" in options.stages and options.plans is None:
+        parser.error("the stage `answers` compares with static plans: give --plans")
     with tempfile.TemporaryDirectory() as scratch:
         name = options.model if options.unseen is None else f"{options.model}-no-{options.unseen}"
         folder = options.out or Path("runs/bench-exits") / name
@@ -121,6 +129,7 @@ class Bench:
             if unseen in (None, kind)
         ]
         self._kinds = [kind for _, kind in judged]
+        self._examples = [example for example, _ in judged]
         self._exits = self._trained(seen)
         scorer = Scorer(self._model, self._tokenizer)
         self._prompts = [scorer.encode(example).prompt_ids for example, _ in judged]
@@ -156,6 +165,10 @@ class Bench:
             "train": self._exits.training["train_prompts"],
             "calibration": self._exits.promises.to_dict(),
         }
+        if "answers" in options.stages:
+            report["answers"] = self._answers()
+        if set(options.stages) == {"answers"}:
+            return report
         self._own = base_texts(
             self._model, self._prompts, new_tokens=options.new_tokens, progress=say
         )
@@ -169,6 +182,23 @@ class Bench:
         if "profile" in options.stages:
             report["profile"] = self._profile()
         return report
+
+    def _answers(self) -> list[dict[str, Any]]:
+        options = self._options
+        static = read_static(options.plans, model=self._model)
+        maps = None
+        if options.shortcuts is not None:
+            maps = load_shortcuts(options.shortcuts, model=self._model)
+        return answers_by_kind(
+            self._model,
+            Scorer(self._model, self._tokenizer, shortcuts=maps),
+            self._examples,
+            self._kinds,
+            self._exits,
+            (static.pool, static.pool_values),
+            BUDGETS,
+            progress=say,
+        )
 
     def _given(self) -> list[dict[str, Any]]:
         layers = [head.layer_idx for head in self._exits.heads]
@@ -412,6 +442,18 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         f"{report['train']} training and {report['prompts']} held-out prompts, unseen: {report['unseen']}, "
         f"{os.cpu_count()} cores",
     ]
+    if "answers" in report:
+        lines += [
+            "",
+            "| budget | kind | prompts | depth | kept, % | static of the kind, in hindsight, % | gain |",
+            "|---" * 7 + "|",
+        ]
+        lines += [
+            f"| {row['budget']:g} | {row['kind']} | {row['prompts']} | {row['depth']:.3f} | {_percent(row['kept'])} | "
+            + ("" if row["static"] is None else f"{100 * row['static']:.1f}")
+            + f" | {'' if row['gain'] is None else _percent(row['gain'])} |"
+            for row in report["answers"]
+        ]
     if "given" in report:
         lines += [
             "",
@@ -466,6 +508,10 @@ def lines_of(report: dict[str, Any]) -> list[str]:
             for row in report["profile"]
         ]
     return lines
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
 
 def say(stage: str, done: int, total: int) -> None:
