@@ -445,11 +445,13 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     if "answers" in report:
         lines += [
             "",
-            "| budget | kind | prompts | depth | kept, % | static of the kind, in hindsight, % | gain |",
-            "|---" * 7 + "|",
+            "| budget | kind | prompts | depth | kept, % | base or the kind's usual answer, % | "
+            "static of the kind, in hindsight, % | gain over it |",
+            "|---" * 8 + "|",
         ]
         lines += [
             f"| {row['budget']:g} | {row['kind']} | {row['prompts']} | {row['depth']:.3f} | {_percent(row['kept'])} | "
+            f"{100 * row['guess']:.1f} | "
             + ("" if row["static"] is None else f"{100 * row['static']:.1f}")
             + f" | {'' if row['gain'] is None else _percent(row['gain'])} |"
             for row in report["answers"]

@@ -1,6 +1,10 @@
-"""Prompts answered with one token, by kind: exits beside the best static mixture of that kind, chosen in hindsight."""
+"""Prompts answered with one token, by kind: exits beside static plans, and beside saying what the kind mostly says.
 
-from collections.abc import Sequence
+Many prompts of a kind begin their answer alike. Who knows the kind can say that without running a layer, so exits have
+to keep more than the base model would together with such a guess.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +34,11 @@ def answers_by_kind(
     *,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Return what exits keep of each kind's answers, and what static plans of equal depth could have kept.
+    """Return what exits keep of each kind's answers, and what others of equal depth could have kept.
 
     The static plans are the best of each depth on other prompts; which two of them are mixed is chosen on the very
-    prompts that are compared, kind by kind, so the opponent knows what no policy knows.
+    prompts that are compared, kind by kind, so the opponent knows what no policy knows. `guess` runs every layer for
+    some prompts, and for the others none and says the kind's most frequent answer, counted on these prompts too.
 
     Args:
         model: The unwrapped base model; it is unwrapped again afterwards.
@@ -57,6 +62,12 @@ def answers_by_kind(
         agrees[number] = outcomes.agrees
     groups = {"all": np.ones(count, dtype=np.bool_)}
     groups |= {kind: np.array(kinds) == kind for kind in sorted(set(kinds))}
+    shares = {
+        kind: float(np.unique(base[here], return_counts=True)[1].max() / here.sum())
+        for kind, here in groups.items()
+        if kind != "all"
+    }
+    weights = {kind: float(groups[kind].mean()) for kind in shares}
     rows = []
     for number, budget in enumerate(budgets):
         progress("answers with exits", number, len(budgets))
@@ -73,6 +84,11 @@ def answers_by_kind(
                 "kept": mean_interval(kept[here]).to_dict(),
                 "static": None,
                 "gain": None,
+                "guess": _guessed(
+                    depth,
+                    shares if kind == "all" else {kind: shares[kind]},
+                    weights if kind == "all" else {kind: 1.0},
+                ),
             }
             if depths.min() <= depth <= depths.max():
                 mixed = mix_to_depth(depths, agrees[:, here].mean(axis=1), depth)
@@ -81,3 +97,19 @@ def answers_by_kind(
                 row["gain"] = mean_interval(kept[here] - static).to_dict()
             rows.append(row)
     return rows
+
+
+def _guessed(depth: float, shares: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return what is kept at a mean depth if whole prompts are guessed, of the kind first that is guessed best.
+
+    Args:
+        depth: Share of the prompts that run every layer; the others run none.
+        shares: Of each kind's answers, those that are its most frequent one.
+        weights: The share of all prompts that each kind has.
+    """
+    left, kept = max(0.0, 1.0 - depth), 1.0
+    for kind in sorted(shares, key=lambda each: -shares[each]):
+        guessed = min(left, weights[kind])
+        kept -= guessed * (1.0 - shares[kind])
+        left -= guessed
+    return kept
