@@ -526,7 +526,8 @@ def test_the_command_prints_table_report_and_answer(
     answers = result["answers"]
     assert answers["prompt"] in lines
     for answer in answers["answers"]:
-        assert f"--- {answer['by']}, depth {answer['depth']:.3f}" in lines
+        title = f"--- {answer['by']}, depth {answer['depth']:.3f}"
+        assert f"{title}, {answer['milliseconds']:.1f} ms a token" in lines
     assert lines[-1] == f"report: {out / 'report.html'}"
     assert "load the model" in shown.err
     assert "load the model" not in shown.out
