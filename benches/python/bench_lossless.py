@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from survey_families import base_model
-from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from survey_families import QUICK, base_model, known_families
 
 from dynadepth import unwrap_model, wrap_model
 from dynadepth.drafting.pace import Pace
@@ -30,7 +28,6 @@ from dynadepth.exits.exit_heads import ExitWeights, TrainedHead
 from dynadepth.models.structure import layer_stack
 from dynadepth.proving.tiny_copy import layers_needed, tiny_copy
 
-QUICK = ("llama", "gpt2", "mamba")
 NEW, WIDTH = 24, 6
 
 
@@ -112,10 +109,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    known = sorted(
-        name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    names = options.families or (QUICK if options.quick else known)
+    names = options.families or (QUICK if options.quick else known_families())
     rows = []
     for name in names:
         rows.append(judged(name, 2 if options.quick else options.answers))

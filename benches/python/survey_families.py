@@ -70,6 +70,13 @@ def base_model(model_type: str) -> Any:
         return cls(config)
 
 
+def known_families() -> list[str]:
+    """Return every family of causal language models that transformers has."""
+    return sorted(
+        name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+
+
 def surveyed(model_type: str) -> dict[str, Any]:
     """Return one row of the survey."""
     begin = time.monotonic()
@@ -152,10 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    known = sorted(
-        name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    names = options.families or (QUICK if options.quick else known)
+    names = options.families or (QUICK if options.quick else known_families())
     rows = []
     for name in names:
         rows.append(surveyed(name))

@@ -182,9 +182,8 @@ def _path_inside(stack: nn.Module, holder: nn.Module, name: str) -> str:
 def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     planner: _AttachedPlanner = module.__dict__[_CONTROLLER]
     planner.attachment.check_layers(planner, module)
-    reading = next(
-        (each.reading for each in contexts_of(planner) if each.reading is not None), None
-    )
+    contexts = contexts_of(planner)
+    reading = next((each.reading for each in contexts if each.reading is not None), None)
     if reading is not None:
         enter_scope(ReadScope(planner, planner.num_layers, reading))
         return
@@ -202,7 +201,7 @@ def _open_scope(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         for value in (*args, *kwargs.values()):
             if isinstance(value, DepthCache):
                 value.settle()
-    asked = (each.scope for each in contexts_of(planner) if each.scope is not None)
+    asked = (each.scope for each in contexts if each.scope is not None)
     scope = next(asked, planner.scope_class)
     enter_scope(
         scope(

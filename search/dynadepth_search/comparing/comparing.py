@@ -15,6 +15,7 @@ from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.evaluation.intervals import mean_interval
+from dynadepth.exits.exit_forward import Exits
 from dynadepth.plans import Plans, plan_depth
 from dynadepth.proving.prove import proved_stack
 from dynadepth.shortcuts.maps import Shortcuts
@@ -27,6 +28,7 @@ from dynadepth_search.exits.judging.timing import Way, exits_way, times_over_bas
 from dynadepth_search.exits.judging.written import (
     Written,
     base_texts,
+    begins_alike,
     write_with_exits,
     write_with_plans,
 )
@@ -50,19 +52,24 @@ class _Contender:
         name: Of the configuration.
         arguments: Of `wrap_model`.
         trained: The policy that it has, if it was trained.
-        exits: Its exits; None: it plans prompts.
-        dial: With exits, what they are asked for.
-        plans: Without, the plan of each prompt. Shape (prompts, num_layers), uint8.
+        plans: The plan of each prompt; None with exits. Shape (prompts, num_layers), uint8.
         shortcuts: What is left in place of skipped layers.
     """
 
     name: str
     arguments: dict[str, Any]
     trained: TrainedPolicy | None
-    exits: TrainedExits | None
-    dial: dict[str, Any]
     plans: Plans | None
     shortcuts: Shortcuts | None
+
+    def exits(self) -> Exits | None:
+        """Return its exits at the beginning of their traffic; None if it plans prompts."""
+        if not isinstance(self.trained, TrainedExits):
+            return None
+        dials = ("fidelity", "budget")
+        return self.trained.exits(
+            **{name: value for name, value in self.arguments.items() if name in dials}
+        )
 
 
 def compare(
@@ -114,7 +121,7 @@ def compare(
         rows.append(
             {
                 "name": contender.name,
-                "kind": "plans" if contender.exits is None else "exits",
+                "kind": "exits" if contender.plans is None else "plans",
                 "passes": _passes(contender, found),
                 "kept": mean_interval(found.kept).to_dict() if len(found.prompts) else None,
                 "audited": found.audited,
@@ -170,14 +177,9 @@ def _contender(model: Any, scorer: Scorer, task: Task, configuration: Configurat
     with wrapped(model, **arguments) as inner:
         controller = inner.dynadepth
         trained = controller.trained
-        exits = trained if isinstance(trained, TrainedExits) else None
-        plans = None if exits is not None else planned(inner, scorer, task.examples)
-        dial: dict[str, Any] = {
-            name: arguments[name] for name in ("fidelity", "budget") if name in arguments
-        }
-        return _Contender(
-            configuration.name, arguments, trained, exits, dial, plans, controller.shortcuts
-        )
+        leaves = isinstance(trained, TrainedExits)
+        plans = None if leaves else planned(inner, scorer, task.examples)
+        return _Contender(configuration.name, arguments, trained, plans, controller.shortcuts)
 
 
 def _written(
@@ -188,22 +190,22 @@ def _written(
     new_tokens: int,
     progress: Progress,
 ) -> Written:
-    if contender.exits is not None:
+    num_layers = proved_stack(model).num_layers
+    if (exits := contender.exits()) is not None:
         return write_with_exits(
             model,
             prompts,
             own,
-            contender.exits.exits(**contender.dial),
-            num_layers=contender.exits.num_layers,
+            exits,
+            num_layers=num_layers,
             new_tokens=new_tokens,
             progress=progress,
         )
-    assert contender.plans is not None
     return write_with_plans(
         model,
         prompts,
         own,
-        num_layers=contender.plans.shape[1],
+        num_layers=num_layers,
         new_tokens=new_tokens,
         progress=progress,
         **contender.arguments,
@@ -218,17 +220,14 @@ def _passes(contender: _Contender, found: Written) -> float:
 
 
 def _way(model: Any, contender: _Contender, new_tokens: int) -> Way:
-    if contender.exits is not None:
-        exits = contender.exits.exits(**contender.dial)
+    if (exits := contender.exits()) is not None:
         return exits_way(model, exits, new_tokens=new_tokens)
     return wrapped_way(model, new_tokens=new_tokens, **contender.arguments)
 
 
 def _likeness(found: Written, own: Sequence[Text]) -> dict[str, Any]:
     """Return how far all answers are the base model's own, those of one token too."""
-    begins = [
-        _begins_alike(each.text, base) for each, base in zip(found.produced, own, strict=True)
-    ]
+    begins = [begins_alike(each.text, base) for each, base in zip(found.produced, own, strict=True)]
     whole = [
         np.array_equal(each.text.ids, base.ids)
         for each, base in zip(found.produced, own, strict=True)
@@ -237,14 +236,6 @@ def _likeness(found: Written, own: Sequence[Text]) -> dict[str, Any]:
         "identical": mean_interval(np.array(whole, dtype=np.float64)).to_dict(),
         "common": {"median": float(np.median(begins)), "mean": float(np.mean(begins))},
     }
-
-
-def _begins_alike(text: Text, own: Text) -> int:
-    """Return with how many new tokens two answers begin alike."""
-    ours, base = text.ids[text.prompt :], own.ids[own.prompt :]
-    length = min(len(ours), len(base))
-    differ = np.flatnonzero(ours[:length] != base[:length])
-    return int(differ[0]) if len(differ) else length
 
 
 def _by_place(
@@ -295,7 +286,7 @@ def _answer(
     for found in written:
         text = found.produced[row].text
         new = text.ids[text.prompt :]
-        alike = _begins_alike(text, base)
+        alike = begins_alike(text, base)
         beginning, whole = said(new[:alike]), said(new)
         # A character may be of several tokens.
         while not whole.startswith(beginning):

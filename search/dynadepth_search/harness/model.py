@@ -125,7 +125,7 @@ class DynadepthLM(HFLM):
         together: list[int] = []
         alone: list[int] = []
         for number, (_, context, continuation) in enumerate(requests):
-            row = _unpadded((context + continuation)[-(self.max_length + 1) :][:-1])
+            row = self._row(context, continuation)
             # One row of tokens with two contexts has two plans: who comes second is scored by itself.
             known = rows.setdefault(row, tuple(context))
             (together if known == tuple(context) else alone).append(number)
@@ -142,12 +142,14 @@ class DynadepthLM(HFLM):
             scores |= dict(zip(numbers, found, strict=True))
         return [scores[number] for number in range(len(requests))]
 
+    def _row(self, context: list[int], continuation: list[int]) -> _Tokens:
+        """Return what the harness runs of a request: cut on the left, without the last token."""
+        return _unpadded((context + continuation)[-(self.max_length + 1) :][:-1])
+
     @contextmanager
     def _scoring(self, requests: Sequence[_Request], plans: dict[_Tokens, Plans]) -> Iterator[None]:
         self._scored = {
-            _unpadded((context + continuation)[-(self.max_length + 1) :][:-1]): plans[
-                tuple(context)
-            ]
+            self._row(context, continuation): plans[tuple(context)]
             for _, context, continuation in requests
         }
         try:

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from dynadepth_search.comparing.comparing import read_comparison
-from dynadepth_search.inspecting.inspection import Inspection, Table
+from dynadepth_search.inspecting.inspection import (
+    Inspection,
+    Table,
+    interval_text,
+    percent_text,
+    time_text,
+)
 
 __all__ = ["inspect_comparison", "see_comparison"]
 
@@ -37,8 +43,8 @@ def see_comparison(content: Mapping[str, Any]) -> Inspection:
     rows = content["rows"]
     best = max(rows, key=lambda row: row["identical"]["mean"])
     said = [
-        f"Of {content['task']['prompts']} answers {best['name']} gives {_share(best['identical']['mean'])} % as the "
-        "base model does, to the last token: the most of all."
+        f"Of {content['task']['prompts']} answers {best['name']} gives {percent_text(best['identical']['mean'])} % as "
+        "the base model does, to the last token: the most of all."
     ]
     said += [
         f"{number} of the prompts took part in {name}, so they say little of others."
@@ -70,13 +76,11 @@ def _likeness(rows: Sequence[Mapping[str, Any]]) -> Table:
             [
                 row["name"],
                 f"{row['passes']:.3f}",
-                _interval(row["identical"]),
+                interval_text(row["identical"]),
                 f"{row['common']['median']:.0f}",
                 f"{row['common']['mean']:.1f}",
-                "" if row["kept"] is None else _interval(row["kept"]),
-                ""
-                if row["time"] is None
-                else f"{row['time']['median']:.3f} ({row['time']['low']:.3f} to {row['time']['high']:.3f})",
+                "" if row["kept"] is None else interval_text(row["kept"]),
+                time_text(row["time"]),
             ]
             for row in rows
         ],
@@ -92,13 +96,7 @@ def _places(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         title="On the base model's own text",
         head=["configuration", *(f"token {place}" for place in shown)],
-        rows=[
-            [
-                row["name"],
-                *(_at(row["by_place"], place) for place in shown),
-            ]
-            for row in rows
-        ],
+        rows=[[row["name"], *(_at(row["by_place"], place) for place in shown)] for row in rows],
         note="Agreement in % (and divergence in nats) at single tokens of the base model's own answers, given to read "
         "(teacher forcing). Late exits are left out: they differ where a token leaves, and nowhere else.",
     )
@@ -108,7 +106,9 @@ def _at(found: Mapping[str, Any], place: int) -> str:
     if place > len(found["agreement"]):
         return ""
     agreement, divergence = (found[name][place - 1] for name in ("agreement", "divergence"))
-    return f"{_share(agreement)} ({'overflows' if divergence is None else f'{divergence:.2f}'})"
+    return (
+        f"{percent_text(agreement)} ({'overflows' if divergence is None else f'{divergence:.2f}'})"
+    )
 
 
 def _answers(content: Mapping[str, Any]) -> Table:
@@ -133,11 +133,3 @@ def _answers(content: Mapping[str, Any]) -> Table:
         texts=tuple(range(2 + len(names))),
         shown=2,
     )
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    return f"{_share(found['mean'])} ({_share(found['low'])} to {_share(found['high'])})"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"

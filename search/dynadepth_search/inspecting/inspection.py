@@ -7,7 +7,17 @@ from typing import Any
 
 from dynadepth.plans import REPEAT, SKIP
 
-__all__ = ["Inspection", "Passage", "Picture", "Table", "edits_text", "share_text"]
+__all__ = [
+    "Inspection",
+    "Passage",
+    "Picture",
+    "Table",
+    "edits_text",
+    "interval_text",
+    "percent_text",
+    "share_text",
+    "time_text",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +123,26 @@ def _runs(layers: Sequence[int]) -> str:
         found = [layer for _, layer in group]
         runs.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
     return " ".join(runs)
+
+
+def percent_text(value: float) -> str:
+    """Write a share in percent, to a tenth, without the sign."""
+    return f"{100 * value:.1f}"
+
+
+def interval_text(found: Mapping[str, float]) -> str:
+    """Write a mean share and its interval in percent, without the sign."""
+    mean, low, high = (percent_text(found[name]) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def time_text(found: Mapping[str, float] | None) -> str:
+    """Write a time over the base model's and its range; empty if nothing was timed."""
+    return (
+        ""
+        if found is None
+        else f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    )
 
 
 def share_text(share: float) -> str:

@@ -3,12 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from dynadepth.checkpoints.paths import restore_folder
-from dynadepth.checkpoints.save_load import load_policy
 from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.errors import TaskError, UnsupportedModelError
 from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.cli.demo.config import DemoConfig
+from dynadepth_search.cli.demo.saved import policy_of_run
 from dynadepth_search.data.tasks import Task
 from dynadepth_search.exits.building import clear_work, fit_exits
 from dynadepth_search.exits.judging.evaluating import Promise, evaluate_exits
@@ -77,8 +76,9 @@ class LateExits:
         Returns:
             The number of `answers`, or as `left out` why there is nothing to judge; values that JSON knows.
         """
-        static, exits = read_static(self._out / "plans"), self.load()
-        menu = load_policy(self._out / "menu", model=self._model)
+        static = read_static(self._out / "plans")
+        exits, menu = (policy_of_run(self._out, name, self._model) for name in ("exits", "menu"))
+        assert isinstance(exits, TrainedExits)
         lowest = exits.calibration.range[0]
         passes = [each for each in self._config.budgets if each >= lowest]
         folder = self._out / "exits-evaluation"
@@ -101,10 +101,3 @@ class LateExits:
             return {"left out": str(error)}
         write_inspection(see_exit_evaluation(content), folder / REPORT_NAME)
         return {"answers": content["answers"]}
-
-    def load(self) -> TrainedExits:
-        """Load the exits of this run, also after a kill in the middle of their saving."""
-        restore_folder(self._out / "exits")
-        loaded = load_policy(self._out / "exits", model=self._model)
-        assert isinstance(loaded, TrainedExits)
-        return loaded

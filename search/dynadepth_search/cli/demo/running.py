@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dynadepth.checkpoints.paths import restore_folder
-from dynadepth.checkpoints.save_load import TrainedPolicy, load_policy
+from dynadepth.checkpoints.save_load import TrainedPolicy
 from dynadepth.errors import ConfigError
 from dynadepth.models.loading import load_model, load_tokenizer
 from dynadepth.plans import identity_plan
@@ -25,6 +24,7 @@ from dynadepth_search.cli.demo.answers import (
 )
 from dynadepth_search.cli.demo.config import DemoConfig
 from dynadepth_search.cli.demo.late_exits import LateExits
+from dynadepth_search.cli.demo.saved import policy_of_run
 from dynadepth_search.data.downloads import fetch_model
 from dynadepth_search.data.kinds import fetch_kinds, instruction
 from dynadepth_search.data.questions import fetch_questions
@@ -125,9 +125,9 @@ class _Demo:
         if config.full:
             steps.run("train routers", lambda: self._train_routers(model, tokenizer, train))
             steps.run("train drllm", lambda: self._train_imitation(model, tokenizer, train))
-            presets = {name: self._policy(model, name) for name in ("routers", "drllm")}
+            presets = {name: policy_of_run(self._out, name, model) for name in ("routers", "drllm")}
             curve = steps.run("learning curve", self._learning_curve)["points"]
-        menu = self._policy(model, "menu")
+        menu = policy_of_run(self._out, "menu", model)
         steps.run(
             "evaluate", lambda: self._evaluate(model, tokenizer, train, heldout, menu, presets)
         )
@@ -349,11 +349,6 @@ class _Demo:
         count = max(_FEWEST_LABELS, round(share * len(task.examples)))
         return replace(task, examples=task.examples[:count])
 
-    def _policy(self, model: Any, name: str) -> TrainedPolicy:
-        """Load a policy of this run, also after a kill in the middle of its saving."""
-        restore_folder(self._out / name)
-        return load_policy(self._out / name, model=model)
-
     def _evaluate(
         self,
         model: Any,
@@ -434,7 +429,7 @@ class _Demo:
         }
         if (self._out / "exits").is_dir():
             # With as many passes as the plans have layers, or as few as they go down to.
-            lowest = self._policy(model, "exits").calibration.range[0]
+            lowest = policy_of_run(self._out, "exits", model).calibration.range[0]
             passes = max(depth, lowest)
             ways["late exits"] = {"budget": passes, "routers": str(self._out / "exits")}
         prompts = [example.prompt for example in heldout.examples[:_LISTENED_TO]]

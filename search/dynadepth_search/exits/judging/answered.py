@@ -12,11 +12,10 @@ from dynadepth.checkpoints.trained_exits import TrainedExits
 from dynadepth.checkpoints.trained_policy import TrainedPolicy
 from dynadepth.errors import BudgetError
 from dynadepth.evaluation.intervals import mean_interval
-from dynadepth.evaluation.mixtures import mix_to_depth
 from dynadepth.plans import plan_depth, plan_text
 from dynadepth_search.data.encoding import EncodedExample
 from dynadepth_search.data.tasks import Example
-from dynadepth_search.exits.judging.opponents import Pool
+from dynadepth_search.exits.judging.opponents import Pool, static_shares
 from dynadepth_search.progress import Progress
 from dynadepth_search.scoring.runtime_checks import planned, wrapped
 from dynadepth_search.scoring.scorer import Scorer
@@ -162,23 +161,23 @@ class _Static:
         pool: Pool,
     ) -> None:
         self._scorer, self._examples = scorer, examples
-        self._plans, self._values = pool
+        self._pool = pool
         self._kept: dict[int, npt.NDArray[np.float64]] = {}
 
     def mixture(self, depth: float) -> tuple[npt.NDArray[np.float64], list[str]] | None:
         """Return what the best mixture of a mean depth keeps, and its plans; None if no plan is as shallow."""
-        depths = plan_depth(self._plans)
-        if not depths.min() <= depth <= depths.max():
+        shares = static_shares(self._pool, depth)
+        if shares is None:
             return None
-        mixed = mix_to_depth(depths, self._values, depth)
-        kept = (1.0 - mixed.weight) * self._of(mixed.low) + mixed.weight * self._of(mixed.high)
-        names = [plan_text(self._plans[index]) for index in dict.fromkeys((mixed.low, mixed.high))]
-        return kept, names
+        kept = np.zeros(len(self._examples))
+        for index, share in shares.items():
+            kept += share * self._of(index)
+        return kept, [plan_text(self._pool[0][index]) for index in shares]
 
     def _of(self, index: int) -> npt.NDArray[np.float64]:
         if index not in self._kept:
             count = len(self._examples)
-            plans = np.tile(self._plans[index], (count, 1))
+            plans = np.tile(self._pool[0][index], (count, 1))
             outcomes = self._scorer.outcomes(self._examples, plans, np.arange(count))
             self._kept[index] = outcomes.agrees.astype(np.float64)
         return self._kept[index]

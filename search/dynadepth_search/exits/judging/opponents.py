@@ -17,7 +17,7 @@ from dynadepth.shortcuts.maps import Shortcuts
 from dynadepth_search.exits.judging.timing import TimeOverBase
 from dynadepth_search.exits.judging.written import Written
 
-__all__ = ["Opponent", "Part", "Pool", "opponents_at"]
+__all__ = ["Opponent", "Part", "Pool", "opponents_at", "static_shares"]
 
 # Static plans, and what they are worth on other prompts. Shapes (plans, num_layers) and (plans,).
 Pool = tuple[Plans, npt.NDArray[np.float64]]
@@ -90,7 +90,7 @@ def opponents_at(
         shortcuts: What these plans leave in place of layers that they skip; None: nothing.
         against: Policies that plan prompts, by name.
     """
-    static = None if pool is None else _mixture(passes, *pool, shortcuts)
+    static = None if pool is None else _mixture(passes, pool, shortcuts)
     found: dict[str, Opponent | None] = {}
     for name, policy in against.items():
         lowest, highest = policy.calibration.range
@@ -101,18 +101,32 @@ def opponents_at(
     return static, found
 
 
-def _mixture(
-    passes: float, plans: Plans, values: npt.NDArray[np.float64], shortcuts: Shortcuts | None
-) -> Opponent | None:
+def static_shares(pool: Pool, depth: float) -> dict[int, float] | None:
+    """Return the plans of the best static mixture of a mean depth and their shares; None if none is as shallow or deep.
+
+    Args:
+        pool: The static plans.
+        depth: As a fraction of the layers.
+
+    Returns:
+        One or two plans, by their index in the pool.
+    """
+    plans, values = pool
     depths = plan_depth(plans)
-    if not depths.min() <= passes <= depths.max():
+    if not depths.min() <= depth <= depths.max():
         return None
-    mixed = mix_to_depth(depths, values, passes)
+    mixed = mix_to_depth(depths, values, depth)
     both = [(mixed.low, 1.0 - mixed.weight), (mixed.high, mixed.weight)]
+    return {index: share for index, share in both if share > 0}
+
+
+def _mixture(passes: float, pool: Pool, shortcuts: Shortcuts | None) -> Opponent | None:
+    shares = static_shares(pool, passes)
+    if shares is None:
+        return None
     parts = []
-    for index, share in both:
-        if share > 0:
-            text = plan_text(plans[index])
-            given = {"plan": plans[index], "shortcuts": shortcuts}
-            parts.append(Part(f"plan {text}", share, given, text))
+    for index, share in shares.items():
+        plan = pool[0][index]
+        text = plan_text(plan)
+        parts.append(Part(f"plan {text}", share, {"plan": plan, "shortcuts": shortcuts}, text))
     return Opponent(parts)

@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dynadepth.exits.exit_forward import Exits
-from dynadepth.plans import plan_depth
 from dynadepth_search.exits.producing import Produced, changed_shares, produce
 from dynadepth_search.progress import Progress
-from dynadepth_search.scoring.batching import batches_of, pad_left
+from dynadepth_search.scoring.batching import batches_of
 from dynadepth_search.scoring.generating import continue_prompts
 from dynadepth_search.scoring.own_text import Text
 from dynadepth_search.scoring.runtime_checks import wrapped
 
-__all__ = ["Written", "base_texts", "write_with_exits", "write_with_plans"]
+__all__ = ["Written", "base_texts", "begins_alike", "write_with_exits", "write_with_plans"]
 
 _Floats = npt.NDArray[np.float64]
 _READ_ROWS = 8
@@ -46,7 +45,12 @@ class Written:
 
 
 def base_texts(
-    model: Any, prompts: Sequence[npt.NDArray[np.int64]], *, new_tokens: int, progress: Progress
+    model: Any,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    *,
+    new_tokens: int,
+    progress: Progress,
+    finished: Callable[[Sequence[int]], object] | None = None,
 ) -> list[Text]:
     """Return the base model's own greedy text after each prompt.
 
@@ -55,12 +59,15 @@ def base_texts(
         prompts: Token ids of each prompt.
         new_tokens: The most tokens of a continuation.
         progress: Called with the stage, the number of finished prompts and of all.
+        finished: Called after each batch with its prompts.
     """
     found: dict[int, Text] = {}
     for rows in batches_of([len(prompt) for prompt in prompts], 16):
         progress("base text", len(found), len(prompts))
         texts = continue_prompts(model, [prompts[row] for row in rows], new_tokens=new_tokens)
         found |= dict(zip(rows, texts, strict=True))
+        if finished is not None:
+            finished(rows)
     return [found[row] for row in range(len(prompts))]
 
 
@@ -133,10 +140,12 @@ def write_with_plans(
     """
     depths = np.empty(len(prompts))
     with wrapped(model, **arguments) as inner:
-        for rows in batches_of([len(prompt) for prompt in prompts], _READ_ROWS):
-            batch = pad_left((prompts[row] for row in rows), model.device)
-            depths[rows] = plan_depth(inner.dynadepth.plan_prompts(*batch))
-        texts = base_texts(inner, prompts, new_tokens=new_tokens, progress=progress)
+        controller = inner.dynadepth
+
+        def noted(rows: Sequence[int]) -> None:
+            depths[rows] = controller.last_depths
+
+        texts = base_texts(inner, prompts, new_tokens=new_tokens, progress=progress, finished=noted)
     # No token waits for later layers, and every one may be another than the base model's.
     produced = [
         Produced(text, np.zeros(len(text.ids) - text.prompt, dtype=np.int64)) for text in texts
@@ -164,21 +173,24 @@ def _judged(
 ) -> Written:
     changed = changed_shares(model, produced, num_layers, batch_size=_READ_ROWS, progress=progress)
     rows = list(changed)
-    same = [_common(produced[row].text, own[row]) for row in rows]
     return Written(
         prompts=np.array(rows, dtype=np.int64),
         passes=np.array([passes(row) for row in rows], dtype=np.float64),
         kept=1.0 - np.array(list(changed.values()), dtype=np.float64),
-        common=np.array([length for length, _ in same], dtype=np.int64),
-        identical=np.array([whole for _, whole in same], dtype=np.bool_),
+        common=np.array(
+            [begins_alike(produced[row].text, own[row]) for row in rows], dtype=np.int64
+        ),
+        identical=np.array(
+            [np.array_equal(produced[row].text.ids, own[row].ids) for row in rows], dtype=np.bool_
+        ),
         audited=audited,
         produced=produced,
     )
 
 
-def _common(text: Text, own: Text) -> tuple[int, bool]:
-    """Return how many new tokens two texts begin with alike, and whether they are the same."""
+def begins_alike(text: Text, own: Text) -> int:
+    """Return with how many new tokens two texts of one prompt begin alike."""
     ours, base = (each.ids[each.prompt :] for each in (text, own))
     length = min(len(ours), len(base))
     differ = np.flatnonzero(ours[:length] != base[:length])
-    return (int(differ[0]) if len(differ) else length), np.array_equal(ours, base)
+    return int(differ[0]) if len(differ) else length

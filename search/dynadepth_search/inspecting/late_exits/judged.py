@@ -6,7 +6,15 @@ from typing import Any
 
 from dynadepth_search.evaluation.metrics import listed
 from dynadepth_search.exits.judging.evaluating import read_exit_evaluation
-from dynadepth_search.inspecting.inspection import Inspection, Passage, Picture, Table
+from dynadepth_search.inspecting.inspection import (
+    Inspection,
+    Passage,
+    Picture,
+    Table,
+    interval_text,
+    percent_text,
+    time_text,
+)
 from dynadepth_search.report.plots import fidelity_plot
 
 __all__ = ["inspect_exit_evaluation", "see_exit_evaluation"]
@@ -64,17 +72,19 @@ def see_exit_evaluation(content: Mapping[str, Any]) -> Inspection:
 def _verdict(row: Mapping[str, Any]) -> str:
     kept, static = row["kept"], row["static"]
     said = (
-        f"At {_promise(row)}, {_share(kept['mean'])} % of the new tokens ({_share(kept['low'])} to "
-        f"{_share(kept['high'])}) are the base model's own choice after the same text, at {row['passes']['mean']:.3f} "
-        f"passes; {100 * row['identical']['mean']:.0f} % of the answers are identical"
+        f"At {_promise(row)}, {percent_text(kept['mean'])} % of the new tokens ({percent_text(kept['low'])} to "
+        f"{percent_text(kept['high'])}) are the base model's own choice after the same text, at "
+        f"{row['passes']['mean']:.3f} passes; {100 * row['identical']['mean']:.0f} % of the answers are identical"
     )
     if row["time"] is not None:
         said += f"; a new token takes {row['time']['median']:.2f} of the base model's time"
     if static is not None:
-        said += f". The best static mixture of as many passes keeps {_share(static['kept'])} %"
+        said += (
+            f". The best static mixture of as many passes keeps {percent_text(static['kept'])} %"
+        )
     for name, found in row["against"].items():
         if found is not None:
-            said += f", {name} {_share(found['kept'])} %"
+            said += f", {name} {percent_text(found['kept'])} %"
     return f"{said}."
 
 
@@ -88,13 +98,11 @@ def _promises(rows: Sequence[Mapping[str, Any]]) -> Table:
             [
                 _promise(row),
                 f"{row['passes']['mean']:.3f}",
-                f"{_share(row['kept']['mean'])} ({_share(row['kept']['low'])} to {_share(row['kept']['high'])})",
-                "" if row["audited"] is None else _share(row["audited"]),
+                interval_text(row["kept"]),
+                "" if row["audited"] is None else percent_text(row["audited"]),
                 f"{100 * row['identical']['mean']:.0f}",
                 f"{row['common']:.0f}",
-                ""
-                if row["time"] is None
-                else f"{row['time']['median']:.3f} ({row['time']['low']:.3f} to {row['time']['high']:.3f})",
+                time_text(row["time"]),
             ]
             for row in rows
         ],
@@ -116,7 +124,7 @@ def _others(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
                         _promise(row),
                         name,
                         f"{found['passes']:.3f}",
-                        f"{_share(found['kept'])} (exits {_share(row['kept']['mean'])})",
+                        f"{percent_text(found['kept'])} (exits {percent_text(row['kept']['mean'])})",
                         f"{100 * found['identical']:.0f} (exits {100 * row['identical']['mean']:.0f})",
                         time,
                     ]
@@ -164,13 +172,13 @@ def _answered_row(found: Mapping[str, Any]) -> list[str]:
     kept, gain = found["kept"], found["gain"]
     return [
         f"{found['depth']['mean']:.3f}",
-        f"{_share(kept['mean'])} ({_share(kept['low'])} to {_share(kept['high'])})",
-        "" if found["static"] is None else _share(found["static"]["kept"]),
+        interval_text(kept),
+        "" if found["static"] is None else percent_text(found["static"]["kept"]),
         ""
         if gain is None
         else f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})",
         ", ".join(
-            f"{name} {_share(other['kept']['mean'])} at {other['depth']['mean']:.3f}"
+            f"{name} {percent_text(other['kept']['mean'])} at {other['depth']['mean']:.3f}"
             for name, other in found["against"].items()
             if other is not None
         ),
@@ -194,7 +202,3 @@ def _answers(content: Mapping[str, Any]) -> list[Passage]:
 
 def _promise(row: Mapping[str, Any]) -> str:
     return f"{row['dial']} {row['value']:g}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
